@@ -1,0 +1,85 @@
+"""Our Q-Former against transformers' InstructBlipQFormerModel: same weights, same output."""
+
+import pytest
+import torch
+from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
+
+from xblip.qformer import QFormer, QFormerConfig
+
+SHAPES = [  # rows, queries, text, features, hidden, heads, layers, cross-attention every, encoder width
+    (1, 1, 1, 1, 32, 4, 2, 2, 16),
+    (3, 8, 7, 5, 32, 4, 3, 2, 48),
+    (2, 32, 20, 257, 64, 4, 4, 2, 40),
+    (5, 4, 11, 9, 48, 6, 5, 1, 24),
+    (2, 16, 3, 64, 96, 12, 6, 3, 128),
+]
+
+
+def pair(hidden, heads, layers, frequency, width, *, seed=0):
+    torch.manual_seed(seed)
+    theirs = InstructBlipQFormerModel(
+        InstructBlipQFormerConfig(
+            vocab_size=101, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=2 * hidden, cross_attention_frequency=frequency, encoder_hidden_size=width,
+            max_position_embeddings=64, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+    ours = QFormer(
+        QFormerConfig(
+            encoder_width=width, vocab_size=101, hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, intermediate_size=2 * hidden, cross_attention_frequency=frequency,
+            max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_transformers_with_padded_instructions_and_features(shape):
+    rows, queries, text, tokens, hidden, heads, layers, frequency, width = shape
+    theirs, ours = pair(hidden, heads, layers, frequency, width)
+    query_tokens = torch.randn(rows, queries, hidden)
+    features = torch.randn(rows, tokens, width)
+    input_ids = torch.randint(1, 101, (rows, text))
+    lengths = torch.randint(1, text + 1, (rows, 1))
+    text_mask = (torch.arange(text) < lengths).long()
+    media_mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (rows, 1))
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=input_ids,
+            attention_mask=torch.cat([torch.ones(rows, queries, dtype=torch.long), text_mask], 1),
+            query_embeds=query_tokens,
+            encoder_hidden_states=features,
+            encoder_attention_mask=media_mask.long(),
+        ).last_hidden_state
+        actual = ours(
+            query_tokens, ours.read_media(features), media_mask=media_mask, input_ids=input_ids,
+            attention_mask=text_mask,
+        )  # fmt: skip
+    real = torch.cat([torch.ones(rows, queries, dtype=torch.bool), text_mask.bool()], 1)
+    assert (actual - expected)[real].abs().max() <= 1e-5
+
+
+def test_media_read_once_serves_many_instructions():
+    _, ours = pair(32, 4, 3, 2, 48)
+    query_tokens, features = torch.randn(1, 8, 32), torch.randn(1, 5, 48)
+    instructions = torch.randint(1, 101, (4, 7))
+    with torch.no_grad():
+        together = ours(query_tokens, ours.read_media(features), input_ids=instructions)
+        apart = [ours(query_tokens, ours.read_media(features), input_ids=row[None]) for row in instructions]
+    assert (together - torch.cat(apart)).abs().max() <= 1e-5
+    assert (together[0, :8] - together[1, :8]).abs().max() > 1e-3, "another instruction reads the media otherwise"
+
+
+def test_the_same_keys_as_transformers_from_fresh():
+    theirs, ours = pair(32, 4, 3, 2, 48)
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+
+
+def test_static_q_former_has_no_text_part():
+    static = QFormer(QFormerConfig(encoder_width=8, vocab_size=0, hidden_size=16, num_hidden_layers=2,
+                                   num_attention_heads=2, intermediate_size=32))  # fmt: skip
+    names = set(static.state_dict())
+    assert not any(".intermediate." in name or "word_embeddings" in name for name in names)
+    assert static(torch.randn(1, 3, 16), static.read_media(torch.randn(2, 5, 8))).shape == (2, 3, 16)

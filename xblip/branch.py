@@ -1,0 +1,240 @@
+"""A branch: one modality's frozen encoder with its bridge, saved as a folder of a few megabytes.
+
+A branch folder holds `branch.yaml`, `bridge.safetensors` and what the bridge needs beside them. It names its encoder and
+the LLM it was trained for by fingerprint, and refuses others: a soft prompt read by another LLM is silent rubbish.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import xblip
+from xblip import config as configs
+from xblip import plugins
+from xblip.bridge import Bridge
+from xblip.encoder import FrozenEncoder
+from xblip.errors import BundleError, ConfigError, XBlipError
+from xblip.llm import FrozenLLM
+from xblip.modality import Features, Modality, collate
+
+FILE = "branch.yaml"
+WEIGHTS = "bridge.safetensors"
+
+
+@dataclass
+class BranchConfig:
+    """What a branch is made of.
+
+    Attributes:
+      modality: its name.
+      config: the modality's settings, by the modality's `Config`.
+      bridge: `kind` (a bridge's name; "qformer" unless given) and that bridge's settings.
+      cue: text before the soft prompt; None for the modality's own.
+      encoder_dtype: "float32", "bfloat16" or "float16".
+    """
+
+    modality: str
+    config: dict[str, Any] = field(default_factory=dict)
+    bridge: dict[str, Any] = field(default_factory=dict)
+    cue: str | None = None
+    encoder_dtype: str = "float32"
+
+
+class Branch(nn.Module):
+    """One modality, ready to turn media and instructions into soft prompts.
+
+    Attributes:
+      config: what it was built from, with every default filled in.
+      modality: reads media.
+      encoder: frozen.
+      bridge: the part that trains.
+      cue: text before the soft prompt.
+    """
+
+    def __init__(self, config: BranchConfig, *, modality: Modality, encoder: FrozenEncoder, bridge: Bridge):
+        super().__init__()
+        self.config = config
+        self.modality = modality
+        self.encoder = encoder
+        self.bridge = bridge
+        self.cue = modality.cue if config.cue is None else config.cue
+
+    @classmethod
+    def build(cls, config: BranchConfig, *, llm_width: int, folder: Path | None = None) -> "Branch":
+        """Builds a branch with a fresh bridge.
+
+        Args:
+          config: what to build.
+          llm_width: D_llm.
+          folder: what relative paths in the configs start from; None for the working directory.
+
+        Raises:
+          PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
+        """
+        name = config.modality
+        modality_class = plugins.get("modality", name)
+        if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
+        settings = configs.build(modality_class.Config, config.config, where=f"{name}.config")
+        if folder is not None and isinstance(getattr(settings, "encoder", None), str):
+            settings.encoder = _resolved(settings.encoder, folder)
+        modality = modality_class(settings)
+        encoder = FrozenEncoder(modality.build_encoder(), name=name).to(getattr(torch, config.encoder_dtype))
+        wanted = {**modality_class.bridge, **config.bridge}
+        bridge_class = plugins.get("bridge", wanted.pop("kind", "qformer"))
+        if "kind" in config.bridge and config.bridge["kind"] != modality_class.bridge.get("kind", "qformer"):
+            wanted = {key: value for key, value in config.bridge.items() if key != "kind"}
+        bridge_settings = configs.build(bridge_class.Config, wanted, where=f"{name}.bridge")
+        if folder is not None:
+            bridge_settings = bridge_class.resolve(bridge_settings, folder)
+        bridge = bridge_class(bridge_settings, encoder_width=encoder.width, llm_width=llm_width)
+        return cls(config, modality=modality, encoder=encoder, bridge=bridge)
+
+    def read(self, source: Any) -> dict[str, Tensor]:
+        """Reads one source; what is read already (a dictionary of tensors, or `Features`) is taken as it is."""
+        if isinstance(source, (dict, Features)):
+            return source
+        return self.modality.load(source)
+
+    def encode(self, sources: Sequence[Any]) -> Features:
+        """Gives the frozen features of several sources, each a source, what `read` gave, or `Features`."""
+        items = [self.read(source) for source in sources]
+        fresh = [item for item in items if not isinstance(item, Features)]
+        encoded = iter(self._encode(fresh).split() if fresh else [])
+        return Features.join([item if isinstance(item, Features) else next(encoded) for item in items])
+
+    def _encode(self, items: Sequence[dict[str, Tensor]]) -> Features:
+        tensors, segments = collate(items)
+        weights = next(self.bridge.parameters())
+        values, mask = self.encoder(**{name: tensor.to(weights.device) for name, tensor in tensors.items()})
+        return Features(values.to(weights.dtype), mask, segments)
+
+    def forward(self, sources: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
+        """Makes the soft prompt (L, D_llm) of each source in the light of its own instruction."""
+        return self.bridge(self.encode(sources), instructions)
+
+    def save(self, folder: str | Path, *, llm: FrozenLLM, encoder: str | None = None) -> None:
+        """Writes the branch.
+
+        Args:
+          folder: made if missing.
+          llm: the LLM that it was trained for.
+          encoder: where the encoder will be found from `folder`; None keeps the place it was loaded from.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = configs.plain(self.modality.config)
+        if "encoder" in settings:
+            settings["encoder"] = encoder or _relative(settings["encoder"], folder)
+        bridge = {"kind": self.bridge.name, **configs.plain(self.bridge.config)}
+        self.bridge.save_assets(folder)
+        save_file({name: value.contiguous() for name, value in self.bridge.state_dict().items()}, folder / WEIGHTS)
+        configs.save_yaml(
+            folder / FILE,
+            {
+                "modality": self.modality.name,
+                "config": settings,
+                "bridge": bridge,
+                "cue": self.cue,
+                "encoder_dtype": self.config.encoder_dtype,
+                "encoder": {"width": self.encoder.width, "fingerprint": self.encoder.fingerprint},
+                "llm": {"source": Path(llm.config.source).name, "width": llm.width, "fingerprint": llm.fingerprint},
+                "xblip": xblip.__version__,
+            },
+        )
+        Path(folder, "README.md").write_text(_card(self, llm))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, llm: FrozenLLM) -> "Branch":
+        """Loads a branch for an LLM.
+
+        Raises:
+          BundleError: no branch there, damaged weights, or a branch trained for another LLM or encoder.
+        """
+        folder = Path(folder)
+        saved = read_branch_file(folder)
+        trained = saved.pop("llm")
+        if trained["fingerprint"] != llm.fingerprint:
+            raise BundleError(
+                f'The branch in {folder} was trained for the LLM "{trained["source"]}" with fingerprint '
+                f'{trained["fingerprint"]} (width {trained["width"]}); this LLM, "{llm.config.source}", has '
+                f"{llm.fingerprint} (width {llm.width}). Compose it with the LLM it was trained for, or train it for this one."
+            )
+        trained = saved.pop("encoder")
+        saved.pop("xblip", None)
+        config = configs.build(BranchConfig, saved, where=str(folder / FILE))
+        try:
+            branch = cls.build(config, llm_width=llm.width, folder=folder)
+        except XBlipError as error:
+            raise type(error)(f"The branch in {folder} cannot be built. {error}") from error
+        if branch.encoder.fingerprint != trained["fingerprint"]:
+            raise BundleError(
+                f"The branch in {folder} was trained on an encoder with fingerprint {trained['fingerprint']} (width "
+                f"{trained['width']}); the one found has {branch.encoder.fingerprint} (width {branch.encoder.width}). "
+                "Put the encoder it was trained on in its place, or train the branch for this one."
+            )
+        load_bridge(branch.bridge, folder)
+        return branch
+
+
+def read_branch_file(folder: Path) -> dict[str, Any]:
+    """Reads `branch.yaml`; a `BundleError` says what is missing."""
+    if not (folder / FILE).is_file():
+        raise BundleError(f"There is no branch in {folder}: it lacks {FILE}. Give the folder that training wrote.")
+    saved = configs.load_yaml(folder / FILE)
+    missing = {"modality", "bridge", "encoder", "llm"} - set(saved)
+    if missing:
+        raise BundleError(f"{folder / FILE} is damaged: it lacks {', '.join(sorted(missing))}.")
+    return saved
+
+
+def load_bridge(bridge: Bridge, folder: str | Path) -> None:
+    """Loads a bridge's weights; every key must be there, and no other.
+
+    Raises:
+      BundleError: the file is missing or damaged, or its keys or shapes are another bridge's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder, WEIGHTS)
+    if not path.is_file():
+        raise BundleError(f"The branch in {folder} lacks its weights, {WEIGHTS}.")
+    try:
+        bridge.load_state_dict(load_file(path), strict=True)
+    except SafetensorError as cause:
+        raise BundleError(f"{path} is damaged: {cause}. Copy it again, or train the branch again.") from cause
+    except RuntimeError as cause:
+        lines = [line.strip() for line in str(cause).splitlines()[1:4]]
+        raise BundleError(f"{path} does not fit its {FILE}: {' '.join(lines)}") from cause
+
+
+def _resolved(source: str, folder: Path) -> str:
+    """A path that stands relative to the branch's folder, if it is there; else as it is (a hub id)."""
+    inside = folder / source
+    return str(inside.resolve()) if inside.is_dir() else source
+
+
+def _relative(source: str, folder: Path) -> str:
+    return os.path.relpath(source, folder) if Path(source).is_dir() else source
+
+
+def _card(branch: Branch, llm: FrozenLLM) -> str:
+    trained = sum(parameter.numel() for parameter in branch.bridge.parameters())
+    frozen = sum(parameter.numel() for parameter in branch.encoder.parameters())
+    return (
+        f"---\nlibrary_name: xblip\ntags: [xblip, {branch.modality.name}]\n---\n\n"
+        f"# xblip branch: {branch.modality.name}\n\n"
+        f"A `{branch.bridge.name}` bridge of {trained:,} parameters between a frozen encoder of {frozen:,} "
+        f"(fingerprint `{branch.encoder.fingerprint}`) and the frozen LLM `{Path(llm.config.source).name}` "
+        f"(fingerprint `{llm.fingerprint}`).\n\n"
+        "```python\nimport xblip\n"
+        f'model = xblip.XBlip.compose(llm="...", branches={{"{branch.modality.name}": "this folder"}})\n```\n'
+    )

@@ -1,0 +1,251 @@
+"""Bridges: from frozen features to a soft prompt, the only part of a branch that trains.
+
+The Q-Former bridge is the default; `linear` and `mlp` are the field's baselines (LLaVA). A bridge returns one tensor
+per item, unpadded, since items differ in their number of segments and only the router knows the order they go in.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from xblip.encoder import first_line
+from xblip.errors import BundleError, ConfigError, InputError
+from xblip.hookspecs import hookimpl
+from xblip.modality import Features
+from xblip.qformer import KeysValues, QFormer, QFormerConfig
+
+
+class Bridge(nn.Module, ABC):
+    """Turns features into soft prompts. Subclass it, name it, register it by `register_bridges`.
+
+    Class attributes:
+      name: what configs call it.
+      Config: dataclass of its settings.
+    """
+
+    name: ClassVar[str]
+
+    @dataclass
+    class Config:
+        """No settings."""
+
+    def __init__(self, config: Any, *, encoder_width: int, llm_width: int):
+        """Builds the bridge with fresh weights; a subclass calls this first.
+
+        Args:
+          config: an instance of `Config`.
+          encoder_width: D_enc of the features.
+          llm_width: D_llm of the soft prompt.
+        """
+        super().__init__()
+        self.config = config
+        self.encoder_width = encoder_width
+        self.llm_width = llm_width
+
+    @abstractmethod
+    def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        """Makes the soft prompts.
+
+        Args:
+          features: of B items.
+          instructions: B strings, what each item is read for; a bridge may ignore them.
+
+        Returns:
+          B tensors (L, D_llm); L may differ from item to item.
+        """
+
+    def save_assets(self, folder: Path) -> None:  # noqa: B027 - most bridges have none
+        """Writes what the bridge needs beside its weights (a tokenizer) into the branch's folder."""
+
+    @classmethod
+    def resolve(cls, config: Any, folder: Path) -> Any:
+        """Returns `config` with paths that `save_assets` made relative to `folder` made absolute."""
+        return config
+
+
+class QFormerBridge(Bridge):
+    """Layer norm, Q-Former, linear projector (InstructBLIP, X-InstructBLIP; static: BLIP-2).
+
+    Each segment is read on its own in the light of its own item's instruction, giving S * Q soft tokens in the order of
+    segments; `join_segments` reads all segments of an item in one pass, giving Q.
+    """
+
+    name = "qformer"
+
+    @dataclass
+    class Config:
+        """Settings of the Q-Former bridge; sizes default to BLIP-2's (BERT-base).
+
+        Attributes:
+          instruction_aware: the Q-Former reads the instruction too; False is BLIP-2's static Q-Former.
+          tokenizer: folder or hub id of the tokenizer of instructions; needed when instruction_aware.
+          max_instruction_tokens: longer instructions lose their beginning, as in X-InstructBLIP.
+          num_query_tokens: Q, soft tokens per segment.
+          features_layer_norm: a trainable layer norm on the features; False when the encoder ends in its own.
+          max_segments: learned positions of segments, so that their order is knowable; 0 for none.
+          join_segments: one pass reads all segments of an item.
+        """
+
+        instruction_aware: bool = True
+        tokenizer: str = "bert-base-uncased"
+        max_instruction_tokens: int = 128
+        num_query_tokens: int = 32
+        features_layer_norm: bool = True
+        max_segments: int = 0
+        join_segments: bool = False
+        hidden_size: int = 768
+        num_hidden_layers: int = 12
+        num_attention_heads: int = 12
+        intermediate_size: int = 3072
+        cross_attention_frequency: int = 2
+        dropout: float = 0.1
+
+    def __init__(self, config: Config, *, encoder_width: int, llm_width: int):
+        super().__init__(config, encoder_width=encoder_width, llm_width=llm_width)
+        if config.hidden_size % config.num_attention_heads:
+            raise ConfigError(
+                f"A Q-Former's hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
+                f"({config.num_attention_heads})."
+            )
+        self.tokenizer = _load_tokenizer(config.tokenizer) if config.instruction_aware else None
+        self.layer_norm = nn.LayerNorm(encoder_width, eps=1e-5) if config.features_layer_norm else nn.Identity()
+        if config.max_segments:
+            self.segment_positions = nn.Embedding(config.max_segments, encoder_width)
+            nn.init.normal_(self.segment_positions.weight, std=0.5)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size).normal_(std=0.02))
+        self.qformer = QFormer(
+            QFormerConfig(
+                encoder_width=encoder_width,
+                vocab_size=len(self.tokenizer) if self.tokenizer else 0,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_hidden_layers,
+                num_attention_heads=config.num_attention_heads,
+                intermediate_size=config.intermediate_size,
+                cross_attention_frequency=config.cross_attention_frequency,
+                dropout=config.dropout,
+            )
+        )
+        self.projector = nn.Linear(config.hidden_size, llm_width)
+
+    def read_media(self, features: Features) -> tuple[KeysValues, Tensor, list[int]]:
+        """Does the part of the work that no instruction changes, to be kept and reused.
+
+        Returns:
+          Cross-attention keys and values, the mask that goes with them, and each item's number of rows.
+        """
+        values = self.layer_norm(features.values.to(self.query_tokens.dtype))
+        if self.config.max_segments:
+            longest = max(features.segments)
+            if longest > self.config.max_segments:
+                raise InputError(
+                    f"An input has {longest} segments; this bridge has positions for {self.config.max_segments} "
+                    "(max_segments). Sample fewer, or train a bridge with more."
+                )
+            order = torch.cat([torch.arange(count, device=values.device) for count in features.segments])
+            values = values + self.segment_positions(order)[:, None, :]
+        mask, rows = features.mask, features.segments
+        if self.config.join_segments:
+            joined = [part.flatten(0, 1) for part in values.split(features.segments)]
+            masks = [part.flatten() for part in mask.split(features.segments)]
+            values = nn.utils.rnn.pad_sequence(joined, batch_first=True)
+            mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)
+            rows = [1] * len(rows)
+        return self.qformer.read_media(values), mask, rows
+
+    def read_instructions(self, media: tuple[KeysValues, Tensor, list[int]], instructions: Sequence[str]) -> list[Tensor]:
+        """Finishes what `read_media` began: B instructions to B soft prompts."""
+        keys_values, mask, rows = media
+        text = {}
+        if self.tokenizer is not None:
+            encoded = self.tokenizer(
+                list(instructions),
+                padding=True,
+                truncation=True,
+                max_length=self.config.max_instruction_tokens,
+                return_tensors="pt",
+            ).to(mask.device)
+            counts = torch.tensor(rows, device=mask.device)
+            text = {name: encoded[name].repeat_interleave(counts, 0) for name in ("input_ids", "attention_mask")}
+        queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, **text)
+        soft = self.projector(queries[:, : self.config.num_query_tokens])
+        return [part.flatten(0, 1) for part in soft.split(rows)]
+
+    def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        return self.read_instructions(self.read_media(features), instructions)
+
+    def save_assets(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    @classmethod
+    def resolve(cls, config: Config, folder: Path) -> Config:
+        if config.instruction_aware and (folder / "tokenizer").is_dir():
+            config.tokenizer = str(folder / "tokenizer")
+        return config
+
+
+class _TokenwiseBridge(Bridge):
+    """Projects every real feature token alone; instructions are ignored."""
+
+    def __init__(self, config: Any, *, encoder_width: int, llm_width: int):
+        super().__init__(config, encoder_width=encoder_width, llm_width=llm_width)
+        self.projector = self.build_projector()
+
+    @abstractmethod
+    def build_projector(self) -> nn.Module:
+        """Builds the module from (..., D_enc) to (..., D_llm)."""
+
+    def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        values = features.values.to(next(self.projector.parameters()).dtype)
+        return [self.projector(part.values[part.mask]) for part in Features(values, features.mask, features.segments).split()]
+
+
+class LinearBridge(_TokenwiseBridge):
+    """One linear layer per feature token (LLaVA's first projector)."""
+
+    name = "linear"
+
+    def build_projector(self) -> nn.Module:
+        return nn.Linear(self.encoder_width, self.llm_width)
+
+
+class MLPBridge(_TokenwiseBridge):
+    """Two linear layers with a GELU between them, per feature token (LLaVA-1.5)."""
+
+    name = "mlp"
+
+    @dataclass
+    class Config:
+        """`hidden_size`: width between the two layers; 0 means D_llm, as in LLaVA-1.5."""
+
+        hidden_size: int = 0
+
+    def build_projector(self) -> nn.Module:
+        hidden = self.config.hidden_size or self.llm_width
+        return nn.Sequential(nn.Linear(self.encoder_width, hidden), nn.GELU(), nn.Linear(hidden, self.llm_width))
+
+
+def _load_tokenizer(source: str):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, truncation_side="left")
+    except (OSError, ValueError) as cause:
+        raise BundleError(
+            f'Cannot load the Q-Former\'s tokenizer from "{source}": {first_line(cause)} '
+            "Expected a folder with a tokenizer, or a hub id that is reachable or already downloaded."
+        ) from cause
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+@hookimpl
+def register_bridges(register: Callable[[type[Bridge]], None]) -> None:
+    """The bridges that come with xblip, through the same door as any plugin's."""
+    for bridge in (QFormerBridge, LinearBridge, MLPBridge):
+        register(bridge)

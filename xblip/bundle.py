@@ -1,0 +1,136 @@
+"""Bundles: a saved model as a folder that holds, or names, all its parts.
+
+    config.yaml          the LLM, the router, generation defaults, and the branches' names
+    llm/                 the LLM, unless config.yaml names a hub id
+    encoders/<print>/    each encoder once, by fingerprint, unless its branch names a hub id
+    <modality>/          one branch each
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xblip import config as configs
+from xblip.branch import Branch, read_branch_file
+from xblip.errors import BundleError
+from xblip.llm import FrozenLLM, LLMConfig
+from xblip.router import RouterConfig
+
+if TYPE_CHECKING:
+    from xblip.model import XBlip
+
+FILE = "config.yaml"
+
+
+@dataclass
+class BundleConfig:
+    """A bundle's `config.yaml`; `branches` are folders in the bundle, or elsewhere."""
+
+    llm: LLMConfig
+    branches: list[str] = field(default_factory=list)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a bundle's folder or hub id, or a model config (YAML of the same form).
+
+    Returns:
+      The arguments of `XBlip.compose`.
+
+    Raises:
+      BundleError: there is no bundle.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = _from_hub(str(source))
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise BundleError(f"There is no bundle in {path}: it lacks {FILE}. Give a folder written by save_pretrained.")
+    config = configs.build(BundleConfig, configs.load_yaml(file), where=file.name)
+    folder = file.parent
+    inside = folder / config.llm.source
+    if inside.is_dir():
+        config.llm.source = str(inside)
+    options = dict(llm_options)
+    config.llm.dtype = options.pop("dtype", config.llm.dtype)
+    config.llm.options.update(options)
+    folders = [folder / name for name in config.branches]
+    return {
+        "llm": config.llm,
+        "branches": {read_branch_file(branch)["modality"]: branch for branch in folders},
+        "router": config.router,
+        "generation": config.generation,
+    }
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+        raise BundleError(
+            f'There is no bundle "{source}": no such folder, and no hub repository of that name can be reached. '
+            "Check the path; `xblip plugins` lists the installed bundles."
+        ) from cause
+
+
+def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[str, Branch]:
+    """Loads branches for one LLM; encoders with equal weights are held once.
+
+    Raises:
+      BundleError: see `Branch.load`; or a branch of another modality than its key says.
+    """
+    branches: dict[str, Branch] = {}
+    encoders: dict[tuple, Any] = {}
+    for name, folder in folders.items():
+        branch = Branch.load(folder, llm=llm)
+        if branch.modality.name != name:
+            raise BundleError(f'{folder} holds a branch of "{branch.modality.name}", not of "{name}".')
+        key = (branch.encoder.fingerprint, type(branch.encoder.module), branch.config.encoder_dtype)
+        branch.encoder = encoders.setdefault(key, branch.encoder)
+        branches[name] = branch.to(llm.device)
+    return branches
+
+
+def write(model: "XBlip", folder: Path) -> None:
+    """Writes a bundle; see the module's description for what goes where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    llm = model.llm.config
+    source = Path(llm.source)
+    if source.is_dir():
+        _copy(source, folder / "llm")
+    for name, branch in model.branches.items():
+        place = None
+        encoder = getattr(branch.modality.config, "encoder", None)
+        if isinstance(encoder, str) and Path(encoder).is_dir():
+            place = f"../encoders/{branch.encoder.fingerprint}"
+            _copy(Path(encoder), folder / "encoders" / branch.encoder.fingerprint)
+        branch.save(folder / name, llm=model.llm, encoder=place)
+    configs.save_yaml(
+        folder / FILE,
+        {
+            "llm": {
+                "source": "llm" if source.is_dir() else llm.source,
+                "revision": llm.revision,
+                "dtype": llm.dtype,
+            },
+            "branches": list(model.branches),
+            "router": configs.plain(model.router.config),
+            "generation": model.generation,
+        },
+    )
+    Path(folder, "README.md").write_text(
+        f"---\nlibrary_name: xblip\ntags: [{', '.join(['xblip', *model.branches])}]\n---\n\n# xblip bundle\n\n"
+        f"Modalities: {', '.join(model.branches) or 'none'}.\n\n"
+        '```python\nimport xblip\nmodel = xblip.load("this folder")\n```\n'
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True)

@@ -1,0 +1,109 @@
+"""Configs: dataclasses as the schema, OmegaConf for YAML, overrides and types.
+
+A YAML may name another one as its `base:`, whose keys it extends and overrides; `key.sub=value` overrides come last. A
+plugin's settings are a dataclass of that plugin, so the core checks them without knowing them. A key that nobody knows
+is an error that suggests the nearest, never silently ignored.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from xblip.errors import ConfigError, suggest
+
+T = TypeVar("T")
+
+
+def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a YAML with its bases and overrides.
+
+    Args:
+      path: the YAML; `base:` in it is a path relative to it.
+      overrides: "key.sub=value" each, the value in YAML.
+
+    Returns:
+      Plain dictionaries and lists, interpolations resolved.
+
+    Raises:
+      ConfigError: a file is missing, does not parse or names itself as its base, or an override is malformed.
+    """
+    merged = _read(Path(path), seen=())
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f'Cannot use the override "{override}": expected key.sub=value, e.g. training.max_steps=10.')
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError) as cause:
+        raise ConfigError(f"Cannot use {path}: {_flat(cause)}") from cause
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f'No config file at "{path}". Check the path; relative ones start at {Path.cwd()}.')
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, seen))}. Remove one `base:`.")
+    try:
+        config = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as cause:
+        raise ConfigError(f"{path} is not a valid YAML file: {_flat(cause)}") from cause
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path} holds a list or a single value; expected keys with values.")
+    base = config.pop("base", None)
+    if base is None:
+        return config
+    return OmegaConf.merge(_read(path.parent / base, (*seen, path.resolve())), config)
+
+
+def build(schema: type[T], values: Mapping[str, Any] | None, *, where: str) -> T:
+    """Makes a dataclass instance from plain values, checking names and types.
+
+    Args:
+      schema: a dataclass; nested dataclasses are checked likewise.
+      values: what the user wrote; missing fields keep their defaults.
+      where: what the values configure, for messages, e.g. "branch.bridge".
+
+    Raises:
+      ConfigError: an unknown key (the nearest is suggested), a value of the wrong type, or a missing value.
+    """
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'"{where}" must hold keys with values, not {values!r}.')
+    _check_keys(schema, values, where)
+    try:
+        instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(values)))
+    except OmegaConfBaseException as cause:
+        raise ConfigError(f'"{where}": {_flat(cause)}') from cause
+    return instance
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Returns a dataclass instance as plain values, fit for YAML; paths become strings."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+
+
+def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes plain values as YAML, in the order given."""
+    OmegaConf.save(OmegaConf.create(dict(values)), path)
+
+
+def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f'Unknown key "{where}.{key}".{suggest(str(key), fields)}')
+        nested = fields[key].type
+        if dataclasses.is_dataclass(nested) and isinstance(value, Mapping):
+            _check_keys(nested, value, f"{where}.{key}")
+
+
+def _flat(error: BaseException) -> str:
+    """An OmegaConf or YAML error in one line, without its technical tail."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("object_type=", "reference_type="))]
+    return " ".join(kept).replace("full_key: ", "at ") + "."

@@ -1,0 +1,136 @@
+"""Frozen networks: the wrapper that keeps them frozen, and encoders that come from `transformers`.
+
+`Frozen` hides its weights from `state_dict` and ignores `train()`, so that neither a checkpoint nor a training loop can
+touch them; gradients may still flow through its activations (the LLM needs that), its weights never receive any.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from xblip.errors import BundleError
+
+
+class Frozen(nn.Module):
+    """Base of modules that never train: eval mode for ever, no gradients kept, absent from checkpoints."""
+
+    def freeze(self) -> None:
+        """Freezes all weights below; call it at the end of a subclass' constructor."""
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Stays in eval mode whatever `mode` says."""
+        return self
+
+    def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
+        """Is empty: what is frozen is saved by reference or copied as files, never inside a checkpoint."""
+        return {} if destination is None else destination
+
+
+class FrozenEncoder(Frozen):
+    """A plugin's encoder, frozen, with its output checked.
+
+    Attributes:
+      width: D_enc.
+      fingerprint: identifies architecture and weights, whatever dtype they are later cast to.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str):
+        """Wraps `module`; `name` is the modality's, for messages."""
+        super().__init__()
+        self.module = module
+        self.name = name
+        self.width = int(module.width)
+        self.fingerprint = fingerprint(module)
+        self.freeze()
+
+    @torch.no_grad()
+    def forward(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features (M, N, D_enc) and their boolean mask (M, N).
+
+        Raises:
+          BundleError: the encoder's output has not that shape.
+        """
+        output = self.module(**tensors)
+        values, mask = output if isinstance(output, tuple) else (output, None)
+        rows = next(iter(tensors.values())).shape[0]
+        if values.dim() != 3 or values.shape[0] != rows or values.shape[2] != self.width:
+            raise BundleError(
+                f'The encoder of "{self.name}" returned features of shape {tuple(values.shape)}; '
+                f"expected ({rows}, N, {self.width}): one row a segment, its `width` last."
+            )
+        if mask is None:
+            mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return values, mask.bool()
+
+
+class TransformersEncoder(nn.Module):
+    """Any `transformers` encoder that maps one tensor to `last_hidden_state`, as a modality's encoder.
+
+    Convolutional models, whose hidden state is (M, D_enc, H, W), give their grid as N = H * W tokens.
+
+    Attributes:
+      model: the transformers model.
+      width: D_enc, from the model's config.
+      input_name: the one tensor it takes, e.g. "pixel_values".
+    """
+
+    def __init__(self, model: nn.Module, *, input_name: str):
+        super().__init__()
+        self.model = model
+        self.input_name = input_name
+        self.width = _width(model.config)
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, input_name: str) -> "TransformersEncoder":
+        """Loads a folder or hub id through `AutoModel`; of a two-tower model (CLIP, SigLIP) its vision part.
+
+        Raises:
+          BundleError: nothing can be loaded from `source`.
+        """
+        from transformers import AutoConfig, AutoModel
+
+        try:
+            config = AutoConfig.from_pretrained(source)
+            model = AutoModel.from_pretrained(source, dtype="auto")
+        except (OSError, ValueError) as cause:
+            raise BundleError(
+                f'Cannot load an encoder from "{source}": {first_line(cause)} '
+                "Expected the folder of a transformers model, or a hub id that is reachable or already downloaded."
+            ) from cause
+        tower = getattr(model, "vision_model", None) if hasattr(config, "vision_config") else None
+        return cls(tower if tower is not None else model, input_name=input_name)
+
+    def forward(self, **tensors: Tensor) -> Tensor:
+        """Takes (M, ...), returns (M, N, D_enc)."""
+        values = tensors[self.input_name].to(next(self.model.parameters()).dtype)
+        hidden = self.model(**{self.input_name: values}).last_hidden_state
+        return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
+def _width(config) -> int:
+    sizes = getattr(config, "hidden_sizes", None)
+    return int(sizes[-1] if sizes else config.hidden_size)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Identifies a network by its tensors' names, shapes and values, 16 hexadecimal digits.
+
+    Large tensors contribute 512 evenly spaced values each, so that gigabytes take no time; any training changes them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // 512)
+        values = flat[::step].cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, ended by a full stop, for use inside a longer message."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(". ") if lines else type(error).__name__) + "."

@@ -1,0 +1,48 @@
+"""Errors a user can cause and mend.
+
+One small family, so that callers catch `XBlipError` and nothing else. Every message says what is wrong, what was
+expected or known, and what to do; `suggest` adds the nearest known name, since most wrong names are misspelt ones.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class XBlipError(Exception):
+    """What a user of xblip can cause and mend; its text is written to be read by that user."""
+
+
+class ConfigError(XBlipError):
+    """A config file, an override or an option is wrong."""
+
+
+class MediaError(XBlipError):
+    """A media source cannot be read, or is not what its modality accepts."""
+
+
+class PluginError(XBlipError):
+    """A plugin is missing, broken, restricted or clashes with another."""
+
+
+class BundleError(XBlipError):
+    """A bundle or branch is missing, damaged, or was trained for other frozen parts."""
+
+
+class InputError(XBlipError):
+    """What was asked cannot be answered as it stands: empty, too long, of unequal lengths."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of an error message about an unknown `name`.
+
+    Args:
+      name: what the user wrote.
+      known: the names that would have been right.
+
+    Returns:
+      `' Did you mean "x"?'` when a known name is near, followed by the list of all known names.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    return f"{hint} Known: {', '.join(known) if known else 'none'}."

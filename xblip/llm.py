@@ -1,0 +1,232 @@
+"""The frozen LLM: embeds text, runs on embeddings, generates.
+
+Any decoder-only model that `AutoModelForCausalLM` loads. Its weights never get gradients; activations pass them on to
+the soft prompts. Logits are computed only from the first labelled position on: a prompt is mostly unlabelled, and the
+vocabulary product is the dearest part of a small step.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xblip.encoder import Frozen, fingerprint, first_line
+from xblip.errors import BundleError, ConfigError, suggest
+
+IGNORE = -100
+
+
+@dataclass
+class LLMConfig:
+    """Which LLM, and how it is loaded.
+
+    Attributes:
+      source: folder or hub id.
+      revision: of a hub id.
+      dtype: "float32", "bfloat16", "float16", or "auto" for the one its weights are stored in.
+      options: passed on to `from_pretrained` (device_map, attn_implementation, quantization_config, ...).
+    """
+
+    source: str
+    revision: str | None = None
+    dtype: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PromptBatch:
+    """What the router lays before the LLM.
+
+    Attributes:
+      inputs_embeds: (B, T, D_llm).
+      attention_mask: (B, T), 1 for real positions.
+      labels: (B, T), token ids to learn or score, -100 elsewhere; None when generating.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None = None
+
+
+class FrozenLLM(Frozen):
+    """A causal language model that never trains, with its tokenizer.
+
+    Attributes:
+      width: D_llm.
+      context_length: positions it knows, or None if its config does not say.
+      fingerprint: identifies weights and tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, config: LLMConfig):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.width = model.get_input_embeddings().embedding_dim
+        self.context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.fingerprint = _fingerprint(model, tokenizer)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, config: LLMConfig) -> "FrozenLLM":
+        """Loads model and tokenizer.
+
+        Raises:
+          BundleError: nothing can be loaded from the source.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision)
+            model = AutoModelForCausalLM.from_pretrained(
+                config.source, revision=config.revision, dtype=config.dtype, **config.options
+            )
+        except (OSError, ValueError) as cause:
+            raise BundleError(
+                f'Cannot load the LLM "{config.source}": {first_line(cause)} Expected the folder of a decoder-only '
+                "transformers model with its tokenizer, or a hub id that is reachable or already downloaded."
+            ) from cause
+        return cls(model, tokenizer, config=config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a piece of text, without any special token that is not spelt out in it."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Returns the embeddings (T, D_llm) of token ids."""
+        return self.model.get_input_embeddings()(torch.tensor(list(ids), dtype=torch.long, device=self.device))
+
+    def logits(self, batch: PromptBatch, *, last: int = 0) -> Tensor:
+        """Runs the LLM.
+
+        Args:
+          batch: right-padded, so that positions count from the start of each row.
+          last: how many positions from the end to give logits for; 0 for all.
+
+        Returns:
+          (B, T or `last`, vocabulary).
+        """
+        options = {"logits_to_keep": last} if last and self._keeps_logits else {}
+        output = self.model(
+            inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, use_cache=False, **options
+        ).logits
+        return output[:, -last:] if last else output
+
+    def token_log_likelihoods(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of each labelled token.
+
+        Returns:
+          Two (B, T') tensors: log-likelihoods, 0 where there is no label, and the mask of labels.
+        """
+        first = int((batch.labels != IGNORE).any(0).float().argmax())
+        last = batch.labels.shape[1] - max(first - 1, 0)
+        logits = self.logits(batch, last=last)[:, :-1].float()
+        labels = batch.labels[:, -last:][:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        return -losses, labels != IGNORE
+
+    def generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
+        """Generates from a left-padded batch, by transformers' `generate`.
+
+        Args:
+          batch: left-padded.
+          options: transformers' generation options.
+
+        Returns:
+          Each row's new token ids, ended before the first end-of-sequence token.
+        """
+        check_generation_options(options)
+        pad = self.tokenizer.pad_token_id
+        with torch.no_grad():
+            rows = self.model.generate(
+                inputs_embeds=batch.inputs_embeds,
+                attention_mask=batch.attention_mask,
+                **{"pad_token_id": pad, **options},
+            )
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        return [_until(row.tolist(), ends | {self.tokenizer.eos_token_id}) for row in rows]
+
+
+def check_generation_options(options: dict[str, Any]) -> None:
+    """Raises `ConfigError` for an option that transformers' generation does not know."""
+    known = generation_option_names()
+    for name in options:
+        if name not in known:
+            raise ConfigError(f'Unknown generation option "{name}".{suggest(name, known)}')
+
+
+def generation_option_names() -> set[str]:
+    """Returns the names of transformers' generation options."""
+    from transformers import GenerationConfig
+
+    return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)
+
+
+def _fingerprint(model: Any, tokenizer: Any) -> str:
+    """Of the stored weights when they lie in a folder, so that dtype and quantisation do not matter."""
+    digest = hashlib.sha256()
+    folder = Path(getattr(model, "name_or_path", "") or "")
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else _cached_files(model)
+    digest.update((_file_fingerprint(files) if files else fingerprint(model)).encode())
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    digest.update(repr(vocabulary).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cached_files(model: Any) -> list[Path]:
+    """The weight files of a model that came from the hub, in its local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    source = getattr(model, "name_or_path", "")
+    revision = getattr(model.config, "_commit_hash", None)
+    if not source or not revision:
+        return []
+    try:
+        folder = snapshot_download(source, revision=revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return []
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def _file_fingerprint(files: list[Path]) -> str:
+    """Like `fingerprint`, from safetensors files: names, shapes and up to 512 values of every tensor's first row."""
+    from safetensors import safe_open
+
+    entries = []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                piece = tensors.get_slice(name)
+                shape = piece.get_shape()
+                values = piece[:1] if shape else tensors.get_tensor(name)
+                flat = values.reshape(-1)[:512].contiguous()
+                entries.append((name, tuple(shape), flat.view(torch.uint8).numpy().tobytes()))
+    digest = hashlib.sha256()
+    for name, shape, data in sorted(entries):
+        digest.update(f"{name} {shape}".encode() + data)
+    return digest.hexdigest()

@@ -1,0 +1,280 @@
+"""The model: branches, one router, one frozen LLM.
+
+Nothing here knows a modality by name. Inputs of a batch are grouped by modality for the encoders and bridges, laid out
+per sample by the router, and run through the LLM together; a sample gets in a batch what it gets alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xblip import bundle, plugins
+from xblip.branch import Branch
+from xblip.errors import InputError, PluginError, suggest
+from xblip.llm import FrozenLLM, LLMConfig, check_generation_options, generation_option_names
+from xblip.router import Router, RouterConfig
+from xblip.sample import Media, Sample, from_messages, from_row
+
+DEFAULT_GENERATION = {"max_new_tokens": 64}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the LLM said.
+
+    Attributes:
+      text: the answer.
+      num_prompt_tokens: positions of the prompt, soft ones included.
+      num_new_tokens: tokens generated, the end of sequence not counted.
+    """
+
+    text: str
+    num_prompt_tokens: int
+    num_new_tokens: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class XBlip(nn.Module):
+    """A frozen LLM with branches.
+
+    Attributes:
+      llm: frozen.
+      branches: by modality name.
+      router: lays out prompts.
+      generation: default generation options.
+    """
+
+    def __init__(
+        self,
+        *,
+        llm: FrozenLLM,
+        branches: Mapping[str, Branch],
+        router: RouterConfig | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.llm = llm
+        self.branches = nn.ModuleDict(branches)
+        cues = {name: branch.cue for name, branch in branches.items()}
+        self.router = Router(router or RouterConfig(), llm=llm, cues=cues)
+        self.generation = {**DEFAULT_GENERATION, **(generation or {})}
+        check_generation_options(self.generation)
+
+    @classmethod
+    def compose(
+        cls,
+        *,
+        llm: str | Path | LLMConfig | FrozenLLM,
+        branches: Mapping[str, str | Path],
+        router: RouterConfig | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> "XBlip":
+        """Puts branches that were trained apart before one LLM.
+
+        Args:
+          llm: folder or hub id, or an LLM that is loaded already.
+          branches: the folder of each modality's branch.
+          router: how prompts are laid out; as in training.
+          generation: default generation options.
+
+        Raises:
+          BundleError: a branch is missing, damaged, or was trained for another LLM or encoder.
+        """
+        if not isinstance(llm, FrozenLLM):
+            llm = FrozenLLM.from_pretrained(llm if isinstance(llm, LLMConfig) else LLMConfig(source=str(llm)))
+        loaded = bundle.load_branches(branches, llm=llm)
+        return cls(llm=llm, branches=loaded, router=router, generation=generation).eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **llm_options: Any) -> "XBlip":
+        """Loads a bundle's folder or hub id; `llm_options` (dtype, device_map, ...) go to the LLM's `from_pretrained`."""
+        parts = bundle.read(folder, llm_options)
+        return cls.compose(**parts)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a bundle: config, LLM and encoders (copied if they lie in folders, named if on a hub), branches."""
+        bundle.write(self, Path(folder))
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.device
+
+    def sample(self, value: Sample | Mapping[str, Any]) -> Sample:
+        """Makes a checked `Sample` of a sample or a dictionary such as `{"image": "a.png", "instruction": "..."}`."""
+        if isinstance(value, Mapping):
+            value = from_row(value, modalities=self.branches.keys())
+        for media in value.all_media:
+            self._require(media.modality)
+        return value
+
+    def _require(self, modality: str) -> None:
+        if modality not in self.branches:
+            if modality in plugins.installed():
+                raise PluginError(
+                    f'This model has no branch for "{modality}", only for {", ".join(self.branches) or "none"}: '
+                    "train one, and compose it with this LLM."
+                )
+            raise PluginError(
+                f'Unknown modality "{modality}".{suggest(modality, self.branches)} '
+                f"If it is a plugin: pip install xblip-{modality.replace('_', '-')}."
+            )
+
+    def soft_prompts(self, samples: Sequence[Sample]) -> list[list[Tensor]]:
+        """Makes the soft prompts of a batch, grouped by modality.
+
+        Returns:
+          For each sample, one (L, D_llm) per input in the order of `Sample.all_media`.
+        """
+        places: dict[str, list[tuple[int, int]]] = {}
+        media = [sample.all_media for sample in samples]
+        for row, items in enumerate(media):
+            for column, item in enumerate(items):
+                places.setdefault(item.modality, []).append((row, column))
+        prompts: list[list[Tensor]] = [[None] * len(items) for items in media]
+        for name, at in places.items():
+            sources = [media[row][column].source for row, column in at]
+            instructions = [samples[row].instruction for row, _ in at]
+            for (row, column), prompt in zip(at, self.branches[name](sources, instructions), strict=True):
+                prompts[row][column] = prompt
+        return prompts
+
+    def forward(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Computes the language-modelling loss of samples with answers.
+
+        Returns:
+          `loss`, the mean over the answers' tokens (end of sequence included), and `num_tokens`, their number.
+
+        Raises:
+          InputError: a sample has no answer.
+        """
+        samples = [self.sample(sample) for sample in samples]
+        if not samples or any(sample.answer is None for sample in samples):
+            raise InputError("Training needs samples, each with an answer.")
+        batch = self.router.assemble(
+            [self.router.pieces(sample) for sample in samples],
+            self.soft_prompts(samples),
+            answers=[sample.answer for sample in samples],
+        )
+        likelihoods, mask = self.llm.token_log_likelihoods(batch)
+        return {"loss": -likelihoods.sum() / mask.sum(), "num_tokens": mask.sum()}
+
+    @torch.no_grad()
+    def generate(self, samples: Sequence[Sample | Mapping[str, Any]], **options: Any) -> list[Answer]:
+        """Answers a batch of samples, which may differ in modalities and number of inputs.
+
+        Args:
+          samples: `Sample`s or dictionaries.
+          options: transformers' generation options.
+
+        Returns:
+          One answer per sample, or `num_return_sequences` of them in a row.
+
+        Raises:
+          InputError, MediaError, PluginError, ConfigError: what is asked, a source, a modality or an option is wrong.
+        """
+        samples = [self.sample(sample) for sample in samples]
+        if not samples:
+            return []
+        options = {**self.generation, **options}
+        check_generation_options(options)
+        batch = self.router.assemble(
+            [self.router.pieces(sample) for sample in samples],
+            self.soft_prompts(samples),
+            room=int(options.get("max_new_tokens") or 0),
+        )
+        rows = self.llm.generate(batch, **options)
+        lengths = batch.attention_mask.sum(1).tolist()
+        repeats = len(rows) // len(samples)
+        return [
+            Answer(self.llm.tokenizer.decode(ids, skip_special_tokens=True).strip(), lengths[index // repeats], len(ids))
+            for index, ids in enumerate(rows)
+        ]
+
+    def ask(
+        self, instruction: str, *, media: Sequence[str | Media | tuple[str, Any]] | None = None, **inputs: Any
+    ) -> Answer:
+        """Asks one question.
+
+        Args:
+          instruction: the question or order.
+          media: inputs in order, `(modality, source)` each, with text between them if need be.
+          inputs: one input per modality by name, in the order given, after `media`; and generation options.
+
+        Returns:
+          The answer.
+        """
+        options = {name: inputs.pop(name) for name in list(inputs) if self._is_option(name)}
+        for name in inputs:
+            self._require(name)
+        sample = Sample(instruction, [*(media or ()), *(Media(name, source) for name, source in inputs.items())])
+        return self.generate([sample], **options)[0]
+
+    def _is_option(self, name: str) -> bool:
+        return name not in self.branches and name in generation_option_names()
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
+        """Answers the last message of a conversation; every input is read in the light of that message.
+
+        Args:
+          messages: as `transformers` has them; a part of another type than text is an input, e.g.
+            `{"type": "image", "path": "a.png"}`.
+          options: transformers' generation options.
+        """
+        sample = from_messages(messages, modalities=self.branches.keys())
+        if sample.answer is not None:
+            raise InputError("The last message is the assistant's: end with a message of role user.")
+        return self.generate([sample], **options)[0]
+
+    @torch.no_grad()
+    def score(
+        self,
+        samples: Sequence[Sample | Mapping[str, Any]],
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        length_normalised: bool = False,
+    ) -> list[list[float]]:
+        """Scores candidate answers by their log-likelihood, end of sequence included.
+
+        Args:
+          samples: B samples.
+          candidates: answers that all samples share, or one list per sample.
+          length_normalised: divide by the number of tokens, so that long answers are not at a disadvantage.
+
+        Returns:
+          For each sample, one score per candidate; the highest is the best.
+
+        Raises:
+          InputError: no candidates, or as many lists as there are not samples.
+        """
+        samples = [self.sample(sample) for sample in samples]
+        if candidates and isinstance(candidates[0], str):
+            candidates = [candidates] * len(samples)
+        if len(candidates) != len(samples):
+            raise InputError(f"There are {len(samples)} samples but {len(candidates)} lists of candidates: give one each.")
+        if not all(candidates):
+            raise InputError("A sample has no candidate answers to score: give at least one.")
+        scores = []
+        for sample, prompts, answers in zip(samples, self.soft_prompts(samples), candidates, strict=True):
+            pieces = self.router.pieces(sample)
+            batch = self.router.assemble([pieces] * len(answers), [prompts] * len(answers), answers=list(answers))
+            likelihoods, mask = self.llm.token_log_likelihoods(batch)
+            totals = likelihoods.sum(1) / (mask.sum(1) if length_normalised else 1)
+            scores.append(totals.tolist())
+        return scores
+
+
+def load(name: str | Path, **llm_options: Any) -> XBlip:
+    """Loads a model by the name of an installed bundle, a folder, or a hub id.
+
+    Raises:
+      PluginError, BundleError: there is none of that name, or it is damaged.
+    """
+    if not Path(name).exists() and "/" not in str(name):
+        name = plugins.get("model", str(name))
+    return XBlip.from_pretrained(name, **llm_options)

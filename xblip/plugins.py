@@ -1,0 +1,242 @@
+"""Plugins: listed from metadata without importing them, loaded one at a time by name.
+
+A plugin is an installed distribution with an entry point in the group `xblip`. Only the plugin that a config or a call
+names is imported, so a broken plugin breaks itself alone. `XBLIP_PLUGINS=image,audio` restricts what may load (empty:
+nothing). Notebooks and tests may `register` a class by hand; it then behaves like an installed one.
+"""
+
+import functools
+import os
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pluggy
+
+from xblip import hookspecs
+from xblip.errors import PluginError, suggest
+
+GROUP = "xblip"
+RESTRICT = "XBLIP_PLUGINS"
+KINDS = ("modality", "bridge", "model")
+BUILT_IN = ("xblip.bridge",)
+
+
+@dataclass
+class Plugin:
+    """One plugin as its metadata describes it, and what became of loading it.
+
+    Attributes:
+      name: entry-point name, equal to the name of what it registers.
+      distribution: distribution and version, or "registered by hand".
+      offers: what it registered, as "kind name"; empty until loaded.
+      error: why it could not be loaded, or "".
+    """
+
+    name: str
+    distribution: str
+    entry_point: metadata.EntryPoint | None = None
+    offers: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass
+class _Registry:
+    items: dict[str, dict[str, object]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    owners: dict[tuple[str, str], str] = field(default_factory=dict)
+    loaded: dict[str, Plugin] = field(default_factory=dict)
+
+
+_registry = _Registry()
+
+
+def _allowed() -> set[str] | None:
+    names = os.environ.get(RESTRICT)
+    return None if names is None else {name.strip() for name in names.split(",") if name.strip()}
+
+
+def installed() -> dict[str, list[Plugin]]:
+    """Returns the installed plugins by entry-point name, read from metadata alone, `XBLIP_PLUGINS` obeyed.
+
+    A name with more than one plugin is a clash, which `load` reports.
+    """
+    allowed = _allowed()
+    found: dict[str, list[Plugin]] = {}
+    for point in metadata.entry_points(group=GROUP):
+        if allowed is None or point.name in allowed:
+            dist = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+            same = [plugin.distribution for plugin in found.get(point.name, [])]
+            if dist not in same:
+                found.setdefault(point.name, []).append(Plugin(point.name, dist, point))
+    return dict(sorted(found.items()))
+
+
+def load(name: str) -> Plugin:
+    """Imports the plugin of that name and runs its hooks, once.
+
+    Raises:
+      PluginError: unknown or restricted name, two plugins of one name, an import that fails, a misspelt hook, or a
+        registration under another name.
+    """
+    if name in _registry.loaded:
+        return _registry.loaded[name]
+    candidates = installed().get(name, [])
+    if not candidates:
+        raise PluginError(_unknown("plugin", name))
+    if len(candidates) > 1:
+        both = " and ".join(plugin.distribution for plugin in candidates)
+        raise PluginError(f'Two plugins are called "{name}": {both}. Uninstall one of them.')
+    plugin = candidates[0]
+    try:
+        module = plugin.entry_point.load()
+    except Exception as cause:
+        raise PluginError(
+            f'Plugin "{name}" ({plugin.distribution}) failed on import: {type(cause).__name__}: {cause}'
+        ) from cause
+    _run_hooks(module, plugin, only=name)
+    _registry.loaded[name] = plugin
+    return plugin
+
+
+def survey() -> list[Plugin]:
+    """Loads every installed plugin; a broken one carries its `error`, and the others are there all the same."""
+    plugins = []
+    for name, candidates in installed().items():
+        try:
+            plugins.append(load(name))
+        except PluginError as error:
+            plugins += [Plugin(name, plugin.distribution, error=str(error)) for plugin in candidates]
+    return plugins + [plugin for plugin in _registry.loaded.values() if plugin.entry_point is None]
+
+
+def register(*things: type) -> None:
+    """Registers modality or bridge classes by hand, for notebooks and tests.
+
+    Raises:
+      PluginError: the name is taken by another class, or a thing is neither a modality nor a bridge.
+    """
+    from xblip.bridge import Bridge
+    from xblip.modality import Modality
+
+    hooks = {Modality: "register_modalities", Bridge: "register_bridges"}
+    for thing in things:
+        base = next((base for base in hooks if isinstance(thing, type) and issubclass(thing, base)), None)
+        if base is None:
+            raise PluginError(f"{thing!r} is neither an xblip.Modality nor an xblip.Bridge: register such a class.")
+        hook = hookspecs.hookimpl(_calls_register(thing), specname=hooks[base])
+        plugin = Plugin(thing.name, "registered by hand")
+        clash = installed().get(thing.name)
+        if clash:
+            raise PluginError(
+                f'"{thing.name}" is taken by the installed plugin {clash[0].distribution}: choose another name.'
+            )
+        _run_hooks(SimpleNamespace(hook=hook), plugin, only=thing.name)
+        _registry.loaded[thing.name] = plugin
+
+
+def unregister(name: str) -> None:
+    """Forgets what was registered by hand or loaded under that name; a later call loads it anew."""
+    _registry.loaded.pop(name, None)
+    for kind in KINDS:
+        _registry.items[kind].pop(name, None)
+        _registry.owners.pop((kind, name), None)
+
+
+def get(kind: str, name: str):
+    """Returns the modality class, bridge class or bundle folder of that name, loading its plugin if need be.
+
+    Raises:
+      PluginError: nothing of that kind has that name (the nearest is suggested), or its plugin is broken.
+    """
+    _load_built_in()
+    if name not in _registry.items[kind]:
+        if name not in installed():
+            raise PluginError(_unknown(kind, name))
+        load(name)
+    if name not in _registry.items[kind]:
+        raise PluginError(f'Plugin "{name}" offers {", ".join(_registry.loaded[name].offers)}, but no {kind}.')
+    return _registry.items[kind][name]
+
+
+def names(kind: str) -> list[str]:
+    """Returns the names of all that can be had of a kind, which loads every plugin; broken ones are left out."""
+    _load_built_in()
+    survey()
+    return sorted(_registry.items[kind])
+
+
+def _calls_register(thing):
+    def hook(register):
+        register(thing)
+
+    return hook
+
+
+@functools.cache
+def _load_built_in() -> None:
+    for module in BUILT_IN:
+        plugin = Plugin(module, "xblip")
+        _run_hooks(__import__(module, fromlist=["_"]), plugin, only=None)
+
+
+def _unknown(kind: str, name: str) -> str:
+    known = set(installed()) | set(_registry.items.get(kind, {}))
+    restricted = f" ({RESTRICT} restricts what may load.)" if _allowed() is not None else ""
+    advice = "" if kind == "bridge" else f" If it is a plugin of its own: pip install xblip-{name.replace('_', '-')}."
+    return f'No {kind} is called "{name}".{suggest(name, known)}{advice}{restricted}'
+
+
+def _run_hooks(module: object, plugin: Plugin, *, only: str | None) -> None:
+    """Runs one plugin's hooks in a manager of its own; takes over what it registered only if all of it is right."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    offered: dict[tuple[str, str], object] = {}
+
+    def register_class(kind: str):
+        def register(cls: type) -> None:
+            _offer(kind, getattr(cls, "name", None), cls)
+
+        return register
+
+    def register_model(name: str, folder: Path) -> None:
+        _offer("model", name, Path(folder))
+
+    def _offer(kind: str, name: str | None, thing: object) -> None:
+        where = f'Plugin "{plugin.name}" ({plugin.distribution})'
+        if not isinstance(name, str) or not name.isidentifier():
+            raise PluginError(f"{where} registers {thing!r} without a name: set `name` to a Python identifier.")
+        if only is not None and name != only:
+            raise PluginError(
+                f'{where} registers the {kind} "{name}": it must be called "{only}" like the entry point, '
+                "so that it is found without importing the plugin."
+            )
+        owner = _registry.owners.get((kind, name))
+        if (owner is not None and owner != plugin.distribution) or (kind, name) in offered:
+            raise PluginError(f'{where} registers the {kind} "{name}", which {owner or "it"} already offers.')
+        offered[kind, name] = thing
+
+    try:
+        manager.register(module, name=plugin.name)
+        manager.check_pending()
+        manager.hook.register_modalities(register=register_class("modality"))
+        manager.hook.register_bridges(register=register_class("bridge"))
+        manager.hook.register_models(register=register_model)
+    except PluginError:
+        raise
+    except pluggy.PluginValidationError as cause:
+        hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
+        raise PluginError(
+            f'Plugin "{plugin.name}" ({plugin.distribution}): {cause}. The hooks are {", ".join(hooks)}.'
+        ) from cause
+    except Exception as cause:
+        raise PluginError(
+            f'Plugin "{plugin.name}" ({plugin.distribution}) failed while registering: '
+            f"{type(cause).__name__}: {cause}"
+        ) from cause
+    if not offered:
+        raise PluginError(f'Plugin "{plugin.name}" ({plugin.distribution}) registers nothing: implement a hook.')
+    for (kind, name), thing in offered.items():
+        _registry.items[kind][name] = thing
+        _registry.owners[kind, name] = plugin.distribution
+        plugin.offers.append(f"{kind} {name}")

@@ -1,0 +1,233 @@
+"""The Q-Former: learned query tokens that read frozen features in the light of an instruction.
+
+State-dict keys equal those of `transformers.InstructBlipQFormerModel`, so its weights load with `strict=True`. It is
+written anew because of one property that class hides: cross-attention keys and values depend on the media alone, so
+`read_media` computes them once and `forward` reuses them for any number of instructions.
+
+Shapes (legend in `xblip.modality`): query tokens (M, Q, D_q), text (M, T), features (M, N, D_enc).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeysValues = list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class QFormerConfig:
+    """Sizes of a Q-Former; the defaults are those of BLIP-2 and InstructBLIP (BERT-base).
+
+    Attributes:
+      encoder_width: D_enc.
+      vocab_size: size of the instruction tokenizer; 0 builds a static Q-Former without any text part (BLIP-2).
+      cross_attention_frequency: every n-th layer reads the features, starting with the first.
+      dropout: of hidden states and attention weights, while training.
+    """
+
+    encoder_width: int
+    vocab_size: int = 30523
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    cross_attention_frequency: int = 2
+    max_position_embeddings: int = 512
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    initializer_range: float = 0.02
+
+
+class QFormer(nn.Module):
+    """Query tokens attend to each other and to the instruction in every layer, to the features in every n-th."""
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(
+            _Layer(config, reads_media=index % config.cross_attention_frequency == 0)
+            for index in range(config.num_hidden_layers)
+        )
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """BERT's: normal weights, zero biases, and zero for the padding word."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+    def read_media(self, features: Tensor) -> KeysValues:
+        """Computes what cross-attention needs of the media, which no instruction changes.
+
+        Args:
+          features: (M, N, D_enc).
+
+        Returns:
+          Keys and values (M, heads, N, D_head) of every layer that reads the features.
+        """
+        return [
+            layer.crossattention.attention.keys_values(features)
+            for layer in self.encoder.layer
+            if layer.crossattention is not None
+        ]
+
+    def forward(
+        self,
+        query_tokens: Tensor,
+        media: KeysValues,
+        *,
+        media_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Reads the media.
+
+        Args:
+          query_tokens: (M, Q, D_q) or (1, Q, D_q).
+          media: from `read_media`, M rows, or 1 row that serves M instructions.
+          media_mask: (M, N) boolean, True for real features; None when all are.
+          input_ids: (M, T) the instruction's tokens; None for none.
+          attention_mask: (M, T), 1 for real tokens; None when all are.
+
+        Returns:
+          (M, Q + T, D_q), the query positions first.
+        """
+        rows = max(query_tokens.shape[0], media[0][0].shape[0], 1 if input_ids is None else input_ids.shape[0])
+        query_tokens = query_tokens.expand(rows, -1, -1)
+        media = [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in media]
+        hidden = self.embeddings(query_tokens, input_ids)
+        num_queries = query_tokens.shape[1]
+        self_mask = None
+        if input_ids is not None and attention_mask is not None:
+            self_mask = torch.cat([attention_mask.new_ones(rows, num_queries), attention_mask], dim=1)
+        self_mask = _to_attention_mask(self_mask)
+        media_mask = _to_attention_mask(media_mask)
+        reads = iter(media)
+        for layer in self.encoder.layer:
+            keys_values = next(reads) if layer.crossattention is not None else None
+            hidden = layer(
+                hidden, num_queries=num_queries, self_mask=self_mask, media=keys_values, media_mask=media_mask
+            )
+        return hidden
+
+
+def _to_attention_mask(mask: Tensor | None) -> Tensor | None:
+    """(M, K) with 1 or True for what may be attended to, as the boolean (M, 1, 1, K) that SDPA takes."""
+    return None if mask is None else mask.bool()[:, None, None, :]
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        if config.vocab_size:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, query_tokens: Tensor, input_ids: Tensor | None) -> Tensor:
+        hidden = query_tokens
+        if input_ids is not None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            text = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+            hidden = torch.cat([query_tokens, text], dim=1)
+        return self.dropout(self.layernorm(hidden.to(self.layernorm.weight.dtype)))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: QFormerConfig, source_width: int):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(source_width, config.hidden_size)
+        self.value = nn.Linear(source_width, config.hidden_size)
+
+    def _heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        return self._heads(self.key(source)), self._heads(self.value(source))
+
+    def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        keys, values = keys_values
+        dropout = self.dropout if self.training else 0.0
+        read = F.scaled_dot_product_attention(
+            self._heads(self.query(hidden)), keys, values, attn_mask=mask, dropout_p=dropout
+        )
+        return read.transpose(1, 2).flatten(2)
+
+
+class _Output(nn.Module):
+    """Projection, dropout, residual and layer norm, in BERT's order (norm last)."""
+
+    def __init__(self, config: QFormerConfig, source_width: int):
+        super().__init__()
+        self.dense = nn.Linear(source_width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
+
+
+class _AttentionBlock(nn.Module):
+    def __init__(self, config: QFormerConfig, source_width: int):
+        super().__init__()
+        self.attention = _Attention(config, source_width)
+        self.output = _Output(config, config.hidden_size)
+
+    def forward(
+        self, hidden: Tensor, keys_values: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        keys_values = self.attention.keys_values(hidden) if keys_values is None else keys_values
+        return self.output(self.attention(hidden, keys_values, mask), hidden)
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden))
+
+
+class _Layer(nn.Module):
+    """One layer; query positions and text positions share self-attention and have feed-forwards of their own."""
+
+    def __init__(self, config: QFormerConfig, *, reads_media: bool):
+        super().__init__()
+        self.attention = _AttentionBlock(config, config.hidden_size)
+        self.crossattention = _AttentionBlock(config, config.encoder_width) if reads_media else None
+        if config.vocab_size:
+            self.intermediate = _Intermediate(config)
+            self.output = _Output(config, config.intermediate_size)
+        self.intermediate_query = _Intermediate(config)
+        self.output_query = _Output(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        num_queries: int,
+        self_mask: Tensor | None,
+        media: tuple[Tensor, Tensor] | None,
+        media_mask: Tensor | None,
+    ) -> Tensor:
+        hidden = self.attention(hidden, mask=self_mask)
+        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        if self.crossattention is not None:
+            queries = self.crossattention(queries, media, media_mask)
+        queries = self.output_query(self.intermediate_query(queries), queries)
+        if text.shape[1] == 0:
+            return queries
+        return torch.cat([queries, self.output(self.intermediate(text), text)], dim=1)

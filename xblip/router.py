@@ -1,0 +1,210 @@
+"""The router: cues, soft prompts, text and instruction in one order before the LLM.
+
+There is one piece of code for training, generation and scoring: `pieces` says what comes in which order, `assemble` turns
+pieces into embeddings, and only padding side and labels differ. (The reference assembles in four places, which disagree.)
+
+Order of a turn: prefix, then the media in the user's order, each as cue + soft prompt + separator with the user's text
+between them, then the instruction, then the postfix, then the answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from xblip.errors import ConfigError, InputError
+from xblip.llm import IGNORE, FrozenLLM, PromptBatch
+from xblip.sample import Media, Sample
+
+
+class Bos(Enum):
+    """Where the tokenizer's beginning-of-sequence token goes."""
+
+    start = "start"
+    instruction = "instruction"
+    none = "none"
+
+
+@dataclass
+class RouterConfig:
+    """How a prompt is laid out.
+
+    Attributes:
+      cues: put each modality's cue before its soft prompt.
+      prefix: text that begins a turn.
+      postfix: text after the instruction.
+      separator: text after each soft prompt.
+      bos: `start` of the prompt; before the last `instruction` (as transformers' InstructBLIP does); `none`.
+      earlier_turns: the LLM sees the texts of earlier turns; if not, it sees their media and the last question alone.
+      chat_template: lay turns out by the tokenizer's chat template; prefix, postfix and bos are then its own.
+      system: system message for the chat template.
+    """
+
+    cues: bool = True
+    prefix: str = ""
+    postfix: str = ""
+    separator: str = ""
+    bos: Bos = Bos.start
+    earlier_turns: bool = True
+    chat_template: bool = False
+    system: str = ""
+
+
+Piece = str | Media | int
+"""Text, an input, or the id of a special token."""
+
+
+class Router:
+    """Lays out samples for one LLM.
+
+    Attributes:
+      cues: each modality's cue.
+    """
+
+    def __init__(self, config: RouterConfig, *, llm: FrozenLLM, cues: Mapping[str, str]):
+        if config.chat_template and not llm.tokenizer.chat_template:
+            raise ConfigError(
+                "router.chat_template is on, but the LLM's tokenizer has no chat template: turn it off, and say how a "
+                "turn looks with router.prefix and router.postfix."
+            )
+        self.config = config
+        self.llm = llm
+        self.cues = dict(cues)
+
+    def pieces(self, sample: Sample) -> list[Piece]:
+        """Returns text, media and special tokens in the order the LLM sees them, without the answer."""
+        turns = [(list(turn.content), turn.answer) for turn in sample.history]
+        current = list(sample.media)
+        if not self.config.earlier_turns:
+            current = [part for content, _ in turns for part in content if isinstance(part, Media)] + current
+            turns = []
+        if self.config.chat_template:
+            return self._templated(turns, current, sample.instruction)
+        tokenizer = self.llm.tokenizer
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        pieces: list[Piece] = bos if self.config.bos is Bos.start else []
+        for content, answer in turns:
+            turn = [self.config.prefix, *self._cued(content), self.config.postfix, answer, tokenizer.eos_token_id]
+            pieces = [*pieces, *turn]
+        pieces = [*pieces, self.config.prefix, *self._cued(current)]
+        pieces += bos if self.config.bos is Bos.instruction else []
+        return [*pieces, sample.instruction, self.config.postfix]
+
+    def _cued(self, content: Sequence[str | Media]) -> list[str | Media]:
+        pieces: list[str | Media] = []
+        for part in content:
+            if isinstance(part, Media):
+                cue = self.cues[part.modality] if self.config.cues else ""
+                pieces += [cue, part, self.config.separator]
+            else:
+                pieces.append(part)
+        return pieces
+
+    def _templated(self, turns: list, current: list, instruction: str) -> list[Piece]:
+        """Renders the chat template with a mark for every input, then cuts the text at the marks."""
+        media: list[Media] = []
+
+        def render(content: Sequence[str | Media]) -> str:
+            text = ""
+            for part in self._cued(content):
+                if isinstance(part, Media):
+                    text += f"\ue000{len(media)}\ue001"
+                    media.append(part)
+                else:
+                    text += part.replace("\ue000", "").replace("\ue001", "")
+            return text
+
+        messages = [{"role": "system", "content": self.config.system}] if self.config.system else []
+        for content, answer in turns:
+            messages += [{"role": "user", "content": render(content)}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": render([*current, instruction])})
+        rendered = self.llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        first, *rest = rendered.split("\ue000")
+        pieces: list[Piece] = [first]
+        for part in rest:
+            index, text = part.split("\ue001", 1)
+            pieces += [media[int(index)], text]
+        return pieces
+
+    def assemble(
+        self,
+        samples: Sequence[Sequence[Piece]],
+        soft_prompts: Sequence[Sequence[Tensor]],
+        *,
+        answers: Sequence[str] | None = None,
+        room: int = 0,
+    ) -> PromptBatch:
+        """Turns pieces into what the LLM takes.
+
+        Args:
+          samples: the pieces of each sample.
+          soft_prompts: of each sample, one (L, D_llm) per input in the order of its pieces.
+          answers: to learn or score; then the batch is right-padded and labelled. Without, it is left-padded.
+          room: positions that generation will add, which must fit the LLM's context too.
+
+        Raises:
+          InputError: a sample is longer than the LLM's context.
+        """
+        rows, ids, label_counts = [], [], []
+        for index, (pieces, softs) in enumerate(zip(samples, soft_prompts, strict=True)):
+            answer = self._answer_ids(answers[index]) if answers is not None else []
+            row = self._lay_out(pieces, softs, answer, ids)
+            self._check_length(row, room)
+            rows.append(row)
+            label_counts.append(len(answer))
+        embedded = self.llm.embed(ids)
+        embeds = [
+            torch.cat([embedded[part] if isinstance(part, slice) else part.to(embedded) for part in row]) for row in rows
+        ]
+        side = "right" if answers is not None else "left"
+        lengths = torch.tensor([row.shape[0] for row in embeds], device=embedded.device)
+        positions = torch.arange(int(lengths.max()), device=embedded.device)[None]
+        if side == "left":
+            positions = positions.flip(1)
+        mask = (positions < lengths[:, None]).long()
+        batch = PromptBatch(torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side=side), mask)
+        if answers is not None:
+            batch.labels = self._labels(ids, rows, label_counts, mask)
+        return batch
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        return [*self.llm.tokenize(answer), self.llm.tokenizer.eos_token_id]
+
+    def _lay_out(
+        self, pieces: Sequence[Piece], softs: Sequence[Tensor], answer: list[int], ids: list[int]
+    ) -> list[slice | Tensor]:
+        """Appends a row's token ids to `ids`; returns its parts as slices of `ids` and soft prompts, the answer last."""
+        softs = iter(softs)
+        row: list[slice | Tensor] = []
+        for piece in [*pieces, answer]:
+            if isinstance(piece, Media):
+                row.append(next(softs))
+                continue
+            if isinstance(piece, str):
+                new = self.llm.tokenize(piece) if piece else []
+            else:
+                new = [piece] if isinstance(piece, int) else piece
+            row.append(slice(len(ids), len(ids) + len(new)))
+            ids.extend(new)
+        return row
+
+    def _check_length(self, row: list[slice | Tensor], room: int) -> None:
+        text = sum(part.stop - part.start for part in row if isinstance(part, slice))
+        soft = sum(part.shape[0] for part in row if not isinstance(part, slice))
+        limit = self.llm.context_length
+        if limit is not None and text + soft + room > limit:
+            raise InputError(
+                f"The prompt is too long for the LLM: {soft} soft-prompt and {text} text positions"
+                f"{f' with {room} new tokens' if room else ''} exceed its context of {limit}. Give fewer or shorter "
+                "inputs, a shorter instruction, or a smaller max_new_tokens."
+            )
+
+    def _labels(self, ids: list[int], rows: list, label_counts: list[int], mask: Tensor) -> Tensor:
+        labels = torch.full_like(mask, IGNORE)
+        ends = mask.sum(1).tolist()
+        for index, (row, count) in enumerate(zip(rows, label_counts, strict=True)):
+            answer = torch.tensor(ids[row[-1]], device=mask.device)
+            labels[index, ends[index] - count : ends[index]] = answer
+        return labels

@@ -1,0 +1,178 @@
+"""Samples: media, text and an instruction in the order the LLM will see them.
+
+Everything that is asked or trained on becomes a `Sample` first: keyword arguments, rows of a manifest and chat messages
+are three ways of writing one. The instruction always comes last, as in InstructBLIP; it is what the Q-Formers read too.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xblip.errors import InputError, suggest
+
+
+@dataclass(frozen=True)
+class Media:
+    """One input: which modality reads it, and its source (whatever that modality's `load` accepts)."""
+
+    modality: str
+    source: Any
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One earlier exchange of a conversation: what the user gave, in order, and what was answered."""
+
+    content: tuple[str | Media, ...]
+    answer: str
+
+
+@dataclass
+class Sample:
+    """What is asked about what.
+
+    Attributes:
+      instruction: the user's words, read by the Q-Formers and by the LLM.
+      media: inputs in the LLM's order; a string among them is text that stands between them. A pair
+        (modality, source) may stand for `Media`.
+      answer: the answer to learn; None when asking.
+      history: earlier turns of the conversation, oldest first.
+    """
+
+    instruction: str
+    media: list[str | Media] = field(default_factory=list)
+    answer: str | None = None
+    history: list[Turn] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not isinstance(self.instruction, str) or not self.instruction.strip():
+            raise InputError("The instruction is empty: say what to do or ask, in words.")
+        if isinstance(self.media, (str, Media)) or not isinstance(self.media, Sequence):
+            raise InputError(f"media must be a list such as [(modality, source), ...], not {type(self.media).__name__}.")
+        self.media = [_as_part(part) for part in self.media]
+
+    @property
+    def all_media(self) -> list[Media]:
+        """Every input of the sample, those of earlier turns first."""
+        parts = [part for turn in self.history for part in turn.content] + list(self.media)
+        return [part for part in parts if isinstance(part, Media)]
+
+
+def _as_part(part: Any) -> str | Media:
+    if isinstance(part, (str, Media)):
+        return part
+    if isinstance(part, Sequence) and len(part) == 2 and isinstance(part[0], str):
+        return Media(*part)
+    raise InputError(f"An entry of media must be (modality, source) or text between inputs, not {part!r:.80}.")
+
+
+def from_row(row: Mapping[str, Any], *, modalities: Collection[str], root: Path | None = None) -> Sample:
+    """Makes a sample of a manifest's row or a dictionary.
+
+    Accepted keys: `instruction` and optionally `answer`, with inputs either as `<modality>: source` (in the order of the
+    row), or as `media: [[modality, source], "text between", ...]`; or `messages`, as `from_messages` takes them.
+
+    Args:
+      row: the row.
+      modalities: the modalities' names that are known here.
+      root: folder that relative paths start from; None leaves them as they are.
+
+    Raises:
+      InputError: a key that is neither of those nor a modality, or `instruction` missing.
+    """
+    if "messages" in row:
+        return from_messages(row["messages"], modalities=modalities, root=root)
+    other = {"instruction", "answer", "media"}
+    for key in row:
+        if key not in other and key not in modalities:
+            raise InputError(f'Unknown key "{key}" in a sample.{suggest(key, other | set(modalities))}')
+    if "instruction" not in row:
+        raise InputError(f"A sample lacks its `instruction`; it has {', '.join(row) or 'nothing'}.")
+    media = [_as_part(part) for part in row.get("media", ())]
+    media += [Media(key, source) for key, source in row.items() if key in modalities]
+    for part in media:
+        if isinstance(part, Media) and part.modality not in modalities:
+            raise InputError(f'Unknown modality "{part.modality}" in a sample.{suggest(part.modality, modalities)}')
+    media = [Media(part.modality, _at(part.source, root)) if isinstance(part, Media) else part for part in media]
+    return Sample(row["instruction"], media, row.get("answer"))
+
+
+def from_messages(
+    messages: Sequence[Mapping[str, Any]], *, modalities: Collection[str], root: Path | None = None
+) -> Sample:
+    """Makes a sample of chat messages in the style of `transformers`.
+
+    Args:
+      messages: `{"role": "user" | "assistant", "content": text or list of parts}`, user and assistant taking turns. A
+        part is `{"type": "text", "text": ...}` or `{"type": <modality>, "path" | <modality> | "source": ...}`. A last
+        message by the assistant is the answer to learn.
+      modalities: the modalities' names that are known here.
+      root: folder that relative paths start from; None leaves them as they are.
+
+    Returns:
+      A sample whose instruction is the last text of the last user message.
+
+    Raises:
+      InputError: no messages, roles out of turn, or a malformed part.
+    """
+    if not messages:
+        raise InputError("There are no messages: give at least one with role user.")
+    turns: list[Turn] = []
+    asked: list[str | Media] | None = None
+    for message in messages:
+        role = message.get("role")
+        if role == "user" and asked is None:
+            asked = _content(message.get("content"), modalities, root)
+        elif role == "assistant" and asked is not None:
+            turns.append(Turn(tuple(asked), _text_of(message.get("content"))))
+            asked = None
+        else:
+            raise InputError(
+                f'A message has the role {role!r} where "{"user" if asked is None else "assistant"}" was expected: '
+                "user and assistant take turns, the user first."
+            )
+    answer = None
+    if asked is None:
+        last = turns.pop()
+        asked, answer = list(last.content), last.answer
+    texts = [index for index, part in enumerate(asked) if isinstance(part, str)]
+    instruction = asked.pop(texts[-1]) if texts else ""
+    return Sample(instruction, asked, answer, turns)
+
+
+def _content(content: Any, modalities: Collection[str], root: Path | None) -> list[str | Media]:
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, Sequence):
+        raise InputError(f"A message's content must be text or a list of parts, not {type(content).__name__}.")
+    return [_chat_part(part, modalities, root) for part in content]
+
+
+def _chat_part(part: Any, modalities: Collection[str], root: Path | None) -> str | Media:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind not in modalities:
+        raise InputError(f'Unknown part of type "{kind}" in a message.{suggest(str(kind), {"text", *modalities})}')
+    for key in ("path", kind, "source"):
+        if key in part:
+            return Media(kind, _at(part[key], root))
+    raise InputError(f'A part of type "{kind}" names no source: give it a "path" or a "{kind}".')
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, Sequence) else []
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    if not texts or len(texts) != len(parts):
+        raise InputError("A message of the assistant must hold text alone.")
+    return " ".join(texts)
+
+
+def _at(source: Any, root: Path | None) -> Any:
+    if root is None or not isinstance(source, str):
+        return source
+    path = Path(source)
+    return source if path.is_absolute() else str(root / path)
