@@ -1,0 +1,234 @@
+"""The command line: ask, chat, train, plugins, check, new.
+
+Options for inputs come from the installed plugins (`--image`, `--point-cloud`, ...), so a third party's modality is there
+as soon as it is installed; they are read from the raw arguments, since their order is the order of the prompt. Nothing
+heavy is imported before a command runs.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from xblip import plugins
+from xblip.errors import ConfigError, InputError, PluginError, XBlipError, suggest
+
+MODEL = "XBLIP_MODEL"
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="xblip",
+    help="Ask one frozen language model about files of any kind; train and check the modalities it reads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class MediaCommand(TyperCommand):
+    """A command whose help ends with the inputs that the installed plugins read."""
+
+    def format_help(self, ctx, formatter) -> None:
+        lines = [
+            f"--{name.replace('_', '-')} FILE ({' '.join(plugins.get('modality', name).suffixes) or 'its own kind'})"
+            for name in plugins.names("modality")
+        ]
+        self.epilog = "Inputs, in the order of the prompt; each may be repeated:\n\n" + "\n\n".join(lines)
+        super().format_help(ctx, formatter)
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", envvar=MODEL, help="An installed bundle's name, a folder, or a hub id.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command(cls=MediaCommand, context_settings=EXTRA)
+def ask(
+    ctx: typer.Context,
+    question: Annotated[str, typer.Argument(help="The question or instruction.")],
+    model: Model = "numerals",
+    as_json: AsJson = False,
+) -> None:
+    """Ask one question about files. Generation options may follow, e.g. max_new_tokens=20."""
+    media, options = _parse_inputs(ctx.args)
+    import xblip
+
+    answer = xblip.load(model).ask(question, media=media, **options)
+    if as_json:
+        prompt, new = answer.num_prompt_tokens, answer.num_new_tokens
+        print(json.dumps({"answer": answer.text, "num_prompt_tokens": prompt, "num_new_tokens": new}))
+    else:
+        print(answer.text)
+
+
+@app.command(cls=MediaCommand, context_settings=EXTRA)
+def chat(ctx: typer.Context, model: Model = "numerals") -> None:
+    """Talk about the same files: a question a line. "/image FILE" adds a file, "/quit" ends."""
+    media, options = _parse_inputs(ctx.args)
+    import xblip
+
+    loaded = xblip.load(model)
+    console = Console(highlight=False)
+    messages: list[dict[str, Any]] = []
+    pending = [{"type": name, "path": path} for name, path in media]
+    while (line := _read_line()) is not None:
+        if line.startswith("/"):
+            name, _, path = line[1:].partition(" ")
+            name = name.replace("-", "_")
+            if name in ("quit", "exit"):
+                return
+            if name in loaded.branches and path.strip():
+                pending.append({"type": name, "path": path.strip()})
+            else:
+                kinds = " ".join(f"/{kind}" for kind in loaded.branches)
+                console.print(f"Known: {kinds} with a FILE, /quit.")
+            continue
+        if not line.strip():
+            continue
+        question = {"role": "user", "content": [*pending, {"type": "text", "text": line}]}
+        try:
+            answer = loaded.chat([*messages, question], **options)
+        except XBlipError as error:
+            console.print(f"[red]{_one_line(error)}[/red]")
+            continue
+        messages += [question, {"role": "assistant", "content": answer.text}]
+        pending = []
+        console.print(answer.text)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML such as configs/train/numerals-image.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, e.g. training.max_steps=10.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train the bridge of one branch; encoder and LLM stay frozen."""
+    from xblip.train import load_train_config
+    from xblip.train import train as run
+
+    settings = load_train_config(config, overrides or [])
+    metrics = run(settings, resume=resume)
+    shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))}
+    print(f"wrote {settings.training['output_dir']}", *(f"{name} {value:.4f}" for name, value in shown.items()))
+
+
+@app.command("plugins")
+def list_plugins(as_json: AsJson = False) -> None:
+    """List installed plugins, what each offers, and why a broken one fails."""
+    found = plugins.survey()
+    if as_json:
+        keys = ("name", "distribution", "offers", "error")
+        print(json.dumps([{key: getattr(plugin, key) for key in keys} for plugin in found], indent=2))
+        return
+    table = Table()
+    for column in ("plugin", "distribution", "offers", "state"):
+        table.add_column(column, overflow="fold")
+    for plugin in found:
+        state = f"[red]{_one_line(plugin.error)}[/red]" if plugin.error else "[green]ok[/green]"
+        table.add_row(plugin.name, plugin.distribution, ", ".join(plugin.offers), state)
+    Console().print(table)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A modality's name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Run the contract every modality keeps; exits with 1 if it is broken."""
+    plugins.get("modality", name)
+    from xblip.testing import run_contract
+
+    results = run_contract(name)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        table = Table(title=f"Contract of {name}")
+        table.add_column("promise")
+        table.add_column("kept", overflow="fold")
+        for promise, fault in results.items():
+            table.add_row(promise, f"[red]{fault}[/red]" if fault else "[green]yes[/green]")
+        Console().print(table)
+    if any(results.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="The modality's name, a Python identifier such as thermal.")],
+    folder: Annotated[Path | None, typer.Option(help="Where to write; ./xblip-NAME unless given.")] = None,
+) -> None:
+    """Write a new modality plugin: one module, one test, pyproject and README, ready to install."""
+    from xblip.scaffold import write_plugin
+
+    written = write_plugin(name, folder)
+    print(f"wrote {written}\nnext: pip install -e {written} && xblip check {name.replace('-', '_')}")
+
+
+def _parse_inputs(arguments: list[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """Reads `--modality FILE`, `--modality=FILE` and `option=value` from raw arguments, in their order."""
+    media: list[tuple[str, str]] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            if "=" not in argument:
+                raise InputError(f'Do not know what to do with "{argument}": inputs are given as --modality FILE.')
+            overrides.append(argument)
+            continue
+        option, equals, value = argument[2:].partition("=")
+        name = option.replace("-", "_")
+        if name not in plugins.installed():
+            raise PluginError(
+                f'No such option "--{option}".{suggest(name, plugins.installed())} If it is a modality of its own: '
+                f"pip install xblip-{option}."
+            )
+        value = value if equals else next(rest, None)
+        if value is None:
+            raise InputError(f'"--{option}" needs a file after it.')
+        media.append((name, value))
+    return media, _options(overrides)
+
+
+def _options(overrides: list[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+    except (OmegaConfBaseException, YAMLError) as cause:
+        raise ConfigError(f"Cannot use {' '.join(overrides)}: {cause}") from cause
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    """The console script: a user's error is one line on stderr and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except XBlipError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -90,11 +90,11 @@ class TransformersEncoder(nn.Module):
         Raises:
           BundleError: nothing can be loaded from `source`.
         """
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(source)
-            model = AutoModel.from_pretrained(source, dtype="auto")
+            model = _model_class(config).from_pretrained(source, dtype="auto")
         except (OSError, ValueError) as cause:
             raise BundleError(
                 f'Cannot load an encoder from "{source}": {first_line(cause)} '
@@ -108,6 +108,15 @@ class TransformersEncoder(nn.Module):
         values = tensors[self.input_name].to(next(self.model.parameters()).dtype)
         hidden = self.model(**{self.input_name: values}).last_hidden_state
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
+def _model_class(config) -> type:
+    """AutoModel, or the class a config names where AutoModel knows none for it (InstructBLIP's vision model)."""
+    import transformers
+
+    if type(config) in transformers.MODEL_MAPPING:
+        return transformers.AutoModel
+    return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
 
 
 def _width(config) -> int:

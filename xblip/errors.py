@@ -40,9 +40,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
       known: the names that would have been right.
 
     Returns:
-      `' Did you mean "x"?'` when a known name is near, followed by the list of all known names.
+      `' Did you mean "x"?'` when a known name is near, followed by all known names unless they are very many.
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f' Did you mean "{near[0]}"?' if near else ""
+    if hint and len(known) > 30:
+        return hint
     return f"{hint} Known: {', '.join(known) if known else 'none'}."

@@ -5,6 +5,7 @@ pytest and no network; it works on what the modality's own `example` makes.
 """
 
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -310,12 +311,23 @@ class _Subject:
             return self.branch(sources, instructions)
 
 
-def contract_tests() -> list[str]:
-    """The names of the contract's tests, in order."""
-    return [name for name in vars(ModalityContract) if name.startswith("test_")]
+def run_contract(name: str) -> dict[str, str]:
+    """Runs the contract for an installed or registered modality.
+
+    Returns:
+      Every promise in words, with what is wrong about it, or "" if it is kept.
+    """
+    suite = type("Contract", (ModalityContract,), {"name": name})()
+    results = {}
+    for test in [test for test in vars(ModalityContract) if test.startswith("test_")]:
+        try:
+            getattr(suite, test)()
+            fault = ""
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)
+        results[test.removeprefix("test_").replace("_", " ")] = fault
+    return results
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -1,0 +1,86 @@
+"""Training data: manifests of samples, and the collator that reads their media in the data loader's workers.
+
+A manifest is a JSONL file, one sample a row (the forms that `xblip.sample.from_row` takes), its relative paths starting at
+its own folder. Rows are kept as text until they are used, so that a long manifest costs little memory.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from xblip.errors import ConfigError, InputError, XBlipError
+from xblip.modality import Modality
+from xblip.sample import Media, Sample, Turn, from_row
+
+
+class Manifest(Dataset):
+    """The samples of a JSONL file, their media read when they are fetched."""
+
+    def __init__(self, path: str | Path, *, modalities: Mapping[str, Modality]):
+        """Reads the file's lines.
+
+        Args:
+          path: the JSONL.
+          modalities: what reads the media, by name; rows may name no other.
+
+        Raises:
+          ConfigError: no such file, or no row in it.
+        """
+        self.path = Path(path)
+        self.modalities = dict(modalities)
+        if not self.path.is_file():
+            raise ConfigError(f'No manifest at "{self.path}". Expected a JSONL file with one sample a row.')
+        self.rows = [
+            (number, line)
+            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1)
+            if line.strip()
+        ]
+        if not self.rows:
+            raise ConfigError(f'The manifest "{self.path}" has no rows.')
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int) -> Sample:
+        """Returns a sample as its row has it, media unread.
+
+        Raises:
+          InputError: the row is not JSON, or not a sample; the message names file and line.
+        """
+        number, line = self.rows[index]
+        where = f"{self.path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as cause:
+            raise InputError(f"{where}: not JSON ({cause.msg} at column {cause.colno}).") from cause
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object with keys such as instruction and answer.")
+        try:
+            return from_row(row, modalities=self.modalities.keys(), root=self.path.parent)
+        except XBlipError as error:
+            raise type(error)(f"{where}: {error}") from error
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.sample(index)
+        try:
+            return dataclasses.replace(
+                sample,
+                media=[self._read(part) for part in sample.media],
+                history=[Turn(tuple(map(self._read, turn.content)), turn.answer) for turn in sample.history],
+            )
+        except XBlipError as error:
+            raise type(error)(f"{self.path}, line {self.rows[index][0]}: {error}") from error
+
+    def _read(self, part: str | Media) -> str | Media:
+        if isinstance(part, str):
+            return part
+        return Media(part.modality, self.modalities[part.modality].load(part.source))
+
+
+def collate_samples(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Returns what `XBlip.forward` takes; the media of different samples are joined there, by modality."""
+    return {"samples": list(samples)}
