@@ -6,11 +6,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from kit import Beads, Site, make_model
 
 from xblip import plugins
+from xblip.llm import FrozenLLM, LLMConfig
 from xblip.testing import ToyModality, save_toy_llm
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +27,33 @@ def toy():
     plugins.register(ToyModality)
     yield ToyModality
     plugins.unregister("toy")
+
+
+@pytest.fixture
+def toys(toy):
+    """Both toy modalities, registered by hand for one test."""
+    plugins.register(Beads)
+    yield
+    plugins.unregister("beads")
+
+
+@pytest.fixture(scope="session")
+def llm(llm_folder):
+    """The tiny LLM, loaded; tests must not change it."""
+    return FrozenLLM.from_pretrained(LLMConfig(source=str(llm_folder), dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def model(llm):
+    """A model with branches for toys and beads; tests must not change it."""
+    return make_model(llm)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder to install fake distributions into; nothing else that is installed may load."""
+    site = Site(tmp_path / "site")
+    monkeypatch.syspath_prepend(site.folder)
+    monkeypatch.setenv("XBLIP_PLUGINS", "thermal,depth,touch,tiny_model,broken_one,curved")
+    yield site
+    site.close()

@@ -119,7 +119,10 @@ def test_a_refused_training_value_is_one_clear_error(config):
     [
         ("{broken", r"train.jsonl, line 2: not JSON"),
         ('{"toy": [1, 2, 3, 4], "answer": "yes"}', r"line 2: A sample lacks its `instruction`"),
-        ('{"tou": [1, 2, 3, 4], "instruction": "what", "answer": "yes"}', r'line 2: Unknown key "tou".*Did you mean "toy"'),
+        (
+            '{"tou": [1, 2, 3, 4], "instruction": "what", "answer": "yes"}',
+            r'line 2: Unknown key "tou".*Did you mean "toy"',
+        ),
         ('{"toy": [1], "instruction": "what", "answer": "yes"}', r"line 2: A toy input must be rows of four numbers"),
         ('["toy"]', r"line 2: expected an object"),
     ],

@@ -1,7 +1,7 @@
 """A branch: one modality's frozen encoder with its bridge, saved as a folder of a few megabytes.
 
-A branch folder holds `branch.yaml`, `bridge.safetensors` and what the bridge needs beside them. It names its encoder and
-the LLM it was trained for by fingerprint, and refuses others: a soft prompt read by another LLM is silent rubbish.
+A branch folder holds `branch.yaml`, `bridge.safetensors` and what the bridge needs beside them. It names its encoder
+and the LLM it was trained for by fingerprint, and refuses others: a soft prompt read by another LLM is silent rubbish.
 """
 
 import os
@@ -24,6 +24,7 @@ from xblip.modality import Features, Modality, collate
 
 FILE = "branch.yaml"
 WEIGHTS = "bridge.safetensors"
+DEFAULT_BRIDGE = "qformer"
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Branch(nn.Module):
     """One modality, ready to turn media and instructions into soft prompts.
 
     Attributes:
-      config: what it was built from, with every default filled in.
+      config: what it was built from.
       modality: reads media.
       encoder: frozen.
       bridge: the part that trains.
@@ -81,19 +82,26 @@ class Branch(nn.Module):
         if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
         settings = configs.build(modality_class.Config, config.config, where=f"{name}.config")
-        if folder is not None and isinstance(getattr(settings, "encoder", None), str):
+        if folder is not None and getattr(settings, "encoder", None):
             settings.encoder = _resolved(settings.encoder, folder)
         modality = modality_class(settings)
         encoder = FrozenEncoder(modality.build_encoder(), name=name).to(getattr(torch, config.encoder_dtype))
-        wanted = {**modality_class.bridge, **config.bridge}
-        bridge_class = plugins.get("bridge", wanted.pop("kind", "qformer"))
-        if "kind" in config.bridge and config.bridge["kind"] != modality_class.bridge.get("kind", "qformer"):
-            wanted = {key: value for key, value in config.bridge.items() if key != "kind"}
+        own_kind = modality_class.bridge.get("kind", DEFAULT_BRIDGE)
+        kind = config.bridge.get("kind", own_kind)
+        wanted = {**(modality_class.bridge if kind == own_kind else {}), **config.bridge}
+        wanted.pop("kind", None)
+        bridge_class = plugins.get("bridge", kind)
         bridge_settings = configs.build(bridge_class.Config, wanted, where=f"{name}.bridge")
         if folder is not None:
             bridge_settings = bridge_class.resolve(bridge_settings, folder)
         bridge = bridge_class(bridge_settings, encoder_width=encoder.width, llm_width=llm_width)
         return cls(config, modality=modality, encoder=encoder, bridge=bridge)
+
+    @property
+    def encoder_folder(self) -> Path | None:
+        """Where the encoder was loaded from; None if it came from a hub or is the modality's own."""
+        source = getattr(self.modality.config, "encoder", None)
+        return Path(source) if source and Path(source).is_dir() else None
 
     def read(self, source: Any) -> dict[str, Tensor]:
         """Reads one source; what is read already (a dictionary of tensors, or `Features`) is taken as it is."""
@@ -131,10 +139,10 @@ class Branch(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         settings = configs.plain(self.modality.config)
-        if "encoder" in settings:
-            settings["encoder"] = encoder or _relative(settings["encoder"], folder)
-        bridge = {"kind": self.bridge.name, **configs.plain(self.bridge.config)}
-        self.bridge.save_assets(folder)
+        if self.encoder_folder is not None:
+            # Resolved, since ".." after a link leads elsewhere than the path says.
+            settings["encoder"] = encoder or os.path.relpath(self.encoder_folder.resolve(), folder.resolve())
+        bridge = {"kind": self.bridge.name, **configs.plain(self.bridge.config), **self.bridge.save_assets(folder)}
         save_file({name: value.contiguous() for name, value in self.bridge.state_dict().items()}, folder / WEIGHTS)
         configs.save_yaml(
             folder / FILE,
@@ -165,7 +173,8 @@ class Branch(nn.Module):
             raise BundleError(
                 f'The branch in {folder} was trained for the LLM "{trained["source"]}" with fingerprint '
                 f'{trained["fingerprint"]} (width {trained["width"]}); this LLM, "{llm.config.source}", has '
-                f"{llm.fingerprint} (width {llm.width}). Compose it with the LLM it was trained for, or train it for this one."
+                f"{llm.fingerprint} (width {llm.width}). Compose it with the LLM it was trained for, or train it for "
+                "this one."
             )
         trained = saved.pop("encoder")
         saved.pop("xblip", None)
@@ -190,6 +199,9 @@ def read_branch_file(folder: Path) -> dict[str, Any]:
         raise BundleError(f"There is no branch in {folder}: it lacks {FILE}. Give the folder that training wrote.")
     saved = configs.load_yaml(folder / FILE)
     missing = {"modality", "bridge", "encoder", "llm"} - set(saved)
+    for part, keys in (("encoder", {"fingerprint", "width"}), ("llm", {"fingerprint", "width", "source"})):
+        found = saved.get(part)
+        missing |= {f"{part}.{key}" for key in keys - set(found if isinstance(found, dict) else ()) if part in saved}
     if missing:
         raise BundleError(f"{folder / FILE} is damaged: it lacks {', '.join(sorted(missing))}.")
     return saved
@@ -220,10 +232,6 @@ def _resolved(source: str, folder: Path) -> str:
     """A path that stands relative to the branch's folder, if it is there; else as it is (a hub id)."""
     inside = folder / source
     return str(inside.resolve()) if inside.is_dir() else source
-
-
-def _relative(source: str, folder: Path) -> str:
-    return os.path.relpath(source, folder) if Path(source).is_dir() else source
 
 
 def _card(branch: Branch, llm: FrozenLLM) -> str:

@@ -59,8 +59,13 @@ class Bridge(nn.Module, ABC):
           B tensors (L, D_llm); L may differ from item to item.
         """
 
-    def save_assets(self, folder: Path) -> None:  # noqa: B027 - most bridges have none
-        """Writes what the bridge needs beside its weights (a tokenizer) into the branch's folder."""
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        """Writes what the bridge needs beside its weights (a tokenizer) into the branch's folder.
+
+        Returns:
+          The settings that name what was written, relative to `folder`; most bridges have none.
+        """
+        return {}
 
     @classmethod
     def resolve(cls, config: Any, folder: Path) -> Any:
@@ -112,6 +117,12 @@ class QFormerBridge(Bridge):
                 f"A Q-Former's hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
                 f"({config.num_attention_heads})."
             )
+        positions = QFormerConfig.max_position_embeddings
+        if config.max_instruction_tokens > positions:
+            raise ConfigError(
+                f"max_instruction_tokens ({config.max_instruction_tokens}) must be at most {positions}, the Q-Former's "
+                "positions for text."
+            )
         self.tokenizer = _load_tokenizer(config.tokenizer) if config.instruction_aware else None
         self.layer_norm = nn.LayerNorm(encoder_width, eps=1e-5) if config.features_layer_norm else nn.Identity()
         if config.max_segments:
@@ -157,7 +168,9 @@ class QFormerBridge(Bridge):
             rows = [1] * len(rows)
         return self.qformer.read_media(values), mask, rows
 
-    def read_instructions(self, media: tuple[KeysValues, Tensor, list[int]], instructions: Sequence[str]) -> list[Tensor]:
+    def read_instructions(
+        self, media: tuple[KeysValues, Tensor, list[int]], instructions: Sequence[str]
+    ) -> list[Tensor]:
         """Finishes what `read_media` began: B instructions to B soft prompts."""
         keys_values, mask, rows = media
         text = {}
@@ -178,9 +191,11 @@ class QFormerBridge(Bridge):
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
         return self.read_instructions(self.read_media(features), instructions)
 
-    def save_assets(self, folder: Path) -> None:
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder / "tokenizer")
+    def save_assets(self, folder: Path) -> dict[str, Any]:
+        if self.tokenizer is None:
+            return {}
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        return {"tokenizer": "tokenizer"}
 
     @classmethod
     def resolve(cls, config: Config, folder: Path) -> Config:
@@ -202,7 +217,10 @@ class _TokenwiseBridge(Bridge):
 
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
         values = features.values.to(next(self.projector.parameters()).dtype)
-        return [self.projector(part.values[part.mask]) for part in Features(values, features.mask, features.segments).split()]
+        return [
+            self.projector(part.values[part.mask])
+            for part in Features(values, features.mask, features.segments).split()
+        ]
 
 
 class LinearBridge(_TokenwiseBridge):

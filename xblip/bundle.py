@@ -1,9 +1,9 @@
 """Bundles: a saved model as a folder that holds, or names, all its parts.
 
-    config.yaml          the LLM, the router, generation defaults, and the branches' names
-    llm/                 the LLM, unless config.yaml names a hub id
-    encoders/<print>/    each encoder once, by fingerprint, unless its branch names a hub id
-    <modality>/          one branch each
+config.yaml          the LLM, the router, generation defaults, and the branches' names
+llm/                 the LLM, unless config.yaml names a hub id
+encoders/<print>/    each encoder once, by fingerprint, unless its branch names a hub id
+<modality>/          one branch each
 """
 
 import shutil
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from xblip import config as configs
 from xblip.branch import Branch, read_branch_file
@@ -55,12 +57,17 @@ def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
     if inside.is_dir():
         config.llm.source = str(inside)
     options = dict(llm_options)
-    config.llm.dtype = options.pop("dtype", config.llm.dtype)
+    config.llm.dtype = str(options.pop("dtype", config.llm.dtype)).removeprefix("torch.")
     config.llm.options.update(options)
-    folders = [folder / name for name in config.branches]
+    branches: dict[str, Path] = {}
+    for branch in (folder / name for name in config.branches):
+        name = read_branch_file(branch)["modality"]
+        if name in branches:
+            raise BundleError(f'{file} lists two branches of "{name}": {branches[name]} and {branch}. Remove one.')
+        branches[name] = branch
     return {
         "llm": config.llm,
-        "branches": {read_branch_file(branch)["modality"]: branch for branch in folders},
+        "branches": branches,
         "router": config.router,
         "generation": config.generation,
     }
@@ -80,7 +87,7 @@ def _from_hub(source: str) -> Path:
 
 
 def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[str, Branch]:
-    """Loads branches for one LLM; encoders with equal weights are held once.
+    """Loads branches for one LLM; encoders with equal weights and settings are held once.
 
     Raises:
       BundleError: see `Branch.load`; or a branch of another modality than its key says.
@@ -91,10 +98,24 @@ def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[
         branch = Branch.load(folder, llm=llm)
         if branch.modality.name != name:
             raise BundleError(f'{folder} holds a branch of "{branch.modality.name}", not of "{name}".')
-        key = (branch.encoder.fingerprint, type(branch.encoder.module), branch.config.encoder_dtype)
+        key = (branch.encoder.fingerprint, branch.config.encoder_dtype, _settings(branch.encoder.module))
         branch.encoder = encoders.setdefault(key, branch.encoder)
         branches[name] = branch.to(llm.device)
     return branches
+
+
+def _settings(module: nn.Module) -> str:
+    """What makes a network behave as it does beside its weights: its parts' classes and plain attributes."""
+    return repr(
+        [
+            (
+                name,
+                type(part),
+                {key: value for key, value in vars(part).items() if isinstance(value, (str, float, int, tuple))},
+            )
+            for name, part in module.named_modules()
+        ]
+    )
 
 
 def write(model: "XBlip", folder: Path) -> None:
@@ -106,10 +127,9 @@ def write(model: "XBlip", folder: Path) -> None:
         _copy(source, folder / "llm")
     for name, branch in model.branches.items():
         place = None
-        encoder = getattr(branch.modality.config, "encoder", None)
-        if isinstance(encoder, str) and Path(encoder).is_dir():
+        if branch.encoder_folder is not None:
             place = f"../encoders/{branch.encoder.fingerprint}"
-            _copy(Path(encoder), folder / "encoders" / branch.encoder.fingerprint)
+            _copy(branch.encoder_folder, folder / "encoders" / branch.encoder.fingerprint)
         branch.save(folder / name, llm=model.llm, encoder=place)
     configs.save_yaml(
         folder / FILE,

@@ -1,18 +1,21 @@
 """The command line: ask, chat, train, plugins, check, new.
 
-Options for inputs come from the installed plugins (`--image`, `--point-cloud`, ...), so a third party's modality is there
-as soon as it is installed; they are read from the raw arguments, since their order is the order of the prompt. Nothing
-heavy is imported before a command runs.
+Options for inputs come from the installed plugins (`--image`, `--point-cloud`, ...), so a third party's modality is
+there as soon as it is installed; they are read from the raw arguments, since their order is the order of the prompt.
+Nothing heavy is imported before a command runs.
 """
 
+import itertools
 import json
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -32,7 +35,22 @@ app = typer.Typer(
 
 
 class MediaCommand(TyperCommand):
-    """A command whose help ends with the inputs that the installed plugins read."""
+    """A command that takes the inputs which the installed plugins read, and lists them at the end of its help."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Puts inputs behind the rest, so that in `--image a.png "what?"` the file is not taken for the question."""
+        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
+        words: list[str] = []
+        inputs: list[str] = []
+        rest = iter(args)
+        for argument in rest:
+            option, equals, _ = argument.partition("=")
+            if not argument.startswith("--") or option in own:
+                words.append(argument)
+                continue
+            _check_input(option, own)
+            inputs += [argument, *([] if equals else itertools.islice(rest, 1))]
+        return super().parse_args(ctx, [*words, *inputs])
 
     def format_help(self, ctx, formatter) -> None:
         lines = [
@@ -75,32 +93,24 @@ def chat(ctx: typer.Context, model: Model = "numerals") -> None:
     import xblip
 
     loaded = xblip.load(model)
-    console = Console(highlight=False)
     messages: list[dict[str, Any]] = []
-    pending = [{"type": name, "path": path} for name, path in media]
+    pending = [_chat_part(loaded, name, path) for name, path in media]
     while (line := _read_line()) is not None:
-        if line.startswith("/"):
-            name, _, path = line[1:].partition(" ")
-            name = name.replace("-", "_")
-            if name in ("quit", "exit"):
-                return
-            if name in loaded.branches and path.strip():
-                pending.append({"type": name, "path": path.strip()})
-            else:
-                kinds = " ".join(f"/{kind}" for kind in loaded.branches)
-                console.print(f"Known: {kinds} with a FILE, /quit.")
-            continue
-        if not line.strip():
-            continue
-        question = {"role": "user", "content": [*pending, {"type": "text", "text": line}]}
+        words = line.strip()
         try:
-            answer = loaded.chat([*messages, question], **options)
+            if words in ("/quit", "/exit"):
+                return
+            if words.startswith("/"):
+                name, _, path = words[1:].partition(" ")
+                pending.append(_chat_part(loaded, name.replace("-", "_"), path.strip()))
+            elif words:
+                question = {"role": "user", "content": [*pending, {"type": "text", "text": words}]}
+                answer = loaded.chat([*messages, question], **options)
+                messages += [question, {"role": "assistant", "content": answer.text}]
+                pending = []
+                print(answer.text, flush=True)
         except XBlipError as error:
-            console.print(f"[red]{_one_line(error)}[/red]")
-            continue
-        messages += [question, {"role": "assistant", "content": answer.text}]
-        pending = []
-        console.print(answer.text)
+            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -131,7 +141,7 @@ def list_plugins(as_json: AsJson = False) -> None:
     for column in ("plugin", "distribution", "offers", "state"):
         table.add_column(column, overflow="fold")
     for plugin in found:
-        state = f"[red]{_one_line(plugin.error)}[/red]" if plugin.error else "[green]ok[/green]"
+        state = f"[red]{escape(_one_line(plugin.error))}[/red]" if plugin.error else "[green]ok[/green]"
         table.add_row(plugin.name, plugin.distribution, ", ".join(plugin.offers), state)
     Console().print(table)
 
@@ -153,7 +163,7 @@ def check(
         table.add_column("promise")
         table.add_column("kept", overflow="fold")
         for promise, fault in results.items():
-            table.add_row(promise, f"[red]{fault}[/red]" if fault else "[green]yes[/green]")
+            table.add_row(promise, f"[red]{escape(fault)}[/red]" if fault else "[green]yes[/green]")
         Console().print(table)
     if any(results.values()):
         raise typer.Exit(1)
@@ -171,6 +181,23 @@ def new(
     print(f"wrote {written}\nnext: pip install -e {written} && xblip check {name.replace('-', '_')}")
 
 
+def _chat_part(model: Any, name: str, path: str) -> dict[str, Any]:
+    """Reads a file once for the whole conversation; a bad one is told at once and not kept."""
+    if name not in model.branches or not path:
+        kinds = ", ".join(f"/{kind}" for kind in model.branches)
+        raise InputError(f'Cannot add "/{name} {path}": write {kinds} with a FILE after it, or /quit.')
+    return {"type": name, "source": model.branches[name].read(path)}
+
+
+def _check_input(option: str, own: Collection[str]) -> None:
+    inputs = [f"--{name.replace('_', '-')}" for name in plugins.installed()]
+    if option not in inputs:
+        raise PluginError(
+            f'No such option "{option}".{suggest(option, [*inputs, *own])} If it is a modality of its own: '
+            f"pip install xblip-{option[2:]}."
+        )
+
+
 def _parse_inputs(arguments: list[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """Reads `--modality FILE`, `--modality=FILE` and `option=value` from raw arguments, in their order."""
     media: list[tuple[str, str]] = []
@@ -183,28 +210,28 @@ def _parse_inputs(arguments: list[str]) -> tuple[list[tuple[str, str]], dict[str
             overrides.append(argument)
             continue
         option, equals, value = argument[2:].partition("=")
-        name = option.replace("-", "_")
-        if name not in plugins.installed():
-            raise PluginError(
-                f'No such option "--{option}".{suggest(name, plugins.installed())} If it is a modality of its own: '
-                f"pip install xblip-{option}."
-            )
         value = value if equals else next(rest, None)
         if value is None:
             raise InputError(f'"--{option}" needs a file after it.')
-        media.append((name, value))
+        media.append((option.replace("-", "_"), value))
     return media, _options(overrides)
 
 
 def _options(overrides: list[str]) -> dict[str, Any]:
+    if not overrides:
+        return {}
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    from xblip.llm import check_generation_options
+
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+        options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
     except (OmegaConfBaseException, YAMLError) as cause:
         raise ConfigError(f"Cannot use {' '.join(overrides)}: {cause}") from cause
+    check_generation_options(options)
+    return options
 
 
 def _read_line() -> str | None:
@@ -221,6 +248,8 @@ def _one_line(error: object) -> str:
 def main() -> None:
     """The console script: a user's error is one line on stderr and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: scripts read stderr
     try:
         app()
     except XBlipError as error:

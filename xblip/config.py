@@ -35,7 +35,9 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     merged = _read(Path(path), seen=())
     for override in overrides:
         if "=" not in override or override.startswith("="):
-            raise ConfigError(f'Cannot use the override "{override}": expected key.sub=value, e.g. training.max_steps=10.')
+            raise ConfigError(
+                f'Cannot use the override "{override}": expected key.sub=value, e.g. training.max_steps=10.'
+            )
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
@@ -57,6 +59,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     base = config.pop("base", None)
     if base is None:
         return config
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: `base` must be the path of one config, not {base!r}.")
     return OmegaConf.merge(_read(path.parent / base, (*seen, path.resolve())), config)
 
 
@@ -84,12 +88,20 @@ def build(schema: type[T], values: Mapping[str, Any] | None, *, where: str) -> T
 
 def plain(config: Any) -> dict[str, Any]:
     """Returns a dataclass instance as plain values, fit for YAML; paths become strings."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return _for_yaml(OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True))
 
 
 def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
     """Writes plain values as YAML, in the order given."""
     OmegaConf.save(OmegaConf.create(dict(values)), path)
+
+
+def _for_yaml(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _for_yaml(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_for_yaml(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:

@@ -1,7 +1,7 @@
 """Training data: manifests of samples, and the collator that reads their media in the data loader's workers.
 
-A manifest is a JSONL file, one sample a row (the forms that `xblip.sample.from_row` takes), its relative paths starting at
-its own folder. Rows are kept as text until they are used, so that a long manifest costs little memory.
+A manifest is a JSONL file, one sample a row (the forms that `xblip.sample.from_row` takes), its relative paths starting
+at its own folder. Rows are kept as text until they are used, so that a long manifest costs little memory.
 """
 
 import dataclasses

@@ -5,8 +5,11 @@ touch them; gradients may still flow through its activations (the LLM needs that
 """
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from xblip.errors import BundleError
@@ -19,6 +22,7 @@ class Frozen(nn.Module):
         """Freezes all weights below; call it at the end of a subclass' constructor."""
         self.requires_grad_(False)
         super().train(False)
+        self.register_load_state_dict_post_hook(_expect_nothing)
 
     def train(self, mode: bool = True) -> "Frozen":
         """Stays in eval mode whatever `mode` says."""
@@ -27,6 +31,15 @@ class Frozen(nn.Module):
     def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
         """Is empty: what is frozen is saved by reference or copied as files, never inside a checkpoint."""
         return {} if destination is None else destination
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        self._prefix = prefix
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _expect_nothing(frozen: Frozen, keys) -> None:
+    """Takes what is frozen off the missing keys, so that a checkpoint without it loads with `strict=True`."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(frozen._prefix)]
 
 
 class FrozenEncoder(Frozen):
@@ -50,10 +63,16 @@ class FrozenEncoder(Frozen):
     def forward(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Returns features (M, N, D_enc) and their boolean mask (M, N).
 
+        Args:
+          tensors: of M rows; floats among them are cast to the encoder's dtype.
+
         Raises:
           BundleError: the encoder's output has not that shape.
         """
-        output = self.module(**tensors)
+        dtype = next((weight.dtype for weight in self.module.parameters() if weight.is_floating_point()), None)
+        output = self.module(
+            **{name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        )
         values, mask = output if isinstance(output, tuple) else (output, None)
         rows = next(iter(tensors.values())).shape[0]
         if values.dim() != 3 or values.shape[0] != rows or values.shape[2] != self.width:
@@ -63,6 +82,11 @@ class FrozenEncoder(Frozen):
             )
         if mask is None:
             mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        if mask.shape != values.shape[:2]:
+            raise BundleError(
+                f'The encoder of "{self.name}" returned a mask of shape {tuple(mask.shape)}; expected '
+                f"{tuple(values.shape[:2])}, True for each real token of its features."
+            )
         return values, mask.bool()
 
 
@@ -87,27 +111,77 @@ class TransformersEncoder(nn.Module):
     def from_pretrained(cls, source: str, *, input_name: str) -> "TransformersEncoder":
         """Loads a folder or hub id through `AutoModel`; of a two-tower model (CLIP, SigLIP) its vision part.
 
+        A pooler that the weights lack (as in a classifier's) is set to zero: it is not used, and random weights would
+        give the same encoder another fingerprint each time.
+
         Raises:
-          BundleError: nothing can be loaded from `source`.
+          BundleError: nothing can be loaded from `source`, or weights are missing in it.
         """
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(source)
-            model = _model_class(config).from_pretrained(source, dtype="auto")
-        except (OSError, ValueError) as cause:
+            model, info = _model_class(config).from_pretrained(source, dtype="auto", output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
             raise BundleError(
                 f'Cannot load an encoder from "{source}": {first_line(cause)} '
                 "Expected the folder of a transformers model, or a hub id that is reachable or already downloaded."
             ) from cause
+        missing = set(info["missing_keys"])
+        unused = {name for name in missing if "pooler" in name.split(".")}
+        if missing - unused:
+            raise BundleError(
+                f'The encoder "{source}" lacks {len(missing - unused)} weights, among them {min(missing - unused)}: '
+                f"they are not a {type(model).__name__}'s. Save the model again with save_pretrained."
+            )
+        for name in unused:
+            model.get_parameter(name).data.zero_()
         tower = getattr(model, "vision_model", None) if hasattr(config, "vision_config") else None
         return cls(tower if tower is not None else model, input_name=input_name)
+
+    @staticmethod
+    def image_processor(source: str) -> Callable[[Any], Tensor]:
+        """Loads the image processor beside an encoder.
+
+        Returns:
+          A function from an RGB picture (PIL) to `pixel_values` (1, 3, H, W).
+
+        Raises:
+          BundleError: there is none; the function raises it if the processor gives another shape.
+        """
+        from transformers import AutoImageProcessor
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError) as cause:
+            raise BundleError(
+                f'Cannot load the image processor of "{source}": {first_line(cause)} Expected '
+                "preprocessor_config.json beside the encoder's weights: put it there by save_pretrained."
+            ) from cause
+        return _PictureToTensor(processor, source)
 
     def forward(self, **tensors: Tensor) -> Tensor:
         """Takes (M, ...), returns (M, N, D_enc)."""
         values = tensors[self.input_name].to(next(self.model.parameters()).dtype)
         hidden = self.model(**{self.input_name: values}).last_hidden_state
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+
+class _PictureToTensor:
+    """An image processor for one picture, its output checked; a class, so that data loaders' workers can take it."""
+
+    def __init__(self, processor: Any, source: str):
+        self.processor = processor
+        self.source = source
+
+    def __call__(self, picture: Any) -> Tensor:
+        values = self.processor(images=picture, return_tensors="pt")["pixel_values"]
+        if values.dim() != 4 or values.shape[:2] != (1, 3):
+            raise BundleError(
+                f'The image processor of "{self.source}" gives pixel_values of shape {tuple(values.shape)}; expected '
+                "(1, 3, H, W). Choose an encoder that takes one RGB picture of a fixed size."
+            )
+        return values
 
 
 def _model_class(config) -> type:
@@ -120,8 +194,13 @@ def _model_class(config) -> type:
 
 
 def _width(config) -> int:
-    sizes = getattr(config, "hidden_sizes", None)
-    return int(sizes[-1] if sizes else config.hidden_size)
+    """D_enc by a config of transformers: `hidden_size`, or the last of `hidden_sizes` of a convolutional model."""
+    width = (getattr(config, "hidden_sizes", None) or [getattr(config, "hidden_size", None)])[-1]
+    if not isinstance(width, int):
+        raise BundleError(
+            f"A {config.model_type} model does not say how wide its features are (hidden_size): choose another encoder."
+        )
+    return width
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -32,6 +32,11 @@ class InputError(XBlipError):
     """What was asked cannot be answered as it stands: empty, too long, of unequal lengths."""
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name that `name` most likely stands for, or None when none is near."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Returns the end of an error message about an unknown `name`.
 
@@ -43,8 +48,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
       `' Did you mean "x"?'` when a known name is near, followed by all known names unless they are very many.
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f' Did you mean "{near[0]}"?' if near else ""
+    near = nearest(name, known)
+    hint = f' Did you mean "{near}"?' if near else ""
     if hint and len(known) > 30:
         return hint
     return f"{hint} Known: {', '.join(known) if known else 'none'}."

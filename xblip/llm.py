@@ -7,19 +7,23 @@ vocabulary product is the dearest part of a small step.
 
 import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from xblip.encoder import Frozen, fingerprint, first_line
 from xblip.errors import BundleError, ConfigError, suggest
 
 IGNORE = -100
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -60,19 +64,34 @@ class FrozenLLM(Frozen):
     Attributes:
       width: D_llm.
       context_length: positions it knows, or None if its config does not say.
-      fingerprint: identifies weights and tokenizer.
+      fingerprint: identifies weights and vocabulary.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, config: LLMConfig):
+        """Freezes a model that is loaded already.
+
+        Args:
+          model: the transformers model.
+          tokenizer: its tokenizer.
+          config: where both come from.
+
+        Raises:
+          BundleError: the tokenizer has no end-of-sequence token, without which no answer could end.
+        """
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
+        if tokenizer.eos_token_id is None:
+            raise BundleError(
+                f'The tokenizer of the LLM "{config.source}" has no end-of-sequence token, which ends every answer: '
+                "set its eos_token."
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.width = model.get_input_embeddings().embedding_dim
         self.context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.fingerprint = _fingerprint(model, tokenizer)
+        self.fingerprint = _fingerprint(model, tokenizer, config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.freeze()
 
@@ -81,20 +100,32 @@ class FrozenLLM(Frozen):
         """Loads model and tokenizer.
 
         Raises:
-          BundleError: nothing can be loaded from the source.
+          BundleError: nothing can be loaded from the source, or weights are missing in it.
+          ConfigError: an unknown dtype.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if config.dtype not in DTYPES:
+            raise ConfigError(f'Unknown dtype "{config.dtype}" of the LLM.{suggest(str(config.dtype), DTYPES)}')
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision)
-            model = AutoModelForCausalLM.from_pretrained(
-                config.source, revision=config.revision, dtype=config.dtype, **config.options
+            model, info = AutoModelForCausalLM.from_pretrained(
+                config.source,
+                revision=config.revision,
+                dtype=config.dtype,
+                output_loading_info=True,
+                **config.options,
             )
-        except (OSError, ValueError) as cause:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
             raise BundleError(
                 f'Cannot load the LLM "{config.source}": {first_line(cause)} Expected the folder of a decoder-only '
                 "transformers model with its tokenizer, or a hub id that is reachable or already downloaded."
             ) from cause
+        if info["missing_keys"]:
+            raise BundleError(
+                f'The LLM "{config.source}" lacks {len(info["missing_keys"])} weights, among them '
+                f"{min(info['missing_keys'])}: they are not a {type(model).__name__}'s. Save it again, whole."
+            )
         return cls(model, tokenizer, config=config)
 
     @property
@@ -153,64 +184,83 @@ class FrozenLLM(Frozen):
 
         Returns:
           Each row's new token ids, ended before the first end-of-sequence token.
+
+        Raises:
+          ConfigError: an unknown option, or a value that transformers refuses.
         """
         check_generation_options(options)
-        pad = self.tokenizer.pad_token_id
-        with torch.no_grad():
-            rows = self.model.generate(
-                inputs_embeds=batch.inputs_embeds,
-                attention_mask=batch.attention_mask,
-                **{"pad_token_id": pad, **options},
-            )
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        return [_until(row.tolist(), ends | {self.tokenizer.eos_token_id}) for row in rows]
+        defaults = {"pad_token_id": self.tokenizer.pad_token_id, "tokenizer": self.tokenizer}
+        try:
+            with torch.no_grad():
+                rows = self.model.generate(
+                    inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, **{**defaults, **options}
+                )
+        except (ValueError, TypeError) as cause:
+            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            raise ConfigError(f"These generation options are refused, {given}: {first_line(cause)}") from cause
+        ends = {self.tokenizer.eos_token_id}
+        for stop in (self.model.generation_config.eos_token_id, options.get("eos_token_id")):
+            ends |= {stop} if isinstance(stop, int) else set(stop or ())
+        return [_until(row.tolist(), ends) for row in rows]
 
 
 def check_generation_options(options: dict[str, Any]) -> None:
-    """Raises `ConfigError` for an option that transformers' generation does not know."""
+    """Raises `ConfigError` for an option that transformers' generation does not know, or that gives no text."""
     known = generation_option_names()
     for name in options:
         if name not in known:
             raise ConfigError(f'Unknown generation option "{name}".{suggest(name, known)}')
+    count = options.get("max_new_tokens")
+    if count is not None and (not isinstance(count, Integral) or count < 1):
+        raise ConfigError(f"max_new_tokens must be a whole number of at least 1, not {count!r}.")
+    if options.get("return_dict_in_generate"):
+        raise ConfigError("return_dict_in_generate has no place here: answers are text. For likelihoods use `score`.")
 
 
 def generation_option_names() -> set[str]:
-    """Returns the names of transformers' generation options."""
-    from transformers import GenerationConfig
+    """Returns the names of transformers' generation options: settings, and objects such as `streamer`."""
+    from transformers import GenerationConfig, GenerationMixin
 
-    return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    objects = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
+    return settings | objects
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:
     return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)
 
 
-def _fingerprint(model: Any, tokenizer: Any) -> str:
-    """Of the stored weights when they lie in a folder, so that dtype and quantisation do not matter."""
+def _fingerprint(model: Any, tokenizer: Any, config: LLMConfig) -> str:
+    """Of the stored weights when there are files, so that dtype and quantisation do not matter."""
     digest = hashlib.sha256()
-    folder = Path(getattr(model, "name_or_path", "") or "")
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else _cached_files(model)
+    folder = Path(config.source) if Path(config.source).is_dir() else _cached_folder(model, config.source)
+    files = _weight_files(folder) if folder else []
     digest.update((_file_fingerprint(files) if files else fingerprint(model)).encode())
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest.update(repr(vocabulary).encode())
     return digest.hexdigest()[:16]
 
 
-def _cached_files(model: Any) -> list[Path]:
-    """The weight files of a model that came from the hub, in its local cache."""
+def _cached_folder(model: Any, source: str) -> Path | None:
+    """Where a model that came from the hub lies in the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    source = getattr(model, "name_or_path", "")
     revision = getattr(model.config, "_commit_hash", None)
-    if not source or not revision:
-        return []
+    if not revision:
+        return None
     try:
-        folder = snapshot_download(source, revision=revision, local_files_only=True)
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
-        return []
-    return sorted(Path(folder).glob("*.safetensors"))
+        return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads; others, such as an original `consolidated.safetensors`, may lie there too."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return sorted(folder.glob("model.safetensors"))
+    return sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
 
 
 def _file_fingerprint(files: list[Path]) -> str:

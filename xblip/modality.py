@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor, nn
 
-from xblip.errors import MediaError, PluginError
+from xblip.errors import MediaError, PluginError, XBlipError
 
 
 class Modality(ABC):
@@ -89,8 +89,8 @@ class Modality(ABC):
           folder: an empty folder to write a tiny encoder and media files into.
         """
         raise PluginError(
-            f'The modality "{cls.name}" offers no example to check it with: implement the class method example(folder), '
-            "returning xblip.Example(config=..., sources=[one, another], broken=[...])."
+            f'The modality "{cls.name}" offers no example to check it with: implement the class method '
+            "example(folder), returning xblip.Example(config=..., sources=[one, another], broken=[...])."
         )
 
 
@@ -100,7 +100,7 @@ class Example:
 
     Attributes:
       config: settings of its `Config`, for a tiny encoder.
-      sources: at least two good sources that differ.
+      sources: at least two good sources that differ, in their first segment already.
       broken: sources that must be refused: damaged files, wrong shapes.
     """
 
@@ -152,7 +152,8 @@ def collate(items: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], list
     """
     for item in items:
         shapes = {name: tuple(tensor.shape) for name, tensor in item.items()}
-        if len({shape[:1] for shape in shapes.values()}) != 1 or 0 in {shape[0] for shape in shapes.values()}:
+        counts = {shape[:1] for shape in shapes.values()}
+        if len(counts) != 1 or counts <= {(), (0,)}:
             raise MediaError(f"A modality loaded tensors that disagree about the number of segments: {shapes}.")
         first = {name: tuple(tensor.shape)[1:] for name, tensor in items[0].items()}
         if {name: shape[1:] for name, shape in shapes.items()} != first:
@@ -231,8 +232,8 @@ def _file_at(source: str | os.PathLike, kind: str) -> MediaFile:
     label = f"{kind} {os.fspath(source)!r}"
     if str(source).startswith(("http://", "https://")):
         raise MediaError(f"Cannot read {label}: URLs are not fetched. Download it and give the file's path.")
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if path.is_dir():
             raise MediaError(f"Cannot read {label}: it is a folder. Give the path of one file.")
         if not path.exists():
@@ -241,7 +242,7 @@ def _file_at(source: str | os.PathLike, kind: str) -> MediaFile:
             raise MediaError(f"Cannot read {label}: the file is empty.")
         with path.open("rb"):
             pass
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, RuntimeError) as cause:  # RuntimeError: no such user in "~user"
         raise MediaError(f"Cannot read {label}: {cause}.") from cause
     return MediaFile(label=label, path=path)
 
@@ -256,9 +257,7 @@ def decoding(label: str, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except MediaError:
-        raise
-    except MemoryError:
+    except (XBlipError, MemoryError):
         raise
     except Exception as cause:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xblip import bundle, plugins
 from xblip.branch import Branch
-from xblip.errors import InputError, PluginError, suggest
+from xblip.errors import InputError, PluginError, nearest, suggest
 from xblip.llm import FrozenLLM, LLMConfig, check_generation_options, generation_option_names
 from xblip.router import Router, RouterConfig
 from xblip.sample import Media, Sample, from_messages, from_row
@@ -93,7 +93,7 @@ class XBlip(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **llm_options: Any) -> "XBlip":
-        """Loads a bundle's folder or hub id; `llm_options` (dtype, device_map, ...) go to the LLM's `from_pretrained`."""
+        """Loads a bundle's folder or hub id; `llm_options` (dtype, device_map, ...) go to the LLM's own."""
         parts = bundle.read(folder, llm_options)
         return cls.compose(**parts)
 
@@ -112,6 +112,14 @@ class XBlip(nn.Module):
         for media in value.all_media:
             self._require(media.modality)
         return value
+
+    def _samples(self, values: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
+        if not isinstance(values, Sequence) or not all(isinstance(value, (Sample, Mapping)) for value in values):
+            raise InputError(
+                'Expected a list of samples, each an xblip.Sample or a dictionary such as {"instruction": "..."}, not '
+                f"{values!r:.80}."
+            )
+        return [self.sample(value) for value in values]
 
     def _require(self, modality: str) -> None:
         if modality not in self.branches:
@@ -153,7 +161,7 @@ class XBlip(nn.Module):
         Raises:
           InputError: a sample has no answer.
         """
-        samples = [self.sample(sample) for sample in samples]
+        samples = self._samples(samples)
         if not samples or any(sample.answer is None for sample in samples):
             raise InputError("Training needs samples, each with an answer.")
         batch = self.router.assemble(
@@ -178,21 +186,26 @@ class XBlip(nn.Module):
         Raises:
           InputError, MediaError, PluginError, ConfigError: what is asked, a source, a modality or an option is wrong.
         """
-        samples = [self.sample(sample) for sample in samples]
+        samples = self._samples(samples)
         if not samples:
             return []
-        options = {**self.generation, **options}
+        defaults = dict(self.generation)
+        if "max_length" in options:
+            del defaults["max_new_tokens"]
+        options = {**defaults, **options}
         check_generation_options(options)
         batch = self.router.assemble(
             [self.router.pieces(sample) for sample in samples],
             self.soft_prompts(samples),
-            room=int(options.get("max_new_tokens") or 0),
+            room=options.get("max_new_tokens") or 0,
         )
         rows = self.llm.generate(batch, **options)
         lengths = batch.attention_mask.sum(1).tolist()
         repeats = len(rows) // len(samples)
         return [
-            Answer(self.llm.tokenizer.decode(ids, skip_special_tokens=True).strip(), lengths[index // repeats], len(ids))
+            Answer(
+                self.llm.tokenizer.decode(ids, skip_special_tokens=True).strip(), lengths[index // repeats], len(ids)
+            )
             for index, ids in enumerate(rows)
         ]
 
@@ -216,7 +229,10 @@ class XBlip(nn.Module):
         return self.generate([sample], **options)[0]
 
     def _is_option(self, name: str) -> bool:
-        return name not in self.branches and name in generation_option_names()
+        """Tells options, misspelt ones too, from modalities."""
+        options = generation_option_names()
+        modalities = {*self.branches, *plugins.installed()}
+        return name not in modalities and nearest(name, modalities | options) in options
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
         """Answers the last message of a conversation; every input is read in the light of that message.
@@ -252,11 +268,17 @@ class XBlip(nn.Module):
         Raises:
           InputError: no candidates, or as many lists as there are not samples.
         """
-        samples = [self.sample(sample) for sample in samples]
-        if candidates and isinstance(candidates[0], str):
+        samples = self._samples(samples)
+        if candidates and _are_texts(candidates):
             candidates = [candidates] * len(samples)
+        if not all(_are_texts(answers) for answers in candidates):
+            raise InputError(
+                f"Candidates must be a list of texts, or one such list per sample, not {candidates!r:.80}."
+            )
         if len(candidates) != len(samples):
-            raise InputError(f"There are {len(samples)} samples but {len(candidates)} lists of candidates: give one each.")
+            raise InputError(
+                f"There are {len(samples)} samples but {len(candidates)} lists of candidates: give one each."
+            )
         if not all(candidates):
             raise InputError("A sample has no candidate answers to score: give at least one.")
         scores = []
@@ -267,6 +289,10 @@ class XBlip(nn.Module):
             totals = likelihoods.sum(1) / (mask.sum(1) if length_normalised else 1)
             scores.append(totals.tolist())
         return scores
+
+
+def _are_texts(value: Any) -> bool:
+    return not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(text, str) for text in value)
 
 
 def load(name: str | Path, **llm_options: Any) -> XBlip:

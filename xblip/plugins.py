@@ -20,7 +20,9 @@ from xblip.errors import PluginError, suggest
 GROUP = "xblip"
 RESTRICT = "XBLIP_PLUGINS"
 KINDS = ("modality", "bridge", "model")
+CORE = "xblip"
 BUILT_IN = ("xblip.bridge",)
+BY_HAND = "registered by hand"
 
 
 @dataclass
@@ -90,7 +92,7 @@ def load(name: str) -> Plugin:
     plugin = candidates[0]
     try:
         module = plugin.entry_point.load()
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         raise PluginError(
             f'Plugin "{name}" ({plugin.distribution}) failed on import: {type(cause).__name__}: {cause}'
         ) from cause
@@ -113,34 +115,46 @@ def survey() -> list[Plugin]:
 def register(*things: type) -> None:
     """Registers modality or bridge classes by hand, for notebooks and tests.
 
+    A class of the same module and qualified name replaces the earlier one, as when a notebook's cell runs again.
+
     Raises:
       PluginError: the name is taken by another class, or a thing is neither a modality nor a bridge.
     """
     from xblip.bridge import Bridge
     from xblip.modality import Modality
 
-    hooks = {Modality: "register_modalities", Bridge: "register_bridges"}
+    _load_built_in()
+    bases = {Modality: ("modality", "register_modalities"), Bridge: ("bridge", "register_bridges")}
     for thing in things:
-        base = next((base for base in hooks if isinstance(thing, type) and issubclass(thing, base)), None)
+        base = next((base for base in bases if isinstance(thing, type) and issubclass(thing, base)), None)
         if base is None:
             raise PluginError(f"{thing!r} is neither an xblip.Modality nor an xblip.Bridge: register such a class.")
-        hook = hookspecs.hookimpl(_calls_register(thing), specname=hooks[base])
-        plugin = Plugin(thing.name, "registered by hand")
-        clash = installed().get(thing.name)
+        kind, hook_name = bases[base]
+        name = getattr(thing, "name", "")
+        clash = installed().get(name)
         if clash:
             raise PluginError(
-                f'"{thing.name}" is taken by the installed plugin {clash[0].distribution}: choose another name.'
+                f'"{name}" is taken by the installed plugin {clash[0].distribution}: choose another name.'
             )
-        _run_hooks(SimpleNamespace(hook=hook), plugin, only=thing.name)
-        _registry.loaded[thing.name] = plugin
+        known = _registry.items[kind].get(name)
+        if _registry.owners.get((kind, name)) == BY_HAND and _origin(known) != _origin(thing):
+            raise PluginError(
+                f'"{name}" is taken by {_origin(known)}, registered by hand: choose another name, or '
+                f'xblip.plugins.unregister("{name}") first.'
+            )
+        plugin = Plugin(name, BY_HAND)
+        hook = hookspecs.hookimpl(_calls_register(thing), specname=hook_name)
+        _run_hooks(SimpleNamespace(hook=hook), plugin, only=name or None)
+        _registry.loaded[name] = plugin
 
 
 def unregister(name: str) -> None:
     """Forgets what was registered by hand or loaded under that name; a later call loads it anew."""
     _registry.loaded.pop(name, None)
     for kind in KINDS:
-        _registry.items[kind].pop(name, None)
-        _registry.owners.pop((kind, name), None)
+        if _registry.owners.get((kind, name)) != CORE:
+            _registry.items[kind].pop(name, None)
+            _registry.owners.pop((kind, name), None)
 
 
 def get(kind: str, name: str):
@@ -166,6 +180,10 @@ def names(kind: str) -> list[str]:
     return sorted(_registry.items[kind])
 
 
+def _origin(thing: object) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
 def _calls_register(thing):
     def hook(register):
         register(thing)
@@ -176,7 +194,7 @@ def _calls_register(thing):
 @functools.cache
 def _load_built_in() -> None:
     for module in BUILT_IN:
-        plugin = Plugin(module, "xblip")
+        plugin = Plugin(module, CORE)
         _run_hooks(__import__(module, fromlist=["_"]), plugin, only=None)
 
 
@@ -227,12 +245,12 @@ def _run_hooks(module: object, plugin: Plugin, *, only: str | None) -> None:
     except pluggy.PluginValidationError as cause:
         hooks = [name for name in vars(hookspecs) if name.startswith("register_")]
         raise PluginError(
-            f'Plugin "{plugin.name}" ({plugin.distribution}): {cause}. The hooks are {", ".join(hooks)}.'
+            f'Plugin "{plugin.name}" ({plugin.distribution}): {" ".join(str(cause).split())}. '
+            f"The hooks are {', '.join(hooks)}."
         ) from cause
     except Exception as cause:
         raise PluginError(
-            f'Plugin "{plugin.name}" ({plugin.distribution}) failed while registering: '
-            f"{type(cause).__name__}: {cause}"
+            f'Plugin "{plugin.name}" ({plugin.distribution}) failed while registering: {type(cause).__name__}: {cause}'
         ) from cause
     if not offered:
         raise PluginError(f'Plugin "{plugin.name}" ({plugin.distribution}) registers nothing: implement a hook.')

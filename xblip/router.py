@@ -1,7 +1,8 @@
 """The router: cues, soft prompts, text and instruction in one order before the LLM.
 
-There is one piece of code for training, generation and scoring: `pieces` says what comes in which order, `assemble` turns
-pieces into embeddings, and only padding side and labels differ. (The reference assembles in four places, which disagree.)
+There is one piece of code for training, generation and scoring: `pieces` says what comes in which order, `assemble`
+turns pieces into embeddings, and only padding side and labels differ. (The reference assembles in four places, which
+disagree.)
 
 Order of a turn: prefix, then the media in the user's order, each as cue + soft prompt + separator with the user's text
 between them, then the instruction, then the postfix, then the answer.
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from xblip.errors import ConfigError, InputError
@@ -51,6 +53,9 @@ class RouterConfig:
     chat_template: bool = False
     system: str = ""
 
+
+OPEN, CLOSE = "\ue000", "\ue001"
+"""Marks around an input's number in text for a chat template: private characters, cut from what users write."""
 
 Piece = str | Media | int
 """Text, an input, or the id of a special token."""
@@ -110,22 +115,31 @@ class Router:
             text = ""
             for part in self._cued(content):
                 if isinstance(part, Media):
-                    text += f"\ue000{len(media)}\ue001"
+                    text += f"{OPEN}{len(media)}{CLOSE}"
                     media.append(part)
                 else:
-                    text += part.replace("\ue000", "").replace("\ue001", "")
+                    text += _unmarked(part)
             return text
 
-        messages = [{"role": "system", "content": self.config.system}] if self.config.system else []
+        messages = [{"role": "system", "content": _unmarked(self.config.system)}] if self.config.system else []
         for content, answer in turns:
-            messages += [{"role": "user", "content": render(content)}, {"role": "assistant", "content": answer}]
+            messages.append({"role": "user", "content": render(content)})
+            messages.append({"role": "assistant", "content": _unmarked(answer)})
         messages.append({"role": "user", "content": render([*current, instruction])})
-        rendered = self.llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        first, *rest = rendered.split("\ue000")
+        try:
+            rendered = self.llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as cause:
+            raise ConfigError(f"The tokenizer's chat template refuses this conversation: {cause}.") from cause
+        first, *rest = rendered.split(OPEN)
+        numbered = [part.split(CLOSE, 1) for part in rest]
+        if [number for number, _ in numbered] != [str(number) for number in range(len(media))]:
+            raise ConfigError(
+                f"The tokenizer's chat template gives {len(numbered)} of {len(media)} inputs, or in another order: "
+                "turn router.chat_template off, or router.earlier_turns if the template drops earlier turns."
+            )
         pieces: list[Piece] = [first]
-        for part in rest:
-            index, text = part.split("\ue001", 1)
-            pieces += [media[int(index)], text]
+        for source, (_, text) in zip(media, numbered, strict=True):
+            pieces += [source, text]
         return pieces
 
     def assemble(
@@ -156,7 +170,8 @@ class Router:
             label_counts.append(len(answer))
         embedded = self.llm.embed(ids)
         embeds = [
-            torch.cat([embedded[part] if isinstance(part, slice) else part.to(embedded) for part in row]) for row in rows
+            torch.cat([embedded[part] if isinstance(part, slice) else part.to(embedded) for part in row])
+            for row in rows
         ]
         side = "right" if answers is not None else "left"
         lengths = torch.tensor([row.shape[0] for row in embeds], device=embedded.device)
@@ -175,7 +190,7 @@ class Router:
     def _lay_out(
         self, pieces: Sequence[Piece], softs: Sequence[Tensor], answer: list[int], ids: list[int]
     ) -> list[slice | Tensor]:
-        """Appends a row's token ids to `ids`; returns its parts as slices of `ids` and soft prompts, the answer last."""
+        """Appends a row's token ids to `ids`; returns its parts, slices of `ids` and soft prompts, the answer last."""
         softs = iter(softs)
         row: list[slice | Tensor] = []
         for piece in [*pieces, answer]:
@@ -208,3 +223,7 @@ class Router:
             answer = torch.tensor(ids[row[-1]], device=mask.device)
             labels[index, ends[index] - count : ends[index]] = answer
         return labels
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(OPEN, "").replace(CLOSE, "")

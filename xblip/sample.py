@@ -48,15 +48,21 @@ class Sample:
     def __post_init__(self):
         if not isinstance(self.instruction, str) or not self.instruction.strip():
             raise InputError("The instruction is empty: say what to do or ask, in words.")
-        if isinstance(self.media, (str, Media)) or not isinstance(self.media, Sequence):
-            raise InputError(f"media must be a list such as [(modality, source), ...], not {type(self.media).__name__}.")
-        self.media = [_as_part(part) for part in self.media]
+        if self.answer is not None and not isinstance(self.answer, str):
+            raise InputError(f"An answer must be text, not {self.answer!r:.80}: put it in quotes.")
+        self.media = _as_parts(self.media)
 
     @property
     def all_media(self) -> list[Media]:
         """Every input of the sample, those of earlier turns first."""
         parts = [part for turn in self.history for part in turn.content] + list(self.media)
         return [part for part in parts if isinstance(part, Media)]
+
+
+def _as_parts(media: Any) -> list[str | Media]:
+    if isinstance(media, (str, bytes)) or not isinstance(media, Sequence):
+        raise InputError(f"media must be a list such as [(modality, source), ...], not {type(media).__name__}.")
+    return [_as_part(part) for part in media]
 
 
 def _as_part(part: Any) -> str | Media:
@@ -70,8 +76,8 @@ def _as_part(part: Any) -> str | Media:
 def from_row(row: Mapping[str, Any], *, modalities: Collection[str], root: Path | None = None) -> Sample:
     """Makes a sample of a manifest's row or a dictionary.
 
-    Accepted keys: `instruction` and optionally `answer`, with inputs either as `<modality>: source` (in the order of the
-    row), or as `media: [[modality, source], "text between", ...]`; or `messages`, as `from_messages` takes them.
+    Accepted keys: `instruction` and optionally `answer`, with inputs either as `<modality>: source` (in the order of
+    the row), or as `media: [[modality, source], "text between", ...]`; or `messages`, as `from_messages` takes them.
 
     Args:
       row: the row.
@@ -82,6 +88,9 @@ def from_row(row: Mapping[str, Any], *, modalities: Collection[str], root: Path 
       InputError: a key that is neither of those nor a modality, or `instruction` missing.
     """
     if "messages" in row:
+        if len(row) > 1:
+            beside = ", ".join(key for key in row if key != "messages")
+            raise InputError(f"A sample has `messages`, which say everything, and {beside} beside them: remove one.")
         return from_messages(row["messages"], modalities=modalities, root=root)
     other = {"instruction", "answer", "media"}
     for key in row:
@@ -89,7 +98,7 @@ def from_row(row: Mapping[str, Any], *, modalities: Collection[str], root: Path 
             raise InputError(f'Unknown key "{key}" in a sample.{suggest(key, other | set(modalities))}')
     if "instruction" not in row:
         raise InputError(f"A sample lacks its `instruction`; it has {', '.join(row) or 'nothing'}.")
-    media = [_as_part(part) for part in row.get("media", ())]
+    media = _as_parts(row.get("media", ()))
     media += [Media(key, source) for key, source in row.items() if key in modalities]
     for part in media:
         if isinstance(part, Media) and part.modality not in modalities:
@@ -118,6 +127,8 @@ def from_messages(
     """
     if not messages:
         raise InputError("There are no messages: give at least one with role user.")
+    if isinstance(messages, (str, Mapping)) or not all(isinstance(message, Mapping) for message in messages):
+        raise InputError('Messages must be a list such as [{"role": "user", "content": "..."}].')
     turns: list[Turn] = []
     asked: list[str | Media] | None = None
     for message in messages:
@@ -150,8 +161,12 @@ def _content(content: Any, modalities: Collection[str], root: Path | None) -> li
 
 
 def _chat_part(part: Any, modalities: Collection[str], root: Path | None) -> str | Media:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
+    if not isinstance(part, Mapping):
+        raise InputError(f'A part of a message must be such as {{"type": "text", "text": ...}}, not {part!r:.80}.')
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise InputError('A part of type "text" lacks its "text".')
         return part["text"]
     if kind not in modalities:
         raise InputError(f'Unknown part of type "{kind}" in a message.{suggest(str(kind), {"text", *modalities})}')

@@ -1,7 +1,7 @@
 """A new plugin: the distribution that `xblip new NAME` writes.
 
-The template is itself a working plugin, called `thermal`, so that it can be read, linted and run as it stands; writing a
-plugin is copying it with another name.
+The template is itself a working plugin, called `thermal`, so that it can be read, linted and run as it stands;
+writing a plugin is copying it with another name.
 """
 
 import keyword
@@ -13,7 +13,7 @@ from xblip import plugins
 from xblip.errors import ConfigError
 
 TEMPLATE = "thermal"
-RESERVED = ("answer", "chat", "instruction", "json", "media", "messages", "model", "source", "text")
+RESERVED = ("answer", "chat", "help", "instruction", "json", "media", "messages", "model", "source", "text")
 """Words that samples, chat messages or the command line use for something else than a modality."""
 
 
@@ -40,7 +40,10 @@ def write_plugin(name: str, folder: str | Path | None = None) -> Path:
     folder = Path(f"xblip-{hyphenated}" if folder is None else folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} exists already, and nothing is overwritten: give an empty or a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ConfigError(f"Cannot make the folder {folder}: {cause.strerror}. Give another one.") from cause
     camel = "".join(part.capitalize() for part in name.split("_"))
     for file in _template_files():
         text = file.read_text(encoding="utf-8")

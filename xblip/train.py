@@ -130,7 +130,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         raise ConfigError(f"There is no checkpoint in {arguments.output_dir} to resume from: train without --resume.")
     llm = FrozenLLM.from_pretrained(config.llm)
     branch = Branch.build(config.branch, llm_width=llm.width)
-    model = XBlip(llm=llm, branches={config.branch.modality: branch}, router=config.router, generation=config.generation)
+    model = XBlip(
+        llm=llm, branches={config.branch.modality: branch}, router=config.router, generation=config.generation
+    )
     modalities = {config.branch.modality: branch.modality}
     (console or Console()).print(parts_table(model))
     trainer = BranchTrainer(
@@ -162,7 +164,13 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             raise ConfigError(f'Unknown key "training.{name}".{suggest(name, known)}')
     if "output_dir" not in config.training:
         raise ConfigError("training.output_dir is missing: say where the branch is to be written.")
-    defaults = {"report_to": ["tensorboard"], "remove_unused_columns": False, "label_names": [], "logging_steps": 10}
+    defaults = {
+        "report_to": ["tensorboard"],
+        "remove_unused_columns": False,
+        "label_names": [],
+        "logging_steps": 10,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     try:
         return TrainingArguments(**{**defaults, **config.training})
     except (ValueError, TypeError, ImportError) as cause:

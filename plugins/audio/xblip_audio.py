@@ -1,0 +1,300 @@
+"""The modality "audio": sound, cut into clips, encoded from its spectrogram by an AST or a convolutional network.
+
+Clips are windows as long as the encoder's, one after another, the last one padded and masked: no sound is
+squeezed or cut to a fixed length. The encoder's own feature extractor turns them into spectrograms, so that
+sampling rate, mel bins and normalisation cannot differ from what its weights were trained on.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from xblip_audio_files import read_file, refuse_long
+
+import xblip
+
+AST = "audio-spectrogram-transformer"
+FRAME_MS, SHIFT_MS = 25.0, 10.0  # Kaldi's defaults, which AST's extractor keeps
+LOUDEST = 10  # samples beyond it cannot be meant as [-1, 1]; decoders of lossy formats overshoot 1 a little
+MAX_FILTER_SIZE = 2**26  # weights of the filter that changes the sampling rate: 256 MiB
+MAX_CHANNELS = 64
+
+
+class Audio(xblip.Modality):
+    """Sound. Each clip of `max_length` spectrogram frames (10.24 s for published ASTs) is a segment."""
+
+    name = "audio"
+    suffixes = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".wma")
+    mime_types = ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "audio/mp4", "audio/aac", "audio/webm")
+    bridge = {"max_segments": 32}
+
+    @dataclass
+    class Config:
+        """Settings; sampling rate, mel bins and the clips' length come from the encoder's feature extractor.
+
+        Attributes:
+          encoder: folder or hub id of an AST, or of a convolutional network over pictures of one channel, with an
+            ASTFeatureExtractor beside it.
+          max_clips: clips at most; of longer sound so many are taken, spread evenly over all of it.
+          max_seconds: longer sound is refused.
+        """
+
+        encoder: str
+        max_clips: int = 8
+        max_seconds: float = 3600.0
+
+    def load(self, source: Any) -> dict[str, Tensor]:
+        """Reads one sound.
+
+        Args:
+          source: a file (path, bytes, open file), or a tuple (samples, sample_rate_hz) of an array or tensor
+            of shape (samples,) or (channels, samples), float in [-1, 1] or int16. Channels are averaged.
+
+        Returns:
+          "input_values": (S, max_length, mel bins) float32 log-mel spectrograms, normalised and padded;
+          "num_frames": (S,) how many of their frames are real.
+
+        Raises:
+          MediaError: the source is damaged, empty, too long, holds NaN or infinity, or is not of these kinds.
+          PluginError: torchaudio or the decoder cannot be imported.
+          BundleError: the encoder's folder cannot be read.
+          ConfigError: `max_clips` cannot be.
+        """
+        if self.config.max_clips < 1:
+            raise xblip.ConfigError(f"max_clips of a sound must be at least 1, not {self.config.max_clips}.")
+        samples, rate_hz, label = self._read(source)
+        if not len(samples):
+            raise xblip.MediaError(f"Cannot read {label}: it holds no samples. Expected at least one.")
+        broken = int((~np.isfinite(samples)).sum())
+        if broken:
+            raise xblip.MediaError(
+                f"Cannot read {label}: {broken} of its {len(samples)} samples are NaN or infinite. Give finite ones."
+            )
+        return self._clips(resample(samples, rate_hz, self._extractor.sampling_rate, label))
+
+    def build_encoder(self) -> nn.Module:
+        """Loads the encoder: spectrograms to tokens (M, N, D_enc) and their mask."""
+        encoder = xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="input_values")
+        config, extractor = encoder.model.config, self._extractor
+        if config.model_type != AST:
+            if getattr(config, "num_channels", None) != 1 or encoder.model.main_input_name != "pixel_values":
+                raise xblip.BundleError(
+                    f'The audio encoder "{self.config.encoder}" is a {config.model_type} model. Expected {AST}, or a '
+                    "convolutional network over pictures of one channel, such as a ResNet with num_channels=1."
+                )
+            return SpectrogramPictureEncoder(encoder.model)
+        if (config.max_length, config.num_mel_bins) != (extractor.max_length, extractor.num_mel_bins):
+            raise xblip.BundleError(
+                f'The audio encoder "{self.config.encoder}" takes {config.max_length} frames of '
+                f"{config.num_mel_bins} mel bins, but the feature extractor beside it makes {extractor.max_length} "
+                f"of {extractor.num_mel_bins}. Save the extractor that belongs to it."
+            )
+        return SpectrogramEncoder(encoder.model, input_name="input_values")
+
+    @classmethod
+    def example(cls, folder: Path) -> xblip.Example:
+        """Makes a tiny AST with its extractor, a short and a long sound, and broken ones."""
+        import soundfile
+        from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
+
+        encoder, long, text = (folder / name for name in ("encoder", "long.wav", "text.wav"))
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        spectrogram = {"num_mel_bins": 32, "max_length": 64}
+        ASTModel(ASTConfig(time_stride=8, frequency_stride=16, **sizes, **spectrogram)).save_pretrained(encoder)
+        ASTFeatureExtractor(**spectrogram).save_pretrained(encoder)
+        seconds = np.arange(32000) / 16000
+        soundfile.write(long, 0.5 * np.sin(2 * np.pi * 440 * seconds), 16000)
+        text.write_text("not a sound")
+        noise = np.random.default_rng(0).uniform(-0.5, 0.5, 4000).astype(np.float32)
+        return xblip.Example(
+            config={"encoder": str(encoder)},
+            sources=[long, (noise, 8000)],
+            broken=[text, long.read_bytes()[:-100], noise, (noise, 0), (noise[:0], 8000), (noise * np.nan, 8000), 7],
+        )
+
+    def _read(self, source: Any) -> tuple[np.ndarray, int, str]:
+        file = xblip.media_file(source, kind=self.name)
+        if file:
+            return *read_file(file, max_seconds=self.config.max_seconds), file.label
+        label = f"the {self.name} given as {type(source).__name__}"
+        if not (isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], (np.ndarray, Tensor))):
+            raise xblip.MediaError(
+                f"Cannot read {label}: expected a file (path, bytes, open file), or a tuple (samples, "
+                "sample_rate_hz) of an array or tensor and its sampling rate, e.g. (samples, 16000)."
+            )
+        samples, rate_hz = source
+        if isinstance(rate_hz, bool) or not isinstance(rate_hz, (int, np.integer)) or rate_hz < 1:
+            raise xblip.MediaError(
+                f"Cannot read {label}: its sampling rate is {rate_hz!r}. Expected a whole number of hertz, e.g. 16000."
+            )
+        samples = mono(samples, label)
+        refuse_long(len(samples) / rate_hz, label, self.config.max_seconds)
+        return samples, int(rate_hz), label
+
+    def _clips(self, samples: np.ndarray) -> dict[str, Tensor]:
+        """Cuts samples at the encoder's rate into clips that meet without sharing or missing a frame."""
+        extractor = self._extractor
+        size, shift = (int(extractor.sampling_rate * length_ms * 0.001) for length_ms in (FRAME_MS, SHIFT_MS))
+        samples = np.pad(samples, (0, max(0, size - len(samples))))
+        num_frames = 1 + (len(samples) - size) // shift
+        count = -(-num_frames // extractor.max_length)
+        kept = min(count, self.config.max_clips)
+        firsts = [(2 * place + 1) * count // (2 * kept) * extractor.max_length for place in range(kept)]
+        length = (extractor.max_length - 1) * shift + size
+        clips = [samples[first * shift : first * shift + length] for first in firsts]
+        spectrograms = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        return {
+            "input_values": spectrograms["input_values"],
+            "num_frames": torch.tensor([min(extractor.max_length, num_frames - first) for first in firsts]),
+        }
+
+    @cached_property
+    def _extractor(self):
+        import_torchaudio()
+        from transformers import ASTFeatureExtractor, AutoFeatureExtractor
+
+        try:
+            extractor = AutoFeatureExtractor.from_pretrained(self.config.encoder)
+        except (OSError, ValueError) as cause:
+            raise xblip.BundleError(
+                f'Cannot load the feature extractor of the audio encoder "{self.config.encoder}": '
+                f"{str(cause).strip().splitlines()[0].rstrip('.')}. Expected preprocessor_config.json beside its "
+                "weights: put it there by save_pretrained."
+            ) from cause
+        if not isinstance(extractor, ASTFeatureExtractor):
+            raise xblip.BundleError(
+                f'The feature extractor of the audio encoder "{self.config.encoder}" is a {type(extractor).__name__}. '
+                "Expected an ASTFeatureExtractor."
+            )
+        return extractor
+
+
+class SpectrogramEncoder(xblip.TransformersEncoder):
+    """An AST, with a mask of the tokens that hear real frames.
+
+    The AST itself attends to padding as well, as it did when it was trained; the mask is for what reads its
+    tokens.
+    """
+
+    def forward(self, input_values: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes spectrograms.
+
+        Args:
+          input_values: (M, frames, mel bins).
+          num_frames: (M,) how many frames of each are real.
+
+        Returns: Tokens (M, 2 + F * T, D_enc): [CLS], the distillation token, then patches, frequency by
+          frequency; and their mask (M, 2 + F * T), False for patches of padding alone.
+        """
+        config = self.model.config
+        tokens = super().forward(input_values=input_values)
+        starts = torch.arange(0, config.max_length - config.patch_size + 1, config.time_stride, device=tokens.device)
+        bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+        patches = (starts < num_frames[:, None]).repeat(1, bands)
+        return tokens, torch.cat([patches.new_ones(len(patches), 2), patches], 1)
+
+
+class SpectrogramPictureEncoder(xblip.TransformersEncoder):
+    """A convolutional network that reads a spectrogram as a grey picture, time downwards.
+
+    Small networks learn speech from far fewer recordings this way than an AST does.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model, input_name="pixel_values")
+
+    def forward(self, input_values: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes spectrograms.
+
+        Args:
+          input_values: (M, frames, mel bins).
+          num_frames: (M,) how many frames of each are real.
+
+        Returns: Tokens (M, T * F, D_enc), moment by moment; and their mask (M, T * F), False where a moment begins
+          after the last real frame.
+        """
+        hidden = self.model(pixel_values=input_values[:, None]).last_hidden_state
+        if hidden.dim() != 4:
+            raise xblip.BundleError(
+                f"The audio encoder, a {self.model.config.model_type} model, gives no grid of features "
+                f"({tuple(hidden.shape)}). Expected a convolutional network, such as a ResNet."
+            )
+        moments, bands = hidden.shape[2:]
+        starts = torch.arange(moments, device=hidden.device) * input_values.shape[1] / moments
+        mask = (starts < num_frames[:, None]).repeat_interleave(bands, 1)
+        return hidden.flatten(2).transpose(1, 2), mask
+
+
+def mono(samples: np.ndarray | Tensor, label: str) -> np.ndarray:
+    """Averages the channels of samples (N,) or (channels, N) to (N,) float32 in [-1, 1].
+
+    Raises:
+      MediaError: another shape or dtype, or values that are not in [-1, 1].
+    """
+    if isinstance(samples, Tensor):
+        samples = samples.detach().cpu()
+        samples = (samples.float() if samples.is_floating_point() else samples).numpy()
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 0 < samples.shape[0] <= MAX_CHANNELS):
+        raise xblip.MediaError(
+            f"Cannot read {label}: its samples have shape {samples.shape}. Expected (samples,), or (channels, samples) "
+            f"of at most {MAX_CHANNELS} channels: transpose (samples, channels)."
+        )
+    if samples.dtype == np.int16:
+        samples = samples / np.float32(2**15)
+    if samples.dtype.kind != "f":
+        raise xblip.MediaError(
+            f"Cannot read {label}: its samples are {samples.dtype}. Expected floats in [-1, 1] or int16."
+        )
+    loudest = np.abs(samples).max(initial=0, where=np.isfinite(samples))
+    if loudest > LOUDEST:
+        raise xblip.MediaError(
+            f"Cannot read {label}: its samples reach {loudest:g}. Expected floats in [-1, 1]: divide 16-bit values "
+            "by 32768."
+        )
+    return np.atleast_2d(samples).mean(0, dtype=np.float32)
+
+
+def resample(samples: np.ndarray, rate_hz: int, wanted_hz: int, label: str) -> np.ndarray:
+    """Brings samples (N,) to another sampling rate by torchaudio's windowed sinc filter.
+
+    Raises:
+      MediaError: the two rates have so little in common that the filter would not fit into memory.
+    """
+    if rate_hz == wanted_hz:
+        return samples
+    common = gcd(rate_hz, wanted_hz)
+    if (rate_hz // common) * (wanted_hz // common) > MAX_FILTER_SIZE:
+        raise xblip.MediaError(
+            f"Cannot read {label}: its sampling rate of {rate_hz} Hz cannot be brought to {wanted_hz} Hz. Convert "
+            "it to a common one, e.g. 44100 Hz."
+        )
+    functional = import_torchaudio().functional
+    return functional.resample(torch.from_numpy(samples), rate_hz, wanted_hz).numpy()
+
+
+def import_torchaudio():
+    """Imports torchaudio, whose wheels load only beside the torch they were built for.
+
+    Raises:
+      PluginError: it cannot be imported.
+    """
+    try:
+        import torchaudio
+    except (ImportError, OSError, RuntimeError) as cause:
+        raise xblip.PluginError(
+            "The modality audio needs torchaudio, which cannot be imported here "
+            f"({(str(cause).strip().splitlines() or [type(cause).__name__])[0]}). Install the torchaudio that was "
+            f"built for torch {torch.__version__}; other modalities work without it."
+        ) from cause
+    return torchaudio
+
+
+@xblip.hookimpl
+def register_modalities(register):
+    """Offers the modality."""
+    register(Audio)

@@ -1,0 +1,195 @@
+"""Audio files, decoded to one channel.
+
+WAV, FLAC, Ogg and the other formats of libsndfile are read by soundfile, everything else by PyAV. MP3 goes to
+PyAV as
+well: libsndfile guesses the length of an MP3 without a Xing header and leaves out what lies beyond its guess.
+Both decoders play what is there of a cut file and say nothing, so each container is asked how long it should
+be.
+"""
+
+import re
+from typing import BinaryIO
+
+import numpy as np
+
+import xblip
+
+EXPECTED = "a WAV, FLAC, Ogg, MP3, AAC, MP4, WebM or MKV file with sound"
+SOUNDFILE_MAGIC = (b"fLaC", b"OggS", b"RF64", b"FORM", b"caff", b"riff", b".snd")  # and RIFF...WAVE
+MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".split())
+OGG_PAGE = 65307  # bytes at most
+BLOCK = 2**18  # samples decoded at once
+UNKNOWN = 2**32 - 2**16  # from here on, sizes in a WAV header mean that its writer could not know them
+
+
+def read_file(file: xblip.MediaFile, *, max_seconds: float) -> tuple[np.ndarray, int]:
+    """Decodes a file.
+
+    Args:
+      file: the file.
+      max_seconds: longer sound is refused.
+
+    Returns:
+      Samples (N,) float32 in [-1, 1], the mean of all channels, and their rate in Hz.
+
+    Raises:
+      MediaError: the file is damaged, cut short, of another format, too long, or has no sound in it.
+      PluginError: the decoder's package cannot be imported.
+    """
+    with file.on_disk() as path, path.open("rb") as stream:
+        head = stream.read(12)
+        if head.startswith(SOUNDFILE_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WAVE"):
+            return _read_with_soundfile(stream, file.label, max_seconds)
+        return _read_with_pyav(stream, file.label, max_seconds)
+
+
+def refuse_long(seconds: float, label: str, max_seconds: float) -> None:
+    """Raises MediaError for sound that is longer than `max_seconds`."""
+    if seconds > max_seconds:
+        raise xblip.MediaError(
+            f"Cannot read {label}: it lasts {seconds:.0f} seconds or more; at most {max_seconds:g} are read. Cut it, "
+            "or raise max_seconds."
+        )
+
+
+def _read_with_soundfile(stream: BinaryIO, label: str, max_seconds: float) -> tuple[np.ndarray, int]:
+    try:
+        import soundfile
+    except (ImportError, OSError) as cause:
+        raise _missing(label, "soundfile", cause) from cause
+    with xblip.decoding(label, EXPECTED):
+        _check_ogg(stream)
+        with soundfile.SoundFile(str(stream.name)) as sound:
+            if sound.frames < 2**62:
+                refuse_long(sound.frames / sound.samplerate, label, max_seconds)
+                _check_sizes(sound.extra_info)
+                mono, end = np.empty(sound.frames, np.float32), 0
+                for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
+                    mono[end : end + len(block)] = block.mean(1)
+                    end += len(block)
+                _check_length(end, sound.frames)
+                return mono, sound.samplerate
+    return _read_with_pyav(stream, label, max_seconds)  # FLAC of a length its writer could not know
+
+
+def _read_with_pyav(stream: BinaryIO, label: str, max_seconds: float) -> tuple[np.ndarray, int]:
+    try:
+        import av
+    except (ImportError, OSError) as cause:
+        raise _missing(label, "av", cause) from cause
+    with xblip.decoding(label, EXPECTED):
+        _check_container(stream)
+        knows_length = _mp3_counts_frames(stream)
+        stream.seek(0)
+        with av.open(stream, options={"protocol_whitelist": ""}) as container:  # a playlist opens no other file
+            if not container.streams.audio:
+                raise xblip.MediaError(f"Cannot read {label}: it has no audio track. Expected {EXPECTED}.")
+            track = container.streams.audio[0]
+            to_float = av.AudioResampler(format="fltp")
+            blocks, samples = [], 0
+            for frame in container.decode(track):
+                blocks += [part.to_ndarray().mean(0) for part in to_float.resample(frame)]
+                samples, rate = samples + frame.samples, frame.sample_rate  # of HE-AAC the track knows half the rate
+                refuse_long(samples / rate, label, max_seconds)
+            if not samples:
+                raise ValueError("no sound can be decoded")
+            if knows_length:  # some encoders count the header's own frame, some decoders drop the first
+                slack = 2 * track.codec_context.frame_size
+                _check_length(samples, container.duration * rate // av.time_base - slack)
+            return np.concatenate(blocks), rate
+
+
+def _missing(label: str, package: str, cause: Exception) -> xblip.PluginError:
+    return xblip.PluginError(
+        f"Cannot read {label}: its format needs {package}, which cannot be imported here ({cause}). Install it: "
+        f"pip install {package}."
+    )
+
+
+def _check_length(there: int, promised: int) -> None:
+    if there < promised:
+        raise ValueError(f"it is cut short: {there} of at least {promised} samples are there")
+
+
+def _check_bytes(there: int, promised: int) -> None:
+    if there < promised:
+        raise ValueError(f"it is cut short: {there} of at least {promised} bytes are there")
+
+
+def _check_sizes(log: str) -> None:
+    """Compares sizes in the header with the file's, by libsndfile's log: it reads "data : 800 (should be
+    500)".
+
+    RIFF and FORM enclose the others; writers that forget to update them do no harm.
+    """
+    for name, promised, there in re.findall(r"^ *(\w[\w ]*?) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
+        if name not in ("RIFF", "FORM") and int(promised) < UNKNOWN:
+            _check_bytes(int(there), int(promised))
+
+
+def _check_ogg(stream: BinaryIO) -> None:
+    """An Ogg file is whole if its last page is, and is marked as the last one (RFC 3533, 6)."""
+    stream.seek(0)
+    if stream.read(4) != b"OggS":
+        return
+    stream.seek(max(0, stream.seek(0, 2) - 2 * OGG_PAGE))
+    tail = stream.read()
+    page = tail[tail.rfind(b"OggS") :]
+    promised = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
+    _check_bytes(len(page), promised)
+    if not page[5] & 4:
+        raise ValueError("it is cut short: its last page is missing")
+
+
+def _mp3_counts_frames(stream: BinaryIO) -> bool:
+    """Whether a Xing header opens an MP3, behind its ID3 tag, and tells the number of frames."""
+    stream.seek(0)
+    tag = stream.read(10)
+    size = sum(byte << 7 * place for place, byte in enumerate(reversed(tag[6:]))) + 10
+    stream.seek(size if tag[:3] == b"ID3" else 0)
+    frame = stream.read(64)
+    place = max(frame.find(b"Xing"), frame.find(b"Info"))
+    return frame[:1] == b"\xff" and 0 < place < 56 and bool(frame[place + 7] & 1)
+
+
+def _check_container(stream: BinaryIO) -> None:
+    """Raises ValueError if an MP4, MOV, WebM, MKV or AVI file is shorter than it says."""
+    there = stream.seek(0, 2)
+    stream.seek(0)
+    head = stream.read(12)
+    if head[4:8] in MP4_BOXES:
+        _check_bytes(there, _mp4_length(stream))
+    elif head[:4] == b"\x1a\x45\xdf\xa3":
+        _check_bytes(there, _matroska_length(stream))
+    elif head[:4] == b"RIFF":
+        _check_bytes(there, 8 + int.from_bytes(head[4:8], "little"))
+
+
+def _mp4_length(stream: BinaryIO) -> int:
+    """Where the last top-level box ends (ISO/IEC 14496-12, 4.2); one of size 0 ends with the file."""
+    end = 0
+    while True:
+        stream.seek(end)
+        header = stream.read(16)
+        size = int.from_bytes(header[8:16] if header[:4] == b"\0\0\0\1" else header[:4])
+        if header[4:8] not in MP4_BOXES or size < 8:
+            return end
+        end += size
+
+
+def _matroska_length(stream: BinaryIO) -> int:
+    """Where the segment ends (RFC 8794, 4); 0 if a live recorder could not say."""
+    stream.seek(4)
+    stream.seek(_matroska_number(stream) or 0, 1)
+    segment = stream.read(4)
+    size = _matroska_number(stream)
+    return stream.tell() + size if segment == b"\x18\x53\x80\x67" and size is not None else 0
+
+
+def _matroska_number(stream: BinaryIO) -> int | None:
+    """A number whose first byte's leading zeros count the bytes that follow; None for all ones, "unknown"."""
+    first = stream.read(1)
+    width = 9 - first[0].bit_length() if first and first[0] else 1
+    bits = 7 * width
+    value = int.from_bytes(first + stream.read(width - 1)) % (1 << bits)
+    return value if value != (1 << bits) - 1 else None

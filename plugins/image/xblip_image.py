@@ -1,0 +1,260 @@
+"""Still pictures: files, PIL images, arrays and tensors, as a vision encoder of `transformers` takes them.
+
+Every source first becomes an upright 8-bit RGB picture, and that goes through the image processor saved
+beside the encoder. One road for all sources, so that a path, its bytes and its pixels cannot give different
+tensors.
+"""
+
+import functools
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+import xblip
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+EXPECTED = "a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF image"
+MAX_ASPECT_RATIO = 200
+"""Long side over short side, as in Qwen2-VL's image processor: processors that bring the short side to a
+fixed size would blow up a thin strip."""
+
+
+class Image(xblip.Modality):
+    """Pictures as one segment each.
+
+    What every source becomes:
+      - EXIF orientation is applied.
+      - Transparency is laid on white.
+      - Of a moving picture (GIF, WebP, TIFF pages) only the first frame is read.
+      - 16-bit grey is scaled to 8 bit by 255/65535; PIL's mode "I" counts as 16 bit.
+      - Arrays and tensors are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 (grey, RGB, RGBA). Where both
+        orders would fit, numpy arrays have their channels last and torch tensors first, as pictures of those
+        libraries do.
+      - Their values are uint8, uint16, bool, or floats in [0, 1].
+    """
+
+    name = "image"
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+    mime_types = (
+        "image/png",
+        "image/jpeg",
+        "image/webp",
+        "image/gif",
+        "image/bmp",
+        "image/tiff",
+        "image/x-portable-anymap",
+        "image/avif",
+    )
+
+    @dataclass
+    class Config:
+        """Settings of the image modality.
+
+        Attributes:
+          encoder: folder or hub id of a `transformers` vision model, its image processor beside the weights.
+          max_pixels: pixels (width times height) above which a picture is refused: by its header, before
+            decoding.
+        """
+
+        encoder: str
+        max_pixels: int = 100_000_000
+
+    def load(self, source: Any) -> dict[str, Tensor]:
+        """Reads one picture.
+
+        Args:
+          source: path, bytes, open binary file, PIL image, numpy array or torch tensor, as the class says.
+
+        Returns:
+          `pixel_values` (1, 3, H, W) float, exactly what the encoder's image processor gives for the picture.
+
+        Raises:
+          MediaError: the source is missing, damaged, too large, too thin, or not a picture.
+          BundleError: the encoder has no image processor, or one that gives something else.
+        """
+        return {"pixel_values": self._processor(self._rgb_picture(source))}
+
+    def build_encoder(self) -> nn.Module:
+        """Loads the vision model; of a two-tower model (CLIP, SigLIP) its vision part."""
+        return xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="pixel_values")
+
+    @classmethod
+    def example(cls, folder: Path) -> xblip.Example:
+        """Makes a tiny ViT with its processor, two pictures, and broken ones."""
+        import PIL.Image
+        from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+        encoder, png, jpeg, text = (folder / name for name in ("encoder", "ramp.png", "noise.jpg", "text.png"))
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(encoder)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(encoder)
+        ramp = np.linspace(0, 255, 40 * 50 * 3).reshape(40, 50, 3).astype(np.uint8)
+        PIL.Image.fromarray(ramp).save(png)
+        PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(jpeg)
+        text.write_text("not a picture")
+        return xblip.Example(
+            config={"encoder": str(encoder)},
+            sources=[png, jpeg],
+            broken=[
+                text,
+                jpeg.read_bytes()[:-400],
+                np.zeros((5, 7, 2), np.uint8),
+                np.full((4, 4), np.nan),
+                7,
+            ],
+        )
+
+    @functools.cached_property
+    def _processor(self):
+        return xblip.TransformersEncoder.image_processor(self.config.encoder)
+
+    def _rgb_picture(self, source: Any) -> "PIL.Image.Image":
+        import PIL.Image
+
+        file = xblip.media_file(source, kind=self.name)
+        if file:
+            with file.open() as stream, xblip.decoding(file.label, EXPECTED), _without_pillow_limit:
+                return self._upright_rgb(PIL.Image.open(stream, formats=FORMATS), file.label)
+        label = f"the {self.name} given as {type(source).__name__}"
+        if isinstance(source, PIL.Image.Image):
+            with xblip.decoding(label, EXPECTED), _without_pillow_limit:
+                return self._upright_rgb(source, label)
+        if isinstance(source, (np.ndarray, Tensor)):
+            return self._upright_rgb(_from_pixels(source, label), label)
+        raise xblip.MediaError(
+            f"Cannot read {label}: expected a path, bytes, an open binary file, a PIL image, a numpy array "
+            "or a torch tensor."
+        )
+
+    def _upright_rgb(self, picture: "PIL.Image.Image", label: str) -> "PIL.Image.Image":
+        import PIL.Image
+        import PIL.ImageOps
+
+        self._check_size(*picture.size, label)
+        picture.load()
+        picture = PIL.ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I") or picture.mode == "F":
+            picture = PIL.Image.fromarray(_eight_bit(_sixteen_bit(np.asarray(picture), label), label))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            white = PIL.Image.new("RGBA", picture.size, "white")
+            picture = PIL.Image.alpha_composite(white, picture)
+        return picture.convert("RGB")
+
+    def _check_size(self, width: int, height: int, label: str) -> None:
+        if width * height == 0:
+            raise xblip.MediaError(f"Cannot read {label}: it has no pixels ({width} x {height}).")
+        if width * height > self.config.max_pixels:
+            raise xblip.MediaError(
+                f"Cannot read {label}: {width} x {height} is more than max_pixels = "
+                f"{self.config.max_pixels}. Shrink it, or raise max_pixels in the modality's config."
+            )
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise xblip.MediaError(
+                f"Cannot read {label}: {width} x {height} is too thin; one side may be at most "
+                f"{MAX_ASPECT_RATIO} times the other. Crop it."
+            )
+
+
+class _LiftedPillowLimit:
+    """Leaves `max_pixels` the only limit: Pillow's own warns and fails at sizes of its own choosing.
+
+    That limit is a global of Pillow which threads share: the first one in lifts it, the last puts it back.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._users = 0
+        self._kept: int | None = None
+
+    def __enter__(self) -> None:
+        import PIL.Image
+
+        with self._lock:
+            if self._users == 0:
+                self._kept, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+            self._users += 1
+
+    def __exit__(self, *_) -> None:
+        import PIL.Image
+
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                PIL.Image.MAX_IMAGE_PIXELS = self._kept
+
+
+_without_pillow_limit = _LiftedPillowLimit()
+
+
+def _from_pixels(pixels: np.ndarray | Tensor, label: str) -> "PIL.Image.Image":
+    """Turns an array or tensor into a PIL image of mode L, RGB or RGBA."""
+    import PIL.Image
+
+    channel_axes = (2, 0)
+    if isinstance(pixels, Tensor):
+        channel_axes = (0, 2)
+        pixels = pixels.detach().cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    if pixels.ndim == 3:
+        axis = next((axis for axis in channel_axes if pixels.shape[axis] in (1, 3, 4)), None)
+        pixels = pixels if axis is None else np.moveaxis(pixels, axis, 2)
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))) or pixels.size == 0:
+        raise xblip.MediaError(
+            f"Cannot read {label}: its shape is {pixels.shape}; expected (H, W), (H, W, C) or (C, H, W) with "
+            "C = 1, 3 or 4 and at least one pixel."
+        )
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return PIL.Image.fromarray(np.ascontiguousarray(_eight_bit(pixels, label)))
+
+
+def _sixteen_bit(values: np.ndarray, label: str) -> np.ndarray:
+    """Narrows PIL's mode "I", 32-bit integers that hold 16-bit grey; leaves other arrays as they are."""
+    if values.dtype != np.int32:
+        return values
+    if values.min() < 0 or values.max() > 65535:
+        raise xblip.MediaError(
+            f'Cannot read {label}: mode "I" is read as 16-bit grey, and its values go from {values.min()} to '
+            f"{values.max()}. Scale them to 0..65535."
+        )
+    return values.astype(np.uint16)
+
+
+def _eight_bit(values: np.ndarray, label: str) -> np.ndarray:
+    """Scales uint16, bool and floats in [0, 1] to uint8, rounding to nearest."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if values.dtype.kind != "f":
+        raise xblip.MediaError(
+            f"Cannot read {label}: its dtype is {values.dtype}; expected uint8, uint16, bool, or floats in "
+            "[0, 1]. Convert it, e.g. to uint8 if its values are 0..255."
+        )
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    if bad:
+        raise xblip.MediaError(
+            f"Cannot read {label}: {bad} of its {values.size} values are NaN or infinite. Give finite ones."
+        )
+    if values.min() < 0 or values.max() > 1:
+        raise xblip.MediaError(
+            f"Cannot read {label}: float values must lie in [0, 1]; these go from {values.min():g} to "
+            f"{values.max():g}. Divide 0..255 by 255, or convert to uint8."
+        )
+    return np.rint(values * 255).astype(np.uint8)
+
+
+@xblip.hookimpl
+def register_modalities(register) -> None:
+    """Offers `image`."""
+    register(Image)

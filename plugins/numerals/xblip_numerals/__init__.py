@@ -1,0 +1,13 @@
+"""The numerals model: small weights, and the world they were trained on."""
+
+from pathlib import Path
+
+import xblip
+
+BUNDLE = Path(__file__).parent / "bundle"
+
+
+@xblip.hookimpl
+def register_models(register) -> None:
+    """Offers the bundle `numerals`."""
+    register("numerals", BUNDLE)

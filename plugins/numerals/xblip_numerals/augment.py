@@ -1,0 +1,126 @@
+"""Varies what the encoders train on: batches of tensors, made different each time they are seen.
+
+Varying tensors costs a hundredth of rendering files anew. Nothing here touches a fact: hands are mirrored and writing is
+not, levels of sound move by less than loud and quiet lie apart, solids turn about the vertical axis alone.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AUDIO_MEAN, AUDIO_STD = -7.0, 5.2
+"""Of log-mel energies (natural logarithm) of the training recordings, silence left out; AST's extractor halves the scale."""
+MEL_BINS, LOWEST_HZ, HIGHEST_HZ = 32, 20.0, 8000.0
+_PAD = -AUDIO_MEAN / (2 * AUDIO_STD)
+_NATURAL_PER_DB = math.log(10) / 10
+
+
+def uniform(low: float, high: float, *shape: int) -> Tensor:
+    """Random numbers from `low` to `high`."""
+    return torch.empty(shape).uniform_(low, high)
+
+
+def vary_images(pixel_values: Tensor, is_sign: Tensor) -> Tensor:
+    """Turns, scales, shifts, lights and blurs pictures; hands more so, and mirrored.
+
+    Args:
+      pixel_values: (M, 3, H, W) in -1 to 1.
+      is_sign: (M,) boolean. Handwriting is shifted by at most .025 of the picture, so that its place stays true.
+
+    Returns:
+      (M, 3, H, W).
+    """
+    count = len(pixel_values)
+    sign = is_sign.float()
+    angle = uniform(-1, 1, count) * (8 + 7 * sign) * math.pi / 180
+    scale = torch.exp(uniform(-1, 1, count) * (0.06 + 0.12 * sign))
+    shift = uniform(-1, 1, count, 2) * (0.05 + 0.12 * sign)[:, None]
+    flip = torch.where(is_sign & (torch.rand(count) < 0.5), -1.0, 1.0)
+    cosine, sine = angle.cos() * scale, angle.sin() * scale
+    affine = torch.stack([cosine * flip, -sine, shift[:, 0], sine * flip, cosine, shift[:, 1]], 1).view(count, 2, 3)
+    grid = F.affine_grid(affine, list(pixel_values.shape), align_corners=False)
+    varied = F.grid_sample(pixel_values, grid, padding_mode="border", align_corners=False)
+    light = uniform(0.8, 1.15, count, 1, 1, 1) * uniform(0.94, 1.06, count, 3, 1, 1)
+    varied = ((varied + 1) * light - 1 + uniform(-0.1, 0.1, count, 1, 1, 1)).clamp(-1, 1)
+    return varied + torch.randn_like(varied) * uniform(0, 0.03, count, 1, 1, 1)
+
+
+def vary_spectrograms(input_values: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives recordings another voice, speed, microphone and background, and hides parts of them.
+
+    The vocal tract's length is varied by stretching the frequency axis in hertz (Jaitly and Hinton, 2013), the
+    microphone by a smooth curve over the mel bins; hiding is SpecAugment's (arXiv 1904.08779).
+
+    Args:
+      input_values: (M, T, MEL_BINS), as `AUDIO_MEAN` and `AUDIO_STD` normalise them, padded at the end.
+      num_frames: (M,) how many frames are real.
+
+    Returns:
+      The same, varied: spectrograms and how many of their frames are real.
+    """
+    count, length, bins = input_values.shape
+    start, speed = uniform(-20, 8, count, 1), torch.exp(uniform(-0.22, 0.22, count, 1))
+    time = torch.arange(length) * speed + start
+    real = time <= num_frames[:, None] - 0.5
+    rows = (2 * time / (length - 1) - 1)[:, :, None].expand(count, length, bins)
+    columns = _stretched_bins(torch.exp(uniform(-0.15, 0.15, count, 1)))[:, None].expand(count, length, bins)
+    varied = F.grid_sample(input_values[:, None], torch.stack([columns, rows], 3), align_corners=True)[:, 0]
+    energies = varied * 2 * AUDIO_STD + AUDIO_MEAN
+    energies = energies + _smooth_curves(count, bins)[:, None]
+    before = (time < -0.5)[:, :, None]
+    hiss = _hiss(energies)
+    hissing = (torch.rand(count, 1, 1) < 0.6) | before
+    energies = torch.where(before, hiss, energies).logaddexp(torch.where(hissing, hiss, -math.inf))
+    varied = _hide((energies - AUDIO_MEAN) / (2 * AUDIO_STD), num_frames)
+    return torch.where(real[:, :, None], varied, _PAD), real.sum(1).clamp(min=1)
+
+
+def vary_points(points: Tensor) -> Tensor:
+    """Turns clouds (M, P, 3) about the vertical axis, stretches and roughens them a little, and normalises again."""
+    count = len(points)
+    angle = uniform(0, 2 * math.pi, count)
+    cosine, sine, zero, one = angle.cos(), angle.sin(), torch.zeros(count), torch.ones(count)
+    turn = torch.stack([cosine, sine, zero, -sine, cosine, zero, zero, zero, one], 1).view(count, 3, 3)
+    varied = (points * uniform(0.9, 1.1, count, 1, 3)) @ turn + torch.randn_like(points) * 0.01
+    varied = varied - varied.mean(1, keepdim=True)
+    return varied / varied.norm(dim=2).amax(1)[:, None, None]
+
+
+def _stretched_bins(factor: Tensor) -> Tensor:
+    """Where each mel bin is read from when frequencies are multiplied by `factor` (M, 1): (M, MEL_BINS) in -1 to 1."""
+    low, high = (1127 * math.log(1 + hertz / 700) for hertz in (LOWEST_HZ, HIGHEST_HZ))
+    hertz = 700 * (torch.exp(torch.linspace(low, high, MEL_BINS + 2)[1:-1] / 1127) - 1)
+    place = (1127 * torch.log(1 + hertz * factor / 700) - low) / (high - low) * (MEL_BINS + 1) - 1
+    return 2 * place.clamp(0, MEL_BINS - 1) / (MEL_BINS - 1) - 1
+
+
+def _smooth_curves(count: int, bins: int) -> Tensor:
+    """Random sums of the first four cosines over the bins: (count, bins), about 3 dB."""
+    order = torch.arange(1, 5)[:, None]
+    cosines = torch.cos(order * torch.linspace(0, math.pi, bins)) / order
+    return 0.4 * torch.randn(count, 4) @ cosines
+
+
+def _hiss(energies: Tensor) -> Tensor:
+    """Background 22 to 45 dB below the loudest part of each recording, its spectrum slanted: (M, T, bins)."""
+    count, _, bins = energies.shape
+    loudest = energies.flatten(1).topk(energies[0].numel() // 12).values.mean(1)
+    level = loudest - uniform(22, 45, count) * _NATURAL_PER_DB
+    slant = torch.randn(count, 1, 1) * torch.linspace(1, -1, bins)
+    # The logarithm of noise's energy varies from bin to bin like that of an exponential variable, smoothed by the filters.
+    return level[:, None, None] + slant + 0.5 * torch.empty_like(energies).exponential_().clamp(min=0.01).log()
+
+
+def _hide(spectrograms: Tensor, num_frames: Tensor) -> Tensor:
+    """Replaces two stretches of time (at most 12 frames) and two of frequency (at most 4 bins) by the mean."""
+    count, length, bins = spectrograms.shape
+    mean = spectrograms.mean((1, 2), keepdim=True)
+    for size, longest, axis in ((num_frames, 12, 1), (num_frames, 12, 1), (bins, 4, 2), (bins, 4, 2)):
+        width = uniform(0, longest, count)
+        first = uniform(0, 1, count) * (size - width)
+        place = torch.arange(length if axis == 1 else bins)
+        hidden = (place >= first[:, None]) & (place < (first + width)[:, None])
+        spectrograms = torch.where(hidden.unsqueeze(3 - axis), mean, spectrograms)
+    return spectrograms

@@ -1,0 +1,194 @@
+"""Builds the numerals model from the public sets: world, LLM, encoders, bridges, bundle, report.
+
+Two lanes run side by side with one thread each, since small networks gain little from a second thread and nothing when
+two processes fight over the cores. A step whose output is there is not run again; delete its folder to redo it.
+
+    python -m xblip_numerals.build --data FOLDER --out build/numerals
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from xblip_numerals.demo_files import make_files, make_questions
+from xblip_numerals.language import MODALITIES
+from xblip_numerals.sources import SPLITS, SourcesError, read_sources
+
+CONFIGS = Path("configs/train")
+ROWS = {"train": 50_000, "val": 1_000}
+
+
+@dataclass
+class Step:
+    """One process of the build.
+
+    Attributes:
+      name: shown while it runs; its output goes to logs/<name>.log.
+      command: Python arguments.
+      makes: exists when the step is done.
+    """
+
+    name: str
+    command: list[str]
+    makes: Path
+    state: str = "waits"
+    line: str = ""
+
+
+class Lanes:
+    """Runs lists of steps side by side and shows how each gets on."""
+
+    def __init__(self, lanes: Sequence[Sequence[Step]], *, logs: Path):
+        self.lanes = lanes
+        self.logs = logs
+        self.failed: Step | None = None
+
+    def run(self) -> None:
+        """Runs all steps.
+
+        Raises:
+          SystemExit: a step failed; its last lines are printed.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        threads = [threading.Thread(target=self._run_lane, args=(lane,)) for lane in self.lanes]
+        for thread in threads:
+            thread.start()
+        console = Console()
+        with Live(self._table(), console=console, refresh_per_second=2, transient=not console.is_terminal) as live:
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.5)
+                live.update(self._table())
+        if self.failed:
+            log = (self.logs / f"{self.failed.name}.log").read_text().splitlines()
+            raise SystemExit(f"{self.failed.name} failed; the end of its log:\n" + "\n".join(log[-20:]))
+
+    def _run_lane(self, lane: Sequence[Step]) -> None:
+        for step in lane:
+            if self.failed:
+                return
+            if step.makes.exists():
+                step.state = "was there"
+                continue
+            started = time.monotonic()
+            step.state = "runs"
+            status = self._run_step(step)
+            minutes = (time.monotonic() - started) / 60
+            step.state = f"done, {minutes:.1f} min" if status == 0 else "failed"
+            print(f"{step.name}: {step.state}", flush=True)
+            if status:
+                self.failed = step
+
+    def _run_step(self, step: Step) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        process = subprocess.Popen(
+            [sys.executable, "-u", *step.command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+        with (self.logs / f"{step.name}.log").open("wb") as log:
+            line = b""
+            while chunk := process.stdout.read1(4096):
+                log.write(chunk)
+                line = (line + chunk).replace(b"\r", b"\n").rstrip(b"\n").rsplit(b"\n", 1)[-1]
+                step.line = line.decode(errors="replace")[-100:]
+        return process.wait()
+
+    def _table(self) -> Table:
+        table = Table("step", "state", "now")
+        for lane in self.lanes:
+            for step in lane:
+                table.add_row(step.name, step.state, step.line if step.state == "runs" else "")
+        return table
+
+
+def build(data: Path, out: Path, *, seed: int) -> None:
+    """Runs the whole build; see the module's description."""
+    for split in SPLITS:
+        read_sources(data, split)
+    world, llm, logs = out / "world", out / "llm", out / "logs"
+
+    def module(name: str, *arguments: object) -> list[str]:
+        return ["-m", f"xblip_numerals.{name}", *map(str, arguments), "--seed", str(seed)]
+
+    def encoder(name: str) -> Step:
+        folder = out / "encoders" / name
+        command = module("train_encoders", name, "--world", world, "--out", folder, "--threads", 1)
+        return Step(f"encoder-{name}", command, folder / "model.safetensors")
+
+    def questions(name: str, split: str) -> Step:
+        file = out / "questions" / f"{name}-{split}.jsonl"
+        command = module("questions", name, "--world", world, "--split", split, "--count", ROWS[split], "--out", file)
+        return Step(f"questions-{name}-{split}", command, file)
+
+    def bridge(name: str) -> Step:
+        config = CONFIGS / f"numerals-{name.replace('_', '-')}.yaml"
+        command = ["-m", "xblip.cli", "train", str(config), f"training.seed={seed}"]
+        return Step(f"bridge-{name}", command, out / "branches" / name / "metrics.json")
+
+    media = Step("world", module("media", "--data", data, "--out", world), world / "test" / "manifest.jsonl")
+    language = Step("llm", module("train_llm", "--out", llm, "--threads", 1), llm / "model.safetensors")
+    asked = [questions(name, split) for name in MODALITIES for split in ROWS]
+    Lanes([[language], [media, *map(encoder, ("image", "audio", "point_cloud")), *asked]], logs=logs).run()
+    Lanes([[bridge("video"), bridge("image")], [bridge("audio"), bridge("point_cloud")]], logs=logs).run()
+    write_bundle(out, out / "bundle")
+    report = Step(
+        "report", module("report", "--bundle", out / "bundle", "--world", world, "--out", out / "REPORT.md"),
+        out / "REPORT.md",
+    )  # fmt: skip
+    Lanes([[report]], logs=logs).run()
+
+
+def write_bundle(parts: Path, folder: Path) -> None:
+    """Composes the trained parts to a bundle with half-precision weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    import xblip
+    from xblip_numerals.phrases import ANSWER_CUE
+
+    model = xblip.load(CONFIGS.parent / "model" / "numerals.yaml")
+    assert model.router.config.postfix.strip() == ANSWER_CUE
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    for file in folder.glob("*/bridge.safetensors"):
+        save_file({name: value.to(torch.float16) for name, value in load_file(file).items()}, file)
+
+
+def install(out: Path) -> None:
+    """Puts bundle, report and demo files where the plugin ships them from."""
+    package = Path(__file__).parent
+    for name in ("bundle", "demo"):
+        shutil.rmtree(package / name, ignore_errors=True)
+    shutil.copytree(out / "bundle", package / "bundle")
+    make_files(package / "demo", seed=0)
+    make_questions(package / "demo", seed=0)
+    for suffix in (".md", ".json"):
+        shutil.copyfile(out / f"REPORT{suffix}", package.parent / f"REPORT{suffix}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the public sets, with their manifest.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("build/numerals"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--install", action="store_true", help="ship the result with this plugin")
+    arguments = parser.parse_args()
+    try:
+        build(arguments.data, arguments.out, seed=arguments.seed)
+        if arguments.install:
+            install(arguments.out)
+    except SourcesError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

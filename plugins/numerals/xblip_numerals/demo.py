@@ -1,0 +1,59 @@
+"""The demo: a dozen questions about files of all four kinds, and the model's answers beside the truth.
+
+The files come with the plugin, which made them (`demo_files`): pen strokes and synthetic voices that no part of the model
+was trained on. Nothing is chosen by whether the answer is right.
+
+    python -m xblip_numerals.demo
+"""
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import xblip
+
+FOLDER = Path(__file__).parent / "demo"
+
+
+def main() -> None:
+    """Asks every question of `demo/questions.json` and prints a table."""
+    console = Console()
+    started = time.monotonic()
+    model = xblip.load("numerals")
+    loaded = time.monotonic()
+    questions = json.loads((FOLDER / "questions.json").read_text())
+    table = Table(title="One frozen language model, four bridges trained apart", show_lines=True)
+    for column in ("question", "files", "answer", "truth"):
+        table.add_column(column, overflow="fold")
+    samples = [
+        xblip.Sample(row["question"], [(name, FOLDER / file) for name, file in row["media"]]) for row in questions
+    ]
+    answers = model.generate(samples, do_sample=False)
+    right = 0
+    for row, answer in zip(questions, answers, strict=True):
+        agrees = _plain(answer.text) == _plain(row["answer"])
+        right += agrees
+        color = "green" if agrees else "red"
+        files = "\n".join(f"{name}: {file}" for name, file in row["media"])
+        table.add_row(row["question"], files, f"[{color}]{answer.text}[/{color}]", row["answer"])
+    console.print(table)
+    asked = time.monotonic() - loaded
+    console.print(
+        f"{right} of {len(questions)} answers equal the truth; loading took {loaded - started:.1f} s, "
+        f"{len(questions)} answers {asked:.1f} s. The report on {FOLDER.parent.parent.name}'s test split is "
+        "plugins/numerals/REPORT.md.\n\n"
+        "Ask about your own files (a drawn digit, a recording of one, ...):\n"
+        '  .venv/bin/xblip ask "Which number is in the image?" --image your.png\n'
+        '  .venv/bin/xblip ask "Which number is larger, the image or the audio?" --image your.png --audio your.wav'
+    )
+
+
+def _plain(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The report: what the numerals model answers on unseen files, beside what it should be compared with.
+
+Every question is asked in several ways: with soft prompts; with the true descriptions in their place (what the LLM could
+reach at best); with the captions that the model itself gives of each input (the caption baseline); with one of its inputs
+alone; and without any. Figures that speak against the idea stand in the same tables.
+
+    python -m xblip_numerals.report --bundle FOLDER --world FOLDER --out REPORT.md
+"""
+
+import argparse
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from tqdm import tqdm
+
+import xblip
+from xblip_numerals.language import MODALITIES, Question, Thing, caption, chance, words_of
+from xblip_numerals.phrases import KINDS, VALUES
+from xblip_numerals.questions import Item, Shelf, question_about
+
+BATCH = 128
+NAMES = list(MODALITIES)
+PAIR_KINDS = [kind for kind, form in KINDS.items() if form.things == 2]
+TRIPLE_KINDS = [kind for kind, form in KINDS.items() if form.things == 3] + ["which_shows", "which_is"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question about files."""
+
+    things: list[Thing]
+    items: list[Item]
+    question: Question
+
+
+@dataclass
+class Tally:
+    """Right answers out of how many."""
+
+    right: int = 0
+    count: int = 0
+
+    def add(self, right: bool) -> None:
+        self.right += right
+        self.count += 1
+
+    @property
+    def share(self) -> float:
+        return self.right / self.count if self.count else math.nan
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f}" if self.count else "–"
+
+
+class Reader:
+    """Asks the model; encodes each file once."""
+
+    def __init__(self, model: xblip.XBlip):
+        self.model = model
+        self._features: dict[Path, xblip.Features] = {}
+        self._captions: dict[Path, str] = {}
+
+    def encode(self, items: Iterable[Item]) -> None:
+        """Keeps the frozen features of files."""
+        by_modality = defaultdict(dict)
+        for item in items:
+            if item.path not in self._features:
+                by_modality[item.thing.modality][item.path] = item
+        for modality, found in by_modality.items():
+            paths = list(found)
+            for start in tqdm(range(0, len(paths), BATCH), desc=f"encode {modality}"):
+                part = paths[start : start + BATCH]
+                for path, features in zip(part, self.model.branches[modality].encode(part).split(), strict=True):
+                    self._features[path] = features
+
+    def describe(self, items: Iterable[Item]) -> None:
+        """Keeps the model's own caption of each file."""
+        items = list({item.path: item for item in items if item.path not in self._captions}.values())
+        samples = [
+            xblip.Sample(f"Describe the {MODALITIES[item.thing.modality].noun}.", [self.soft(item)]) for item in items
+        ]
+        for item, text in zip(items, self.answers(samples, "describe"), strict=True):
+            self._captions[item.path] = text
+
+    def soft(self, item: Item) -> tuple[str, xblip.Features]:
+        """The file itself, as an input."""
+        return item.thing.modality, self._features[item.path]
+
+    def captioned(self, item: Item) -> str:
+        """The model's caption of the file, as text in its place."""
+        return MODALITIES[item.thing.modality].cue + self._captions[item.path]
+
+    def answers(self, samples: Sequence[xblip.Sample], label: str) -> list[str]:
+        """Asks in batches of prompts of like length; greedy."""
+        order = sorted(range(len(samples)), key=lambda i: (len(samples[i].media), len(samples[i].instruction)))
+        texts: list[str] = [""] * len(samples)
+        for start in tqdm(range(0, len(order), BATCH), desc=label):
+            part = order[start : start + BATCH]
+            for i, answer in zip(part, self.model.generate([samples[i] for i in part], do_sample=False), strict=True):
+                texts[i] = answer.text
+        return texts
+
+    def judge(self, cases: Sequence[Case], inputs: Callable[[Case], list], label: str) -> list[bool]:
+        """Asks every case with the inputs that `inputs` gives it; says which answers are right."""
+        samples = [xblip.Sample(case.question.text, inputs(case)) for case in cases]
+        return [
+            words_of(text) == words_of(case.question.answer)
+            for text, case in zip(self.answers(samples, label), cases, strict=True)
+        ]
+
+
+def described(case: Case) -> list[str]:
+    """The true descriptions in place of the files."""
+    return [MODALITIES[thing.modality].cue + caption(thing) for thing in case.things]
+
+
+def source_of(item: Item) -> str:
+    """What the single-input table tells apart: modality, and for images handwriting and signs."""
+    kind = item.thing.facts.get("kind")
+    return f"{item.thing.modality}, {kind}" if kind else item.thing.modality
+
+
+def single_cases(shelf: Shelf, rng: random.Random) -> dict[tuple[str, str], list[Case]]:
+    """One question for every fact of every file."""
+    from xblip_numerals.language import ask
+
+    cases = defaultdict(list)
+    for items in shelf.items.values():
+        for item in items:
+            for fact in item.thing.facts:
+                cases[source_of(item), fact].append(Case([item.thing], [item], ask([item.thing], rng, fact)))
+    return cases
+
+
+def several_cases(
+    shelf: Shelf, rng: random.Random, *, size: int, kinds: Sequence[str], count: int
+) -> dict[tuple[str, str], list[Case]]:
+    """`count` questions of each kind for each set of modalities, in random order of inputs."""
+    cases = {}
+    for modalities in combinations(NAMES, size):
+        for kind in kinds:
+            if kind == "same_color" and sum("color" in MODALITIES[name].clauses for name in modalities) < 2:
+                continue
+            made = [
+                question_about(rng, shelf, kind=kind, modalities=rng.sample(modalities, size)) for _ in range(count)
+            ]
+            cases[" + ".join(modalities), kind] = [Case(*case) for case in made]
+    return cases
+
+
+def needed_facts(kind: str, thing: Thing) -> list[str]:
+    """The facts of an input that a question of this kind hangs on; alternatives for questions of any attribute."""
+    if kind == "same_color":
+        return ["color"]
+    if kind in ("which_is", "number_of"):
+        return [fact for fact in thing.facts if fact in VALUES and fact != "number"]
+    return ["number"]
+
+
+def expected_share(case: Case, singles: dict[tuple[str, str], Tally], truth: float) -> float:
+    """What the parts reach together: each input read alone, times the LLM on true descriptions."""
+    share = truth
+    for i in case.question.about:
+        facts = needed_facts(case.question.kind, case.things[i])
+        shares = [singles[source_of(case.items[i]), fact].share for fact in facts]
+        share *= sum(shares) / len(shares) if shares else 1.0
+    if case.question.kind == "number_of":
+        readings = [singles[source_of(case.items[i]), "number"].share for i in case.question.about]
+        share *= sum(readings) / len(readings)
+    return share
+
+
+def several_report(reader: Reader, cases: dict[tuple[str, str], list[Case]], singles: dict) -> tuple[dict, dict]:
+    """Asks every case in every way.
+
+    Returns:
+      Tallies by kind and way, and by set of modalities and way; `expected` holds sums of `expected_share`.
+    """
+    flat = [(names, kind, case) for (names, kind), found in cases.items() for case in found]
+    only = [case for _, _, case in flat]
+    alone = random.Random(0)
+    ways: dict[str, Callable[[Case], list]] = {
+        "soft prompts": lambda case: [reader.soft(item) for item in case.items],
+        "true descriptions": described,
+        "captions": lambda case: [reader.captioned(item) for item in case.items],
+        "one input alone": lambda case: [reader.soft(alone.choice(case.items))],
+        "no input": lambda case: [],
+    }
+    by_kind: dict = defaultdict(lambda: defaultdict(Tally))
+    by_names: dict = defaultdict(lambda: defaultdict(Tally))
+    for way, inputs in ways.items():
+        for (names, kind, _), right in zip(flat, reader.judge(only, inputs, way), strict=True):
+            by_kind[kind][way].add(right)
+            by_names[names][way].add(right)
+    for names, kind, case in flat:
+        share = expected_share(case, singles, by_kind[kind]["true descriptions"].share)
+        for tallies in (by_kind[kind], by_names[names]):
+            tallies["expected"].right += share
+            tallies["expected"].count += 1
+    return by_kind, by_names
+
+
+def position_report(reader: Reader, shelf: Shelf, rng: random.Random, count: int) -> dict[tuple[str, int], Tally]:
+    """Numbers read by place in the prompt, among two other inputs."""
+    cases = [
+        Case(*question_about(rng, shelf, kind="number", modalities=rng.sample(names, 3)))
+        for names in combinations(NAMES, 3)
+        for _ in range(count)
+    ]
+    judged = reader.judge(cases, lambda case: [reader.soft(item) for item in case.items], "by place")
+    tallies: dict[tuple[str, int], Tally] = defaultdict(Tally)
+    for case, right in zip(cases, judged, strict=True):
+        place = case.question.about[0]
+        tallies[case.things[place].modality, place].add(right)
+    return tallies
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _several_table(by_kind: dict, *, size: int, floor: float, first: str) -> str:
+    ways = ("soft prompts", "captions", "true descriptions", "one input alone", "no input")
+    rows = []
+    for kind, tallies in by_kind.items():
+        expected = tallies["expected"].share
+        ratio = tallies["soft prompts"].share / expected
+        guess = f"{chance(kind, size):.2f}" if kind in KINDS else ""
+        verdict = f"{ratio:.2f}{'' if ratio >= floor else ' (below)'}"
+        shown = [str(tallies[way]) for way in ways]
+        rows.append([kind.replace("_", " "), guess, *shown, f"{expected:.3f}", verdict, tallies["soft prompts"].count])
+    header = [first, "chance", *ways, "product of the parts", f"ratio (at least {floor})", "n"]
+    return _table(header, rows)
+
+
+def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, count: int, seed: int) -> None:
+    """Asks everything and writes the report in Markdown, with the figures as JSON beside it."""
+    rng = random.Random(seed)
+    shelf = Shelf.read(world, split)
+    reader = Reader(model)
+    everything = [item for items in shelf.items.values() for item in items]
+    reader.encode(everything)
+    reader.describe(everything)
+    singles: dict[tuple[str, str], Tally] = defaultdict(Tally)
+    cases = single_cases(shelf, rng)
+    flat = [(key, case) for key, found in cases.items() for case in found]
+    judged = reader.judge([case for _, case in flat], lambda case: [reader.soft(case.items[0])], "single inputs")
+    for (key, _), right in zip(flat, judged, strict=True):
+        singles[key].add(right)
+    pairs = several_report(reader, several_cases(shelf, rng, size=2, kinds=PAIR_KINDS, count=count), singles)
+    triples = several_report(reader, several_cases(shelf, rng, size=3, kinds=TRIPLE_KINDS, count=count), singles)
+    places = position_report(reader, shelf, rng, count)
+
+    facts = list(VALUES)
+    sources = sorted({source for source, _ in singles})
+    single_rows = [
+        [source, *(singles.get((source, fact), "–") for fact in facts),
+         singles[source, "number"].count]
+        for source in sources
+    ]  # fmt: skip
+    place_rows = [[name, *(places[name, place] for place in range(3))] for name in NAMES]
+    text = TEXT.format(
+        split=split,
+        singles=_table(["input", *facts, "n"], single_rows),
+        pairs=_several_table(pairs[0], size=2, floor=0.90, first="question"),
+        pair_names=_several_table(pairs[1], size=2, floor=0.90, first="inputs"),
+        triples=_several_table(triples[0], size=3, floor=0.75, first="question"),
+        triple_names=_several_table(triples[1], size=3, floor=0.75, first="inputs"),
+        places=_table(["number of the", "first place", "second place", "third place"], place_rows),
+    )
+    out.write_text(text)
+    figures = {
+        "single": {f"{source}: {fact}": [tally.right, tally.count] for (source, fact), tally in singles.items()},
+        **{
+            name: {kind: {way: [t.right, t.count] for way, t in tallies.items()} for kind, tallies in table.items()}
+            for name, table in (
+                ("pairs", pairs[0]), ("pairs by inputs", pairs[1]), ("triples", triples[0]),
+                ("triples by inputs", triples[1]),
+            )
+        },
+    }  # fmt: skip
+    out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+TEXT = """# What the numerals model answers
+
+Made by `make numerals` (`python -m xblip_numerals.report`) on the {split} split: files made from handwriting, students'
+hands and a speaker that no part of the model was trained on. Every figure is the share of answers that equal the truth
+word by word; greedy decoding. Each bridge was trained on its own modality alone: no training example held two.
+
+## One input
+{singles}
+
+## Two inputs of different modalities, by question
+*Captions*: the model's own caption of each input stands in its place. *One input alone*: the same question with a randomly
+chosen one of its inputs. *Product of the parts*: single-input accuracy of what is asked for, times the LLM's accuracy on
+true descriptions.
+
+{pairs}
+
+### By modalities
+{pair_names}
+
+## Three inputs of different modalities, by question
+{triples}
+
+### By modalities
+{triple_names}
+
+## Does the place in the prompt matter?
+Number of one input, asked among three.
+
+{places}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", required=True, help="name or folder of the model")
+    parser.add_argument("--world", type=Path, required=True, help="folder that xblip_numerals.media wrote")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--count", type=int, default=100, help="questions per kind and set of modalities")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    write_report(
+        xblip.load(arguments.bundle), arguments.world, arguments.out,
+        split=arguments.split, count=arguments.count, seed=arguments.seed,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

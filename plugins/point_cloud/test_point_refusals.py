@@ -1,0 +1,151 @@
+"""What the point_cloud modality refuses, and how it says so."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from point_shapes import CORNERS, FACES, glb, noise, obj, off, pcd, ply, stl
+from transformers import ViTConfig, ViTModel
+from xblip_point_cloud import TETRAHEDRON, PointCloud
+
+import xblip
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((0, 3)), "it holds no points"),
+        (np.zeros((3, 50)), r"it has shape \(3, 50\).*transpose it"),
+        (np.zeros((50, 4)), r"it has shape \(50, 4\). Expected one cloud of shape \(points, 3\)"),
+        (torch.zeros(1, 50, 3), r"it has shape \(1, 50, 3\)"),
+        (np.zeros((5, 3), complex), "it holds complex128 values. Expected real numbers"),
+        (np.zeros((5, 3), bool), "it holds bool values"),
+        (np.array([[0, 0, 0], [np.nan, 0, 0], [0, np.inf, 0]]), "2 of its 3 points are NaN or infinite"),
+        (np.array([[0, 0, 0, 1, np.nan, 1]]), "1 of its 1 points are NaN"),
+        (np.array([[0, 0, 0, 0, 128, 255]]), "colours range from 0 to 255.*divide 0..255 by 255"),
+        (np.array([[0, 0, 0, -1, 0, 0]]), "colours range from -1 to 0"),
+        ([[0, 0, 0]], "given as list: expected a file .* or a numpy array or tensor"),
+        (7, "given as int: expected a file"),
+        (b"1 2 3\n4 5 6\n", "no ending that names its format.*Give the path of a file that ends in .ply"),
+        (io.StringIO("1 2 3"), "it is open as text. Open it in binary mode"),
+        (b"", "it is empty"),
+    ],
+)
+def test_objects(modality, source, message):
+    with pytest.raises(xblip.MediaError, match=message):
+        modality().load(source)
+
+
+SLOW = {"text.pcd", "text.off", "text.stl", "text.glb", "cut_binary.pcd", "points_only.obj"}
+TEXT = b"this is a text and no shape at all\n" * 20
+FILES = {
+    "text.ply": (TEXT, "it has no PLY header"),
+    "text.xyz": (TEXT, "could not convert string"),
+    "text.npy": (TEXT, "magic string is not correct"),
+    "text.npz": (TEXT, "not a zip archive"),
+    "text.pcd": (TEXT, "Read PCD failed"),
+    "text.obj": (TEXT, "crashed|finds no mesh"),
+    "text.off": (TEXT, "Read OFF failed"),
+    "text.stl": (TEXT, "finds no mesh"),
+    "text.glb": (TEXT, "finds no mesh"),
+    "unknown.abc": (TEXT, '".abc" is not a known ending'),
+    "cut.ply": (ply(noise(50))[:-30], "ends before all of the 50 rows of its element 'vertex'"),
+    "cut_binary.ply": (
+        ply(noise(50), encoding="binary_big_endian")[:-1],
+        "ends before all of the 50 rows of its element 'vertex'",
+    ),
+    "cut_faces.ply": (TETRAHEDRON.encode()[:-4], "ends before all of the 4 rows of its element 'face'"),
+    "cut_binary_faces.ply": (
+        ply(CORNERS, encoding="binary_little_endian", faces=FACES.tolist())[:-12],
+        "ends before all of the 4 rows of its element 'face'",
+    ),
+    "cut_header.ply": (TETRAHEDRON.encode()[:60], "it has no PLY header"),
+    "cut.pcd": (pcd(noise(50))[:-100], "it ends in line 4[0-9] of 50 points"),
+    "cut_binary.pcd": (pcd(noise(50), "binary")[:-1], "Read PCD failed"),
+    "cut.off": (off()[:-4], "Read OFF failed"),
+    "cut.stl": (stl()[:-10], "finds no mesh"),
+    "cut.glb": (glb([{}])[:-10], "finds no mesh"),
+    "cut.xyz": (b"1 2 3\n4 5 6\n7 8\n", "number of columns changed"),
+    "cut_face.obj": (obj([0, 1, 2], [1, 2, 77]), "finds no mesh"),
+    "points_only.obj": (obj(), "finds no mesh"),
+    "empty.ply": (ply([]), "it holds no points"),
+    "no_z.ply": (ply(noise(5)[:, :2], columns="x y"), "its vertices have no property 'z'"),
+    "bad_line.ply": (TETRAHEDRON.replace("property float z", "propertz").encode(), "the line 'propertz'"),
+    "bad_index.ply": (TETRAHEDRON.replace("3 1 2 3", "3 1 2 4").encode(), "vertices that do not exist"),
+    "nan.xyz": (b"0 0 0\nnan 0 0\n", "1 of its 2 points are NaN"),
+    "normals.xyz": (
+        b"0 0 0 0 -1 0\n",
+        "colours range from -1 to 0.*leave out columns that are no colour",
+    ),
+    "many.ply": (ply(noise(2001)), "it has 2001 or more points.*at most 2000"),
+    "many.xyz": (b"0 0 0\n" * 2001, "it has 2001 or more points.*at most 2000"),
+    "many.pcd": (pcd(noise(2001), "binary"), "it has 2001 or more points.*at most 2000"),
+    "absurd.ply": (
+        TETRAHEDRON.replace("vertex 4", "vertex 999999999999").encode(),
+        "at most 2000 are read",
+    ),
+    "absurd.off": (b"OFF\n900000000 1 0\n0 0 0\n", "more than 8 GiB of memory"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FILES])
+def test_files(modality, tmp_path, name, capfd):
+    content, message = FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(xblip.MediaError, match=message) as caught:
+        modality(max_points=2000).load(path)
+    assert name in str(caught.value)
+    assert "open3d" not in capfd.readouterr().out.lower(), "open3d's warnings are not for our user's terminal"
+
+
+def test_arrays_in_files(modality, tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.savez(tmp_path / "objects.npz", points=np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "many.npy", np.zeros((2001, 3)))
+    np.savez_compressed(tmp_path / "many.npz", np.zeros((10_000, 3)))
+    np.savez(tmp_path / "which.npz", left=noise(5), right=noise(5))
+    np.save(tmp_path / "whole.npy", noise(50))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:-1])
+    for name, message in {
+        "objects.npy": "Python objects",
+        "objects.npz": "Object arrays cannot be loaded",
+        "many.npy": "it has 2001 or more points",
+        "many.npz": "it has 500[0-9] or more points",
+        "which.npz": 'it holds the arrays left, right. Expected one called "points" or "arr_0"',
+        "cut.npy": "damaged or of another format",
+    }.items():
+        with pytest.raises(xblip.MediaError, match=message):
+            modality(max_points=2000).load(tmp_path / name)
+
+
+def test_a_reader_that_does_not_finish_is_given_up(modality, tmp_path):
+    path = tmp_path / "mesh.off"
+    path.write_bytes(off())
+    with pytest.raises(xblip.MediaError, match=r"did not finish within 0.01 seconds.*timeout_seconds"):
+        modality(timeout_seconds=0.01).load(path)
+
+
+def test_without_open3d_the_other_formats_go_on_working(modality, tmp_path, monkeypatch):
+    (tmp_path / "open3d.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = tmp_path / "mesh.off"
+    path.write_bytes(off())
+    with pytest.raises(xblip.PluginError, match=r"needs open3d.*libGL.so.1.*convert the file to .ply"):
+        modality().load(path)
+    for source in (TETRAHEDRON.encode(), noise(9)):
+        assert modality().load(source)["points"].shape == (1, 64, 3)
+
+
+def test_missing_and_foreign_encoders_are_named(tmp_path):
+    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    ViTModel(vit).save_pretrained(tmp_path / "vit")
+    for encoder, message in {
+        str(tmp_path / "nowhere"): "Cannot read the config of the point_cloud encoder .*nowhere",
+        str(tmp_path / "vit"): "is a vit model. Expected a point_bert one",
+    }.items():
+        broken = PointCloud(PointCloud.Config(encoder=encoder))
+        for attempt in (broken.build_encoder, lambda broken=broken: broken.load(noise(9))):
+            with pytest.raises(xblip.BundleError, match=message):
+                attempt()

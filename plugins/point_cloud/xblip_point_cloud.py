@@ -1,0 +1,223 @@
+"""The modality "point_cloud": 3D files, meshes and arrays of points, encoded by Point-BERT.
+
+Every source becomes one cloud of exactly the number of points that the encoder was made for, by rules without
+chance: a mesh is sampled on its surface by a generator of fixed seed, a large cloud is thinned by farthest
+point sampling. Equal files therefore give equal features, which is what allows them to be cached.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from xblip_point_files import SUFFIXES, Shape, check, from_array, read_file
+
+import xblip
+
+SEED = 0
+SURFACE_POINTS = 4  # drawn on a mesh for each one that farthest point sampling keeps
+MAX_SAMPLING_STEPS = 2**30  # points times chosen points: a few seconds of farthest point sampling
+MISSING_COLOR = 0.4  # what OpenShape and Uni3D give clouds without colour
+TETRAHEDRON = """ply
+format ascii 1.0
+element vertex 4
+property float x
+property float y
+property float z
+element face 4
+property list uchar int vertex_indices
+end_header
+0 0 0
+1 0 0
+0 1 0
+0 0 1
+3 0 2 1
+3 0 1 3
+3 0 3 2
+3 1 2 3
+"""
+
+
+class PointCloud(xblip.Modality):
+    """Point clouds and meshes. One source is one segment."""
+
+    name = "point_cloud"
+    cue = "3d: "
+    suffixes = SUFFIXES
+    mime_types = ("model/obj", "model/stl", "model/gltf-binary", "model/gltf+json")
+
+    @dataclass
+    class Config:
+        """Settings; the number of points and whether colour is used stand in the encoder's own config.
+
+        Attributes:
+          encoder: folder or hub id of a Point-BERT encoder (`xblip_point_bert.PointBertModel`).
+          max_points: sources with more points, vertices or triangles are refused.
+          timeout_seconds: when to give up on a file that open3d reads.
+        """
+
+        encoder: str
+        max_points: int = 10_000_000
+        timeout_seconds: float = 120.0
+
+    def load(self, source: Any) -> dict[str, Tensor]:
+        """Reads one cloud or mesh.
+
+        Args:
+          source: a file (path, bytes, open file), or an array or tensor (N, 3) of coordinates or (N, 6) of
+            coordinates and colour in [0, 1].
+
+        Returns:
+          "points": (1, num_points, 3 or 6) float32, centred on the centroid and scaled to the unit sphere.
+          Fewer points are repeated in turn; more are thinned by farthest point sampling (of a seeded random
+          choice, if there are so many that sampling would take more than seconds). Encoders of 6 channels get
+          grey where there is no colour; encoders of 3 get none.
+
+        Raises:
+          MediaError: the source is damaged, empty, too large, holds NaN or infinity, or is not of these
+            kinds.
+          PluginError: the file's format needs open3d, which cannot be imported.
+          BundleError: the encoder's folder cannot be read.
+        """
+        shape, label = self._read(source)
+        check(shape, label, self.config.max_points)
+        shape.points = normalise(shape.points)
+        if shape.triangles is not None:
+            shape = sample_surface(shape, SURFACE_POINTS * self._encoder_config.num_points)
+            shape.points = normalise(shape.points)
+        points = shape.points.astype(np.float32)
+        if self._encoder_config.in_channels == 6:
+            colors = np.full_like(points, MISSING_COLOR) if shape.colors is None else shape.colors.clip(0, 1)
+            points = np.concatenate([points, colors.astype(np.float32)], 1)
+        chosen = choose(points, self._encoder_config.num_points)
+        return {"points": torch.from_numpy(points[chosen])[None]}
+
+    def build_encoder(self) -> nn.Module:
+        """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D)."""
+        self._encoder_config  # noqa: B018  registers Point-BERT, and refuses other encoders by name
+        return xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="points")
+
+    @classmethod
+    def example(cls, folder: Path) -> xblip.Example:
+        """Makes a tiny Point-BERT, a cloud, a mesh, and broken ones."""
+        from xblip_point_bert import PointBertConfig, PointBertModel
+
+        encoder, cloud, tetrahedron, text = (folder / name for name in ("encoder", "cloud.npy", "mesh.ply", "text.ply"))
+        config = PointBertConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            num_groups=8,
+            group_size=4,
+            num_points=64,
+            pointnet_sizes=(8, 16, 32),
+            group_embedding_size=16,
+        )
+        PointBertModel(config).save_pretrained(encoder)
+        np.save(cloud, np.random.default_rng(0).normal(size=(200, 3)))
+        tetrahedron.write_text(TETRAHEDRON)
+        text.write_text("not a shape")
+        return xblip.Example(
+            config={"encoder": str(encoder)},
+            sources=[cloud, tetrahedron],
+            broken=[
+                text,
+                tetrahedron.read_bytes()[:-8],
+                cloud.read_bytes()[:-8],
+                np.zeros((5, 4)),
+                np.zeros((0, 3)),
+                np.full((5, 3), np.nan),
+                7,
+            ],
+        )
+
+    @cached_property
+    def _encoder_config(self):
+        from transformers import AutoConfig
+        from xblip_point_bert import PointBertConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.config.encoder)
+        except (OSError, ValueError) as cause:
+            raise xblip.BundleError(
+                f'Cannot read the config of the point_cloud encoder "{self.config.encoder}": '
+                f"{str(cause).strip().splitlines()[0].rstrip('.')}. Expected the folder or hub id of a "
+                "Point-BERT encoder."
+            ) from cause
+        if not isinstance(config, PointBertConfig):
+            raise xblip.BundleError(
+                f'The point_cloud encoder "{self.config.encoder}" is a {config.model_type} model. Expected a '
+                f"{PointBertConfig.model_type} one, as xblip_point_bert.PointBertModel saves it."
+            )
+        return config
+
+    def _read(self, source: Any) -> tuple[Shape, str]:
+        file = xblip.media_file(source, kind=self.name)
+        if file:
+            limits = {"max_points": self.config.max_points, "timeout_seconds": self.config.timeout_seconds}
+            return read_file(file, **limits), file.label
+        label = f"the {self.name} given as {type(source).__name__}"
+        if isinstance(source, Tensor):
+            source = source.detach().cpu()
+            source = (source.double() if source.is_floating_point() else source).numpy()
+        if not isinstance(source, np.ndarray):
+            raise xblip.MediaError(
+                f"Cannot read {label}: expected a file (path, bytes, open file), or a numpy array or tensor "
+                "of shape (points, 3) or (points, 6)."
+            )
+        return from_array(source, label), label
+
+
+def sample_surface(mesh: Shape, count: int) -> Shape:
+    """Draws `count` points evenly over a mesh, always the same ones, with its vertices' colours blended.
+
+    A mesh whose triangles have no area gives its vertices.
+    """
+    first, second, third = (mesh.points[mesh.triangles[:, corner]] for corner in range(3))
+    areas = np.linalg.norm(np.cross(second - first, third - first), axis=1).cumsum()
+    if not areas[-1] > 0:
+        return Shape(mesh.points, mesh.colors)
+    draws = np.random.default_rng(SEED).random((3, count))
+    hit = np.searchsorted(areas, draws[0] * areas[-1], side="right").clip(max=len(areas) - 1)
+    triangles = mesh.triangles[hit]
+    root = np.sqrt(draws[1])
+    weights = np.stack([1 - root, root * (1 - draws[2]), root * draws[2]], 1)[:, :, None]
+
+    def blend(values: np.ndarray) -> np.ndarray:
+        return (values[triangles] * weights).sum(1)
+
+    return Shape(blend(mesh.points), None if mesh.colors is None else blend(mesh.colors))
+
+
+def normalise(points: np.ndarray) -> np.ndarray:
+    """Centres points (N, 3) on their centroid and scales them to the unit sphere; equal points give zeros."""
+    extent = np.abs(points).max()
+    points = points / extent if extent else points
+    points = points - points.mean(0)
+    radius = np.linalg.norm(points, axis=1).max()
+    if radius < 1e-12:  # what rounding leaves of equal points
+        return np.zeros_like(points)
+    return points / radius
+
+
+def choose(points: np.ndarray, count: int) -> np.ndarray:
+    """Which points (N, C) stand for a cloud, (count,) indices: all in turn, or by farthest point sampling."""
+    from xblip_point_bert import farthest_point_sampling
+
+    if len(points) <= count:
+        return np.arange(count) % len(points)
+    candidates = np.arange(len(points))
+    most = max(count, MAX_SAMPLING_STEPS // count)
+    if len(points) > most:
+        candidates = np.sort(np.random.default_rng(SEED).choice(len(points), most, replace=False))
+    return candidates[farthest_point_sampling(torch.from_numpy(points[candidates])[None], count)[0].numpy()]
+
+
+@xblip.hookimpl
+def register_modalities(register):
+    """Offers the modality."""
+    register(PointCloud)

@@ -1,0 +1,169 @@
+"""Parts that several tests build on: a second toy modality, a model over both, and plugins installed in a folder."""
+
+import contextlib
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xblip import plugins
+from xblip.branch import Branch, BranchConfig
+from xblip.errors import MediaError
+from xblip.llm import FrozenLLM
+from xblip.modality import Example, Modality
+from xblip.model import XBlip
+from xblip.router import RouterConfig
+from xblip.sample import Sample
+from xblip.testing import ToyModality, small_qformer
+
+PLUGIN = '''
+import xblip
+from xblip.testing import ToyModality
+
+
+class Toy(ToyModality):
+    """A toy under another name."""
+
+    name = "{name}"
+
+
+@xblip.hookimpl
+def register_modalities(register):
+    register(Toy)
+'''
+
+MODEL = """
+import xblip
+
+
+@xblip.hookimpl
+def register_models(register):
+    register("tiny_model", "{folder}")
+"""
+
+
+class Beads(Modality):
+    """Strings of one to five numbers, one segment a string, so that tokens differ in number and need their mask."""
+
+    name = "beads"
+    cue = "red beads : "
+
+    @dataclass
+    class Config:
+        """`span`: width of the encoder; `seed`: of its weights."""
+
+        span: int = 24
+        seed: int = 1
+
+    def load(self, source: Any) -> dict[str, Tensor]:
+        try:
+            rows = [torch.as_tensor(row, dtype=torch.float32) for row in source]
+        except (TypeError, ValueError) as cause:
+            raise MediaError(f"Beads are lists of one to five numbers each, not {source!r:.60}.") from cause
+        if not rows or any(row.dim() != 1 or not 1 <= len(row) <= 5 or not row.isfinite().all() for row in rows):
+            raise MediaError("Beads are at least one list of one to five finite numbers.")
+        pad = [nn.functional.pad(row, (0, 5 - len(row))) for row in rows]
+        return {"values": torch.stack(pad), "counts": torch.tensor([len(row) for row in rows])}
+
+    def build_encoder(self) -> nn.Module:
+        return BeadsEncoder(self.config.span, self.config.seed)
+
+    @classmethod
+    def example(cls, folder: Path) -> Example:
+        return Example(config={"span": 8}, sources=[[[1.0]], [[3.0, 2.0], [1.0]]], broken=[[[]], "words", 7])
+
+
+class BeadsEncoder(nn.Module):
+    """One token a number; padding gives large values, which show wherever the mask is forgotten."""
+
+    def __init__(self, width: int, seed: int):
+        super().__init__()
+        self.width = width
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Linear(1, width)
+            self.positions = nn.Parameter(torch.randn(5, width))
+
+    def forward(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        mask = torch.arange(5, device=values.device) < counts[:, None]
+        features = self.embed(values[..., None]) + self.positions
+        return torch.where(mask[..., None], features, 50.0), mask
+
+
+@contextlib.contextmanager
+def registered(*classes: type):
+    """Registers classes by hand for a while; what was registered before stays so."""
+    fresh = [cls for cls in classes if cls.name not in plugins._registry.loaded]
+    plugins.register(*fresh)
+    try:
+        yield
+    finally:
+        for cls in fresh:
+            plugins.unregister(cls.name)
+
+
+def make_branch(modality: type[Modality], llm: FrozenLLM, *, seed: int = 0, **settings: Any) -> Branch:
+    """A branch with a random bridge, loud enough for words and media to be heard; `settings` of BranchConfig."""
+    bridge = small_qformer(llm.config.source) | settings.pop("bridge", {})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        branch = Branch.build(BranchConfig(modality.name, bridge=bridge, **settings), llm_width=llm.width)
+        for parameter in branch.bridge.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.2)
+    return branch.eval()
+
+
+def make_model(llm: FrozenLLM, *, generation: dict | None = None, **router: Any) -> XBlip:
+    """A model with a branch for toys and one for beads, which need not be registered any more."""
+    with registered(ToyModality, Beads):
+        branches = {"toy": make_branch(ToyModality, llm), "beads": make_branch(Beads, llm, seed=1)}
+    return XBlip(llm=llm, branches=branches, router=RouterConfig(**router), generation=generation).eval()
+
+
+def assert_alike(left: XBlip, right: XBlip, samples: list[Sample]) -> None:
+    """Two models have the same losses, soft prompts and answers."""
+    with torch.no_grad():
+        assert torch.allclose(left(samples)["loss"], right(samples)["loss"], atol=1e-5)
+        for one, other in zip(left.soft_prompts(samples), right.soft_prompts(samples), strict=True):
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+    assert left.generate(samples, max_new_tokens=6) == right.generate(samples, max_new_tokens=6)
+
+
+class Site:
+    """A folder on the import path that distributions are installed into, as pip lays them out."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        self.modules: list[str] = []
+
+    def install(self, name: str, source: str | None = None, *, distribution: str = "", version: str = "1.0") -> str:
+        """Installs a plugin with that entry point; returns its module's name. Without `source`, a toy modality."""
+        distribution = distribution or f"xblip-{name.replace('_', '-')}"
+        module = distribution.replace("-", "_")
+        (self.folder / f"{module}.py").write_text(PLUGIN.format(name=name) if source is None else source)
+        info = self.folder / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[xblip]\n{name} = {module}\n")
+        self.modules.append(module)
+        return module
+
+    def remove(self, module: str) -> None:
+        """Uninstalls a plugin by its module's name."""
+        for path in self.folder.glob(f"{module}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def close(self) -> None:
+        """Forgets what was installed."""
+        for found in plugins.installed().values():
+            for plugin in found:
+                if plugin.entry_point and plugin.entry_point.value in self.modules:
+                    plugins.unregister(plugin.name)
+        for module in self.modules:
+            sys.modules.pop(module, None)

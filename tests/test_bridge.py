@@ -1,0 +1,180 @@
+"""Bridges: rows stay aligned with their instructions, masks hold, and what is read once serves many instructions."""
+
+import pytest
+import torch
+from torch import nn
+
+from xblip.bridge import LinearBridge, MLPBridge, QFormerBridge
+from xblip.config import build
+from xblip.errors import BundleError, ConfigError, InputError
+from xblip.modality import Features
+from xblip.testing import small_qformer
+
+WIDTH, LLM_WIDTH = 8, 12
+INSTRUCTIONS = ["what is this ?", "describe it", "is the input red or blue or green ? answer yes or no"]
+
+
+@pytest.fixture
+def make(llm_folder):
+    """Makes a small Q-Former bridge, loud enough for differences to show."""
+
+    def make(**settings) -> QFormerBridge:
+        torch.manual_seed(0)
+        settings = {key: value for key, value in (small_qformer(llm_folder) | settings).items() if key != "kind"}
+        bridge = QFormerBridge(
+            build(QFormerBridge.Config, settings, where="bridge"), encoder_width=WIDTH, llm_width=LLM_WIDTH
+        )
+        for parameter in bridge.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+        return bridge.eval()
+
+    return make
+
+
+def features(*segments: int, tokens: int = 5, seed: int = 0) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(sum(segments), tokens, WIDTH, generator=generator)
+    return Features(values, torch.ones(sum(segments), tokens, dtype=torch.bool), list(segments))
+
+
+def far(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return (left - right).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_each_segment_gives_q_tokens(make):
+    softs = make(max_segments=8)(features(1, 3, 2), INSTRUCTIONS)
+    assert [tuple(soft.shape) for soft in softs] == [(4, LLM_WIDTH), (12, LLM_WIDTH), (8, LLM_WIDTH)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"max_segments": 4}, {"join_segments": True, "max_segments": 4}])
+def test_items_with_segments_keep_their_own_instruction(make, settings):
+    """The reference repeats instructions as a block, so that with segments an item reads another one's instruction."""
+    bridge, media = make(**settings), features(2, 1, 3)
+    softs = bridge(media, INSTRUCTIONS)
+    for index, part in enumerate(media.split()):
+        alone = bridge(part, [INSTRUCTIONS[index]])[0]
+        assert torch.allclose(softs[index], alone, atol=1e-5)
+        for other in range(3):
+            changed = [text if place != other else "show the number" for place, text in enumerate(INSTRUCTIONS)]
+            soft = bridge(media, changed)[index]
+            assert far(soft, softs[index]) if other == index else torch.allclose(soft, softs[index], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("join", [False, True])
+def test_masked_tokens_do_not_count(make, join):
+    bridge, media = make(join_segments=join), features(2, 1)
+    media.mask[:, 3:] = False
+    before = bridge(media, INSTRUCTIONS[:2])
+    media.values[:, 3:] = 1e4
+    for left, right in zip(before, bridge(media, INSTRUCTIONS[:2]), strict=True):
+        assert torch.allclose(left, right, atol=1e-5)
+    media.values[:, 2] *= torch.linspace(-3, 3, WIDTH)
+    assert all(far(left, right) for left, right in zip(before, bridge(media, INSTRUCTIONS[:2]), strict=True))
+
+
+@torch.no_grad()
+def test_media_read_once_serve_many_instructions(make):
+    bridge, media = make(max_segments=4), features(2, 1)
+    read = bridge.read_media(media)
+    for pair in (INSTRUCTIONS[:2], INSTRUCTIONS[1:]):
+        for left, right in zip(bridge.read_instructions(read, pair), bridge(media, pair), strict=True):
+            assert torch.allclose(left, right, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_static_bridge_has_no_ear_for_instructions(make):
+    bridge, media = make(instruction_aware=False), features(1, 2)
+    first, second = bridge(media, INSTRUCTIONS[:2]), bridge(media, INSTRUCTIONS[1:])
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+    assert bridge.tokenizer is None and not any("word_embeddings" in name for name in bridge.state_dict())
+
+
+@torch.no_grad()
+def test_the_order_of_segments_is_knowable_only_with_positions(make):
+    media = features(3)
+    turned = Features(media.values.flip(0), media.mask, [3])
+    for settings, knows in (({}, False), ({"max_segments": 3}, True)):
+        bridge = make(**settings)
+        there = bridge(media, INSTRUCTIONS[:1])[0]
+        back = bridge(turned, INSTRUCTIONS[:1])[0].unflatten(0, (3, 4)).flip(0).flatten(0, 1)
+        assert far(there, back) == knows
+    joined = make(join_segments=True, max_segments=3)
+    assert far(joined(media, INSTRUCTIONS[:1])[0], joined(turned, INSTRUCTIONS[:1])[0])
+
+
+@torch.no_grad()
+def test_joined_segments_give_q_tokens_that_depend_on_all(make):
+    bridge, media = make(join_segments=True), features(3)
+    soft = bridge(media, INSTRUCTIONS[:1])[0]
+    assert soft.shape == (4, LLM_WIDTH)
+    for segment in range(3):
+        changed = media.values.clone()
+        changed[segment] *= torch.linspace(-3, 3, WIDTH)
+        assert far(bridge(Features(changed, media.mask, [3]), INSTRUCTIONS[:1])[0], soft)
+
+
+def test_more_segments_than_positions_is_an_error_with_numbers(make):
+    with pytest.raises(InputError, match=r"An input has 5 segments; this bridge has positions for 4 \(max_segments\)"):
+        make(max_segments=4)(features(1, 5), INSTRUCTIONS[:2])
+
+
+@torch.no_grad()
+def test_a_long_instruction_loses_its_beginning(make):
+    bridge = make(max_instruction_tokens=4)
+    media = features(1)
+    long = bridge(media, ["red green blue what is this ?"])[0]
+    assert torch.allclose(long, bridge(media, ["what is this ?"])[0], atol=1e-6)
+    assert far(long, bridge(media, ["red green blue what"])[0])
+
+
+def test_an_instruction_limit_beyond_the_positions_is_refused(make):
+    with pytest.raises(ConfigError, match=r"max_instruction_tokens \(600\) .* at most 512"):
+        make(max_instruction_tokens=600)
+
+
+def test_a_width_that_heads_do_not_divide_is_refused(make):
+    with pytest.raises(ConfigError, match=r"hidden_size \(30\) must be a multiple of num_attention_heads \(4\)"):
+        make(hidden_size=30)
+
+
+def test_a_missing_tokenizer_is_one_clear_error(make):
+    with pytest.raises(
+        BundleError, match=r"Cannot load the Q-Former's tokenizer from \"/nowhere\".* Expected a folder"
+    ):
+        make(tokenizer="/nowhere")
+
+
+def test_the_tokenizer_travels_with_the_bridge(make, tmp_path):
+    bridge = make()
+    assert bridge.save_assets(tmp_path) == {"tokenizer": "tokenizer"}
+    loaded = make(tokenizer=QFormerBridge.resolve(QFormerBridge.Config(tokenizer="gone"), tmp_path).tokenizer)
+    assert loaded.tokenizer(INSTRUCTIONS).input_ids == bridge.tokenizer(INSTRUCTIONS).input_ids
+
+
+def test_every_weight_learns(make):
+    bridge = make(max_segments=4).train()
+    sum(soft.square().sum() for soft in bridge(features(2, 1), INSTRUCTIONS[:2])).backward()
+    still = [name for name, weight in bridge.named_parameters() if weight.grad is None]
+    # The last layer's text positions are read by nobody.
+    assert all(name.startswith("qformer.encoder.layer.1.") for name in still), still
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [LinearBridge, MLPBridge])
+def test_tokenwise_bridges_project_real_tokens_alone(kind):
+    bridge = kind(kind.Config(), encoder_width=WIDTH, llm_width=LLM_WIDTH)
+    media = features(2, 1)
+    media.mask[0, 1] = media.mask[2, 2:] = False
+    softs = bridge(media, INSTRUCTIONS[:2])
+    assert [tuple(soft.shape) for soft in softs] == [(9, LLM_WIDTH), (2, LLM_WIDTH)]
+    assert torch.allclose(softs[1], bridge.projector(media.values[2, :2]))
+    assert torch.allclose(softs[0], bridge.projector(media.values[:2][media.mask[:2]]))
+
+
+def test_the_mlp_s_hidden_width_can_be_chosen():
+    bridge = MLPBridge(MLPBridge.Config(hidden_size=5), encoder_width=WIDTH, llm_width=LLM_WIDTH)
+    assert [part.out_features for part in bridge.projector if isinstance(part, nn.Linear)] == [5, LLM_WIDTH]

@@ -1,0 +1,84 @@
+"""The guide's page for plugin authors and the examples do what they say: their code is run as written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from fresh import fresh_shell
+from test_scaffold import lines_of_code
+
+from xblip import plugins
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^(?:`([^`\n]+)`\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LONGEST_EXAMPLE = 40
+
+
+class Block(NamedTuple):
+    """A block of code: the file whose content it is ("" if it is to be run), its language, its text."""
+
+    file: str
+    language: str
+    text: str
+
+
+def blocks(document: str) -> list[Block]:
+    """The blocks of code of a document in docs/, in order."""
+    return [Block(*found) for found in BLOCK.findall((ROOT / "docs" / document).read_text(encoding="utf-8"))]
+
+
+def numerals_is_there() -> bool:
+    return "numerals" in plugins.installed() and Path(plugins.get("model", "numerals"), "config.yaml").is_file()
+
+
+@pytest.mark.skipif(not numerals_is_there(), reason="the bundle `numerals` is not installed")
+def test_write_a_modality_runs_as_written(tmp_path):
+    shell = fresh_shell(tmp_path)
+    printed = []
+    for block in blocks("write-a-modality.md"):
+        if block.file:
+            (shell.folder / block.file).write_text(block.text)
+            continue
+        command = (
+            "python - <<'END_OF_BLOCK'\n" + block.text + "END_OF_BLOCK" if block.language == "python" else block.text
+        )
+        printed.append(shell.succeed(command))
+        print(printed[-1])
+    right = int(re.search(r"(\d+) of 100 sums are right", "".join(printed))[1])
+    assert right >= 50, f"a fifth modality trained apart gets {right} of 100 sums with the image"
+    assert printed[-1].strip() in ("the image", "the point cloud"), printed[-1]
+
+
+def test_the_page_has_blocks_of_every_kind():
+    found = blocks("write-a-modality.md")
+    text = (ROOT / "docs" / "write-a-modality.md").read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(found), "a block is written so that the test does not see it"
+    assert {block.language for block in found} == {"sh", "python", "yaml"}
+    assert all(block.file for block in found if block.language == "yaml")
+
+
+def test_the_modality_takes_sixty_lines_at_most():
+    [module] = [block for block in blocks("write-a-modality.md") if block.file.endswith("xblip_depth.py")]
+    assert lines_of_code(module.text) <= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_as_written(example, tmp_path):
+    if "numerals" in example.read_text() and not numerals_is_there():
+        pytest.skip("the bundle `numerals` is not installed")
+    run = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_how_it_is_run(example):
+    assert lines_of_code(example.read_text()) < LONGEST_EXAMPLE
+    assert f"Run: python examples/{example.name}" in example.read_text()

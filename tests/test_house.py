@@ -1,0 +1,189 @@
+"""The rules of the house, held by tests: layers, public names, no modality named in the core, configs, light imports."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import xblip
+from xblip import config as configs
+from xblip import hookspecs, plugins
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted((ROOT / "xblip").glob("*.py"))
+LAYERS = [
+    {"errors", "hookspecs"},
+    {"config", "encoder", "modality"},
+    {"qformer", "llm", "sample"},
+    {"bridge", "router"},
+    {"plugins", "data"},
+    {"branch"},
+    {"bundle"},
+    {"model"},
+    {"train"},
+    {"testing", "scaffold"},
+    {"cli"},
+]
+MODALITIES = {"image", "video", "audio", "point_cloud"}
+PUBLIC = [
+    "Answer", "Bridge", "BundleError", "ConfigError", "Example", "Features", "InputError", "MediaError", "MediaFile",
+    "Modality", "PluginError", "Sample", "TransformersEncoder", "XBlip", "XBlipError", "decoding", "hookimpl", "load",
+    "media_file", "plugins",
+]  # fmt: skip
+
+
+def level_of(module: str) -> int:
+    return next(index for index, layer in enumerate(LAYERS) if module in layer)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the core that a file imports at run time, inside functions too."""
+    names: set[str] = set()
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "xblip":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xblip."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("xblip.")}
+    return {name for name in names if any(name in layer for layer in LAYERS)}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_imports_run_strictly_downward(path):
+    if path.stem == "__init__":
+        return
+    own = level_of(path.stem)
+    lazily_upward = {"plugins": {"bridge", "modality"}}.get(path.stem, set())
+    for name in imported_modules(path) - lazily_upward:
+        assert level_of(name) < own, f"{path.stem} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_the_core_names_no_modality(path):
+    named = [
+        node.value for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in MODALITIES
+    ]  # fmt: skip
+    assert not named
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_files_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_each_module_imports_alone(path):
+    module = "xblip" if path.stem == "__init__" else f"xblip.{path.stem}"
+    run = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plugins").glob("*/xblip_*.py")), ids=lambda path: path.stem)
+def test_plugins_import_public_names_only(path):
+    text = path.read_text()
+    assert not re.search(r"^\s*(from|import) xblip\.(?!testing)", text, re.MULTILINE)
+    own = path.parent.name
+    others = [name for name in re.findall(r"^\s*(?:from|import) xblip_(\w+)", text, re.MULTILINE)]
+    allowed = {file.stem.removeprefix("xblip_") for file in path.parent.glob("xblip_*")}
+    assert set(others) <= allowed, f"{own} imports another plugin"
+
+
+def test_public_names():
+    assert sorted(xblip.__all__, key=str.lower) == sorted(PUBLIC, key=str.lower)
+    assert len(xblip.__all__) <= 20
+    for name in xblip.__all__:
+        assert getattr(xblip, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Modalty'"):
+        _ = xblip.Modalty
+
+
+def test_hooks_are_documented_with_their_exact_signatures():
+    guide = (ROOT / "docs" / "reference.md").read_text()
+    for name, hook in inspect.getmembers(hookspecs, inspect.isfunction):
+        if name.startswith("register_"):
+            signature = f"{name}({', '.join(inspect.signature(hook).parameters)})"
+            assert signature in guide, f"docs/reference.md lacks {signature}"
+            assert hook.__doc__
+
+
+def test_importing_xblip_loads_neither_torch_nor_transformers_nor_a_plugin():
+    code = (
+        "import sys, xblip; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers') or m.startswith('xblip_')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_help_answers_quickly():
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", "xblip.cli", "--help"], capture_output=True, check=True)
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1.5
+
+
+YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_a_config_introduces_itself(path):
+    head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    for word in ("# Purpose:", "# Command:", "# Hardware:", "# Override:"):
+        assert word in head, f"{path.name} lacks {word}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*-*.yaml")), ids=lambda path: path.stem)
+def test_a_training_config_builds_with_toy_parts(path, llm_folder, tmp_path):
+    from xblip.branch import Branch
+    from xblip.train import load_train_config, training_arguments
+
+    config = load_train_config(path, [f"llm.source={llm_folder}", f"training.output_dir={tmp_path}"])
+    modality = plugins.get("modality", config.branch.modality)
+    training_arguments(config)
+    settings = {**config.branch.config, **modality.example(tmp_path).config}
+    config.branch.config = settings
+    branch = Branch.build(config.branch, llm_width=32)
+    assert branch.bridge.name == config.branch.bridge["kind"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_model_config_has_the_schema(path):
+    from xblip.bundle import BundleConfig
+
+    config = configs.build(BundleConfig, configs.load_yaml(path), where=path.name)
+    assert config.branches and config.llm.source
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        file = ROOT / name
+        if file.suffix in {".py", ".md", ".toml", ".yaml", ".txt", ".json", ".jsonl"} or file.name in {
+            "Makefile",
+            "run",
+        }:
+            text = file.read_text(errors="replace")
+            if file != Path(__file__):
+                assert not re.search(r"/work/|/tmp/[a-z]|pypi\.org|/root/", text), (
+                    f"{name} names a machine or a registry"
+                )
+
+
+def test_tests_do_not_reach_a_hub():
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
