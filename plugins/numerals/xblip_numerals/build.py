@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +26,35 @@ from xblip_numerals.language import MODALITIES
 from xblip_numerals.sources import SPLITS, SourcesError, read_sources
 
 CONFIGS = Path("configs/train")
-ROWS = {"train": 50_000, "val": 1_000}
+ENCODERS = {"video": "image"}
+"""Modalities that read with another one's encoder."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; options are appended to the commands, so that () leaves each step's own default.
+
+    Attributes:
+      world, llm, encoder, bridge, report: further arguments of those steps.
+      rows: of the bridges' manifests, by split.
+    """
+
+    world: tuple[str, ...] = ()
+    llm: tuple[str, ...] = ()
+    encoder: tuple[str, ...] = ()
+    bridge: tuple[str, ...] = ()
+    report: tuple[str, ...] = ()
+    rows: dict[str, int] = field(default_factory=lambda: {"train": 50_000, "val": 1_000})
+
+
+REHEARSAL = Sizes(
+    world=("--scale", "0.02"),
+    llm=("--steps", "20"),
+    encoder=("--epochs", "1"),
+    bridge=("training.max_steps=2", "training.eval_steps=2", "training.save_steps=2", "data.eval_answers=4"),
+    report=("--count", "2"),
+    rows={"train": 200, "val": 20},
+)
 
 
 @dataclass
@@ -110,7 +138,7 @@ class Lanes:
         return table
 
 
-def build(data: Path, out: Path, *, seed: int) -> None:
+def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     """Runs the whole build; see the module's description."""
     for split in SPLITS:
         read_sources(data, split)
@@ -121,30 +149,37 @@ def build(data: Path, out: Path, *, seed: int) -> None:
 
     def encoder(name: str) -> Step:
         folder = out / "encoders" / name
-        command = module("train_encoders", name, "--world", world, "--out", folder, "--threads", 1)
-        return Step(f"encoder-{name}", command, folder / "model.safetensors")
+        command = module("train_encoders", name, "--world", world, "--out", folder, "--threads", 1, *sizes.encoder)
+        return Step(f"encoder-{name}", command, folder / "accuracy.json")
 
     def questions(name: str, split: str) -> Step:
         file = out / "questions" / f"{name}-{split}.jsonl"
-        command = module("questions", name, "--world", world, "--split", split, "--count", ROWS[split], "--out", file)
+        count = sizes.rows[split]
+        command = module("questions", name, "--world", world, "--split", split, "--count", count, "--out", file)
         return Step(f"questions-{name}-{split}", command, file)
 
     def bridge(name: str) -> Step:
         config = CONFIGS / f"numerals-{name.replace('_', '-')}.yaml"
-        command = ["-m", "xblip.cli", "train", str(config), f"training.seed={seed}"]
+        places = {
+            "llm.source": llm,
+            "branch.config.encoder": out / "encoders" / ENCODERS.get(name, name),
+            "data.train": out / "questions" / f"{name}-train.jsonl",
+            "data.eval": out / "questions" / f"{name}-val.jsonl",
+            "training.output_dir": out / "branches" / name,
+            "training.seed": seed,
+        }
+        overrides = [f"{key}={value}" for key, value in places.items()]
+        command = ["-m", "xblip.cli", "train", str(config), *overrides, *sizes.bridge]
         return Step(f"bridge-{name}", command, out / "branches" / name / "metrics.json")
 
-    media = Step("world", module("media", "--data", data, "--out", world), world / "test" / "manifest.jsonl")
-    language = Step("llm", module("train_llm", "--out", llm, "--threads", 1), llm / "model.safetensors")
-    asked = [questions(name, split) for name in MODALITIES for split in ROWS]
+    media = Step("world", module("media", "--data", data, "--out", world, *sizes.world), world / "test/manifest.jsonl")
+    language = Step("llm", module("train_llm", "--out", llm, "--threads", 1, *sizes.llm), llm / "accuracy.json")
+    asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
     Lanes([[language], [media, *map(encoder, ("image", "audio", "point_cloud")), *asked]], logs=logs).run()
     Lanes([[bridge("video"), bridge("image")], [bridge("audio"), bridge("point_cloud")]], logs=logs).run()
     write_bundle(out, out / "bundle")
-    report = Step(
-        "report", module("report", "--bundle", out / "bundle", "--world", world, "--out", out / "REPORT.md"),
-        out / "REPORT.md",
-    )  # fmt: skip
-    Lanes([[report]], logs=logs).run()
+    report = module("report", "--bundle", out / "bundle", "--world", world, "--out", out / "REPORT.md", *sizes.report)
+    Lanes([[Step("report", report, out / "REPORT.md")]], logs=logs).run()
 
 
 def write_bundle(parts: Path, folder: Path) -> None:
@@ -153,10 +188,11 @@ def write_bundle(parts: Path, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     import xblip
-    from xblip_numerals.phrases import ANSWER_CUE
 
-    model = xblip.load(CONFIGS.parent / "model" / "numerals.yaml")
-    assert model.router.config.postfix.strip() == ANSWER_CUE
+    like = os.path.relpath(CONFIGS.parent / "model" / "numerals.yaml", parts)
+    branches = "".join(f"  - branches/{name}\n" for name in MODALITIES)
+    (parts / "model.yaml").write_text(f"base: {like}\nllm:\n  source: llm\nbranches:\n{branches}")
+    model = xblip.load(parts / "model.yaml")
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     for file in folder.glob("*/bridge.safetensors"):
@@ -181,9 +217,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/numerals"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--install", action="store_true", help="ship the result with this plugin")
+    parser.add_argument("--rehearsal", action="store_true", help="go through every step with next to nothing")
     arguments = parser.parse_args()
     try:
-        build(arguments.data, arguments.out, seed=arguments.seed)
+        sizes = REHEARSAL if arguments.rehearsal else Sizes()
+        build(arguments.data, arguments.out, seed=arguments.seed, sizes=sizes)
         if arguments.install:
             install(arguments.out)
     except SourcesError as error:

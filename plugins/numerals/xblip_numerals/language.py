@@ -50,12 +50,21 @@ class Thing:
 
 @dataclass(frozen=True)
 class Question:
-    """A question in words, its one right answer, and the indices of the things that decide it."""
+    """A question in words and its one right answer.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        text: the question.
+        answer: the answer.
+        about: indices of the things that decide it.
+        fact: the fact that the question itself speaks of, by name and value: ("color", "red") in "Which is red?".
+    """
 
     kind: str
     text: str
     answer: str
     about: tuple[int, ...]
+    fact: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,8 @@ def ask(things: Sequence[Thing], rng: random.Random, kind: str | None = None) ->
     elif "neither" in answers and len(answers) > 1 and rng.random() < 0.95:
         answers.remove("neither")
     chosen = rng.choice([candidate for candidate in candidates if candidate.answer in answers])
-    return Question(kind, _wording(things, kind, chosen, rng), chosen.answer, chosen.about)
+    fact = (chosen.attribute, chosen.value) if chosen.value else None
+    return Question(kind, _wording(things, kind, chosen, rng), chosen.answer, chosen.about, fact)
 
 
 def example(things: Sequence[Thing], rng: random.Random, question: Question) -> tuple[list[str], str]:

@@ -101,7 +101,8 @@ def training_row(rng: random.Random, shelf: Shelf, modality: str, *, root: Path)
     """One row of a bridge's training manifest: an input of `modality` among text, a question and its answer."""
     count = rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
     clauses = MODALITIES[modality].clauses
-    kinds = [kind for kind, form in KINDS.items() if form.things <= count and (kind not in VALUES or kind in clauses)]
+    impossible = {*VALUES, "same_color"} - {*clauses, *(["same_color"] if "color" in clauses else [])}
+    kinds = [kind for kind, form in KINDS.items() if form.things <= count and kind not in impossible]
     if count == 1:
         kinds.append("number")
     kind = rng.choice(kinds)

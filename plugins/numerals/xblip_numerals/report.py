@@ -231,7 +231,7 @@ def _several_table(by_kind: dict, *, size: int, floor: float, first: str) -> str
     rows = []
     for kind, tallies in by_kind.items():
         expected = tallies["expected"].share
-        ratio = tallies["soft prompts"].share / expected
+        ratio = tallies["soft prompts"].share / expected if expected else math.nan
         guess = f"{chance(kind, size):.2f}" if kind in KINDS else ""
         verdict = f"{ratio:.2f}{'' if ratio >= floor else ' (below)'}"
         shown = [str(tallies[way]) for way in ways]
