@@ -226,17 +226,19 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _several_table(by_kind: dict, *, size: int, floor: float, first: str) -> str:
+def _several_table(tallies_by_row: dict, *, floor: float, first: str, size: int | None = None) -> str:
+    """A table of ways to ask; `size`, the number of inputs, adds the chance level where a row is a kind of question."""
     ways = ("soft prompts", "captions", "true descriptions", "one input alone", "no input")
     rows = []
-    for kind, tallies in by_kind.items():
+    for name, tallies in tallies_by_row.items():
         expected = tallies["expected"].share
         ratio = tallies["soft prompts"].share / expected if expected else math.nan
-        guess = f"{chance(kind, size):.2f}" if kind in KINDS else ""
-        verdict = f"{ratio:.2f}{'' if ratio >= floor else ' (below)'}"
+        guess = [f"{chance(name, size):.2f}"] if size else []
+        verdict = f"{ratio:.2f}" if ratio >= floor else f"{ratio:.2f} (below)"
         shown = [str(tallies[way]) for way in ways]
-        rows.append([kind.replace("_", " "), guess, *shown, f"{expected:.3f}", verdict, tallies["soft prompts"].count])
-    header = [first, "chance", *ways, "product of the parts", f"ratio (at least {floor})", "n"]
+        count = tallies["soft prompts"].count
+        rows.append([name.replace("_", " "), *guess, *shown, f"{expected:.3f}", verdict, count])
+    header = [first, *(["chance"] if size else []), *ways, "product of the parts", f"ratio (at least {floor})", "n"]
     return _table(header, rows)
 
 
@@ -270,9 +272,9 @@ def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, coun
         split=split,
         singles=_table(["input", *facts, "n"], single_rows),
         pairs=_several_table(pairs[0], size=2, floor=0.90, first="question"),
-        pair_names=_several_table(pairs[1], size=2, floor=0.90, first="inputs"),
+        pair_names=_several_table(pairs[1], floor=0.90, first="inputs"),
         triples=_several_table(triples[0], size=3, floor=0.75, first="question"),
-        triple_names=_several_table(triples[1], size=3, floor=0.75, first="inputs"),
+        triple_names=_several_table(triples[1], floor=0.75, first="inputs"),
         places=_table(["number of the", "first place", "second place", "third place"], place_rows),
     )
     out.write_text(text)
