@@ -1,0 +1,263 @@
+"""Training text for the small LLM: described things with several questions about each, packed into rows.
+
+Every question reads its context and itself, never its neighbours, so a context is computed once and each question
+sees what it would see alone. This is what makes half an hour on two cores enough: answers teach, and contexts are
+most of the tokens.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from xblip_numerals.language import (
+    ANSWER_CUE,
+    KINDS,
+    MAX_THINGS,
+    MODALITIES,
+    VALUES,
+    Thing,
+    ask,
+    describe,
+    names,
+    possible_kinds,
+    random_things,
+)
+
+ROW_TOKENS = 256
+# How often each kind is asked, where it can be (1.0 if not listed): what is learned last is asked for most.
+KIND_WEIGHTS = {
+    "check_number": 2.0,
+    "check_attribute": 2.0,
+    "larger": 2.0,
+    "smaller": 2.0,
+    "same": 5.0,
+    "sum": 2.0,
+    "difference": 2.0,
+    "same_color": 4.0,
+    "which_shows": 3.0,
+    "which_is": 2.0,
+    "number_of": 2.0,
+    "largest": 2.0,
+    "smallest": 2.0,
+    "same_all": 4.0,
+    "sum_all": 4.0,
+}
+ALL_VALUES = sorted({value for values in VALUES.values() for value in values})
+NO_VALUE = -100  # what cross_entropy ignores
+# Questions whose answers are balanced only among things drawn for them.
+_DRAWN_FOR = ("same", "same_all", "same_color")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One question on a context.
+
+    Attributes:
+        kind: the kind of question.
+        asked: token ids of the question and of the answer cue.
+        answer: token ids of the answer and `</s>`.
+        value: index, among all values, of the one that the question speaks of; `NO_VALUE` if of none.
+        about: indices of the things to look at; where the question is what goes with a value, the one that has it.
+        chosen: index of the thing that the answer names, or else `about`.
+    """
+
+    kind: str
+    asked: list[int]
+    answer: list[int]
+    value: int
+    about: tuple[int, ...]
+    chosen: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Described things and the questions on them.
+
+    Attributes:
+        prefix: token ids of `<s>`, then of the cue and the description of each thing.
+        owners: for each token of `prefix` after `<s>`, the index of its thing.
+        modalities: for each thing, the index of its modality.
+        branches: the questions.
+    """
+
+    prefix: list[int]
+    owners: list[int]
+    modalities: list[int]
+    branches: list[Branch]
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(len(branch.asked) + len(branch.answer) - 1 for branch in self.branches)
+
+
+class Sampler:
+    """Endless random contexts.
+
+    Args:
+        tokenizer: turns each segment into ids by itself.
+        seed: of everything drawn here.
+        noisy: now and then drop the final mark of a question or put a stray word in it, as people do.
+    """
+
+    def __init__(self, *, tokenizer: PreTrainedTokenizerFast, seed: int, noisy: bool) -> None:
+        self._rng = random.Random(seed)
+        self._noisy = noisy
+        self._encode = tokenizer.backend_tokenizer.encode
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._words = range(tokenizer.unk_token_id, len(tokenizer))
+        self._known: dict[str, list[int]] = {}
+
+    def context(self, *, count: int, kind: str | None = None, questions: int = 1) -> Context:
+        """`count` things drawn for one kind of question (any if None), and `questions` questions on them."""
+        rng = self._rng
+        if kind is None:
+            kind = self._pick([kind for kind in KINDS if KINDS[kind].things <= count], 1)[0]
+        things = random_things(rng, count, kind)
+        kinds = [kind]
+        if questions > 1:
+            others = [other for other in possible_kinds(things) if other == kind or other not in _DRAWN_FOR]
+            if kind in _DRAWN_FOR:
+                others = [other for other in others if other not in ("larger", "smaller")]
+            kinds += self._pick(others, questions - 1)
+        prefix, owners = [self._bos], []
+        for i, thing in enumerate(things):
+            ids = self._ids(MODALITIES[thing.modality].cue) + self._ids(describe(thing, rng))
+            prefix += ids
+            owners += [i] * len(ids)
+        modalities = [list(MODALITIES).index(thing.modality) for thing in things]
+        return Context(prefix, owners, modalities, [self._branch(things, kind) for kind in kinds])
+
+    def _pick(self, kinds: list[str], k: int) -> list[str]:
+        return self._rng.choices(kinds, [KIND_WEIGHTS.get(kind, 1.0) for kind in kinds], k=k)
+
+    def _branch(self, things: Sequence[Thing], kind: str) -> Branch:
+        question = ask(things, self._rng, kind)
+        asked = self._ids(question.text)
+        if self._noisy:
+            asked = self._disturbed(asked)
+        answer = [*self._ids(question.answer), self._eos]
+        called = names(things)
+        chosen = (called.index(question.answer),) if question.answer in called else ()
+        about, value = question.about, NO_VALUE
+        if question.fact:
+            name, said = question.fact
+            value = ALL_VALUES.index(said)
+            if not kind.startswith("check"):
+                about = tuple(i for i in about if things[i].facts.get(name) == said)
+        return Branch(kind, asked + self._ids(ANSWER_CUE), answer, value, about, chosen or about)
+
+    def _ids(self, text: str) -> list[int]:
+        if text not in self._known:
+            if len(self._known) > 200_000:
+                self._known.clear()
+            self._known[text] = self._encode(text, add_special_tokens=False).ids
+        return self._known[text]
+
+    def _disturbed(self, ids: list[int]) -> list[int]:
+        chance = self._rng.random()
+        if chance < 0.15:
+            return ids[:-1]
+        if chance < 0.2:
+            at = self._rng.randrange(len(ids))
+            return [*ids[:at], self._rng.choice(self._words), *ids[at:]]
+        return ids
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Contexts packed into rows of `ROW_TOKENS`; tokens are addressed by their index in the flattened rows.
+
+    Attributes:
+        ids, positions: (rows, tokens).
+        mask: (rows, 1, tokens, tokens), added to attention scores: 0 where a token may look, else -1e9.
+        at, targets: which tokens predict a token of an answer, and its id.
+        question: for each of them, the index of its question.
+        kinds: the kind of each question.
+        value: what each question speaks of, as in `Branch`.
+        about, chosen: (questions, MAX_THINGS), 1.0 for the things that `Branch` lists; modality: likewise
+            (questions, modalities) for the modalities of `about`.
+        owned: tokens that describe a thing. owners: (tokens, 3), its index, its modality, and its index among the
+            things of that modality.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    at: torch.Tensor
+    targets: torch.Tensor
+    question: torch.Tensor
+    kinds: list[str]
+    value: torch.Tensor
+    about: torch.Tensor
+    chosen: torch.Tensor
+    modality: torch.Tensor
+    owned: torch.Tensor
+    owners: torch.Tensor
+
+
+def pack(contexts: Sequence[Context], pad: int) -> Batch:
+    """Lay contexts into as few rows as first-fit finds; the mask keeps contexts and questions apart."""
+    rows: list[list[Context]] = []
+    for context in sorted(contexts, key=len, reverse=True):
+        for row in rows:
+            if sum(map(len, row)) + len(context) <= ROW_TOKENS:
+                row.append(context)
+                break
+        else:
+            rows.append([context])
+    shape = (len(rows), ROW_TOKENS)
+    ids, positions = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)
+    block, branch_of = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    at, targets, question, kinds, owned, owners = [], [], [], [], [], []
+    value, about, chosen, modality = [], [], [], []
+    for r, row in enumerate(rows):
+        cursor = 0
+
+        def lay(piece: list[int], first: int, context: int, branch: int, r: int = r) -> int:
+            nonlocal cursor
+            here = slice(cursor, cursor + len(piece))
+            ids[r, here] = torch.tensor(piece)
+            positions[r, here] = torch.arange(first, first + len(piece))
+            block[r, here], branch_of[r, here] = context, branch
+            cursor += len(piece)
+            return r * ROW_TOKENS + cursor
+
+        for c, context in enumerate(row):
+            end = lay(context.prefix, 0, c, 0)
+            owned += range(end - len(context.owners), end)
+            nth = [context.modalities[:i].count(m) for i, m in enumerate(context.modalities)]
+            owners += [(i, context.modalities[i], nth[i]) for i in context.owners]
+            for b, branch in enumerate(context.branches, start=1):
+                end = lay(branch.asked + branch.answer[:-1], len(context.prefix), c, b)
+                at += range(end - len(branch.answer), end)
+                targets += branch.answer
+                question += [len(kinds)] * len(branch.answer)
+                kinds.append(branch.kind)
+                value.append(branch.value)
+                about.append(_one_hot(branch.about, MAX_THINGS))
+                chosen.append(_one_hot(branch.chosen, MAX_THINGS))
+                modality.append(_one_hot([context.modalities[i] for i in branch.about], len(MODALITIES)))
+    causal = torch.ones(ROW_TOKENS, ROW_TOKENS, dtype=torch.bool).tril()
+    seen = (block[:, :, None] == block[:, None, :]) & causal
+    seen &= (branch_of[:, None, :] == 0) | (branch_of[:, None, :] == branch_of[:, :, None])
+    return Batch(
+        ids=ids,
+        positions=positions,
+        mask=torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None],
+        at=torch.tensor(at),
+        targets=torch.tensor(targets),
+        question=torch.tensor(question),
+        kinds=kinds,
+        value=torch.tensor(value),
+        about=torch.tensor(about),
+        chosen=torch.tensor(chosen),
+        modality=torch.tensor(modality),
+        owned=torch.tensor(owned),
+        owners=torch.tensor(owners),
+    )
+
+
+def _one_hot(indices: Sequence[int], size: int) -> list[float]:
+    return [float(i in indices) for i in range(size)]
