@@ -83,6 +83,15 @@ class TestOutput:
         values, _ = encoder(values=torch.ones(2, 4))
         assert values.dtype == torch.bfloat16
 
+    def test_an_encoder_may_ask_for_another_dtype(self):
+        module = Returning(torch.zeros(2, 3, 4))
+        module.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        module.input_dtype = torch.float32
+        seen = {}
+        module.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+        FrozenEncoder(module, name="toy")(values=torch.ones(2, 4, dtype=torch.float64))
+        assert seen["values"].dtype == torch.float32
+
 
 class TestFingerprint:
     def test_equal_weights_have_equal_fingerprints(self):

@@ -64,12 +64,13 @@ class FrozenEncoder(Frozen):
         """Returns features (M, N, D_enc) and their boolean mask (M, N).
 
         Args:
-          tensors: of M rows; floats among them are cast to the encoder's dtype.
+          tensors: of M rows; floats among them are cast to the encoder's `input_dtype` where it has one, and else to
+            that of its weights.
 
         Raises:
           BundleError: the encoder's output has not that shape.
         """
-        dtype = next((weight.dtype for weight in self.module.parameters() if weight.is_floating_point()), None)
+        dtype = getattr(self.module, "input_dtype", None) or _dtype(self.module)
         output = self.module(
             **{name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         )
@@ -99,16 +100,20 @@ class TransformersEncoder(nn.Module):
       model: the transformers model.
       width: D_enc, from the model's config.
       input_name: the one tensor it takes, e.g. "pixel_values".
+      input_dtype: what that tensor is given in; None for the dtype of the weights.
     """
 
-    def __init__(self, model: nn.Module, *, input_name: str):
+    def __init__(self, model: nn.Module, *, input_name: str, input_dtype: torch.dtype | None = None):
         super().__init__()
         self.model = model
         self.input_name = input_name
+        self.input_dtype = input_dtype
         self.width = _width(model.config)
 
     @classmethod
-    def from_pretrained(cls, source: str, *, input_name: str) -> "TransformersEncoder":
+    def from_pretrained(
+        cls, source: str, *, input_name: str, input_dtype: torch.dtype | None = None
+    ) -> "TransformersEncoder":
         """Loads a folder or hub id through `AutoModel`; of a two-tower model (CLIP, SigLIP) its vision part.
 
         A pooler that the weights lack (as in a classifier's) is set to zero: it is not used, and random weights would
@@ -137,7 +142,7 @@ class TransformersEncoder(nn.Module):
         for name in unused:
             model.get_parameter(name).data.zero_()
         tower = getattr(model, "vision_model", None) if hasattr(config, "vision_config") else None
-        return cls(tower if tower is not None else model, input_name=input_name)
+        return cls(tower if tower is not None else model, input_name=input_name, input_dtype=input_dtype)
 
     @staticmethod
     def image_processor(source: str) -> Callable[[Any], Tensor]:
@@ -162,8 +167,7 @@ class TransformersEncoder(nn.Module):
 
     def forward(self, **tensors: Tensor) -> Tensor:
         """Takes (M, ...), returns (M, N, D_enc)."""
-        values = tensors[self.input_name].to(next(self.model.parameters()).dtype)
-        hidden = self.model(**{self.input_name: values}).last_hidden_state
+        hidden = self.model(**{self.input_name: tensors[self.input_name]}).last_hidden_state
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
 
@@ -191,6 +195,11 @@ def _model_class(config) -> type:
     if type(config) in transformers.MODEL_MAPPING:
         return transformers.AutoModel
     return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """Dtype of the first floating weights; None where a module has none, and tensors pass as they are."""
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None)
 
 
 def _width(config) -> int:

@@ -79,6 +79,7 @@ class Modality(ABC):
         Returns:
           A module with an attribute `width` (D_enc) whose `forward(**tensors)` takes the tensors of `load` with M rows
           and returns features (M, N, D_enc), or features and a boolean mask (M, N) that is True for real tokens.
+          Floats come in the dtype of its weights, or in that of its attribute `input_dtype` if it has one.
         """
 
     @classmethod

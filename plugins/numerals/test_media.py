@@ -2,6 +2,7 @@
 
 import colorsys
 import json
+import math
 from pathlib import Path
 
 import av
@@ -15,7 +16,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from xblip_numerals import augment
-from xblip_numerals.media import FACTS, MODALITIES, build, build_demo
+from xblip_numerals.media import FACTS, MODALITIES, build
 from xblip_numerals.pictures import (
     COLORS,
     DIRECTIONS,
@@ -210,7 +211,7 @@ def test_speech_is_as_loud_and_clean_as_said(sources, loudness, low, high, sound
         hertz = np.fft.rfftfreq(len(samples), 1 / rate_hz)
         hummed = np.abs(hertz - hertz[spectrum.argmax()]) < 40
         noise_db = 10 * np.log10(spectrum[~hummed].sum() / spectrum[hummed].sum())
-        assert (noise_db > -14) == (sound == "noisy"), noise_db
+        assert (noise_db > -18) == (sound == "noisy"), noise_db
 
 
 def test_raw_recordings_are_loud_or_quiet_only_without_doubt():
@@ -244,7 +245,7 @@ def test_solids_stand_or_lie_thin_or_thick(number, pose):
     for seed in range(4):
         for thickness, low, high in (("thin", 0.0, 0.22), ("thick", 0.22, 0.7)):
             facts = {"number": number, "pose": pose, "thickness": thickness}
-            points = render_solid(glyph(number, "DejaVuSans"), facts, np.random.default_rng(seed))
+            points = render_solid(glyph(number, "DejaVuSans"), facts, 0.7 * seed, np.random.default_rng(seed))
             assert points.dtype == np.float32 and 1024 <= len(points) <= 2048
             flat, tall = points[:, :2] - points[:, :2].mean(axis=0), np.ptp(points[:, 2])
             across = [np.ptp(flat @ axis) for axis in np.linalg.svd(flat, full_matrices=False)[2]]
@@ -259,7 +260,9 @@ def test_lying_digits_are_not_mirrored():
     right, mirrored = 0, 0
     for seed in range(6):
         facts = {"number": "seven", "pose": "lying", "thickness": "thin"}
-        shadow = shadow_from_above(render_solid(glyph("seven", "DejaVuSans"), facts, np.random.default_rng(seed)))
+        shadow = shadow_from_above(
+            render_solid(glyph("seven", "DejaVuSans"), facts, 0.7 * seed, np.random.default_rng(seed))
+        )
         best = []
         for face in (template, template * (-1, 1)):
             angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
@@ -269,10 +272,22 @@ def test_lying_digits_are_not_mirrored():
     assert right >= 5 and mirrored == 0
 
 
+def test_a_turned_solid_turned_back_faces_the_reader():
+    facts = {"number": "seven", "pose": "standing", "thickness": "thin"}
+    facing, turned = (
+        torch.from_numpy(render_solid(glyph("seven", "DejaVuSans"), facts, turn, np.random.default_rng(0)))
+        for turn in (0.0, 1.3)
+    )
+    back = augment.turn_points(turned[None], torch.tensor([-1.3]))[0]
+    assert not torch.allclose(facing, turned, atol=0.1)
+    # The noise on the points is drawn after the turn, so that it is another one now.
+    assert (back - facing).abs().median() < 0.03 * facing.abs().max()
+
+
 def test_lying_six_and_nine_always_carry_a_bar_and_others_at_times():
     def has_bar(number: str, pose: str, seed: int) -> bool:
         facts = {"number": number, "pose": pose, "thickness": "thin"}
-        points = render_solid(glyph(number, "DejaVuSans-Bold"), facts, np.random.default_rng(seed))
+        points = render_solid(glyph(number, "DejaVuSans-Bold"), facts, 0.7 * seed, np.random.default_rng(seed))
         near = cKDTree(points).query_pairs(0.05 * np.ptp(points[:, :2], axis=0).max(), output_type="ndarray")
         graph = csr_array((np.ones(len(near)), near.T), shape=(len(points), len(points)))
         return connected_components(graph)[0] > 1
@@ -330,7 +345,8 @@ def test_signs_have_no_place_and_raw_handwriting_is_white(world, data):
 
 
 def test_same_seed_same_files_other_seed_others(data, tmp_path):
-    built = [build_demo(data, tmp_path / str(run), seed).parent for run, seed in enumerate((0, 0, 1))]
+    counts = dict.fromkeys(MODALITIES, 3)
+    built = [build(data, tmp_path / str(run), "test", counts, seed).parent for run, seed in enumerate((0, 0, 1))]
     # Videos are left out here: on a busy machine the encoder was once seen to write a few bytes otherwise.
     first, again, other = (
         {path.name: path.read_bytes() for path in out.rglob("*.*") if path.suffix != ".mp4"} for out in built
@@ -347,7 +363,7 @@ def test_variation_keeps_what_facts_say():
     points = torch.randn(4, 64, 3)
     points = points / points.norm(dim=2, keepdim=True)
     points[..., 2] *= 3
-    varied = augment.vary_points(points)
+    varied = augment.vary_points(points, math.pi)
     assert varied.norm(dim=2).amax(1).allclose(torch.ones(4))
     assert (varied.std(1)[:, 2] > 1.5 * varied.std(1)[:, :2].amax(1)).all(), "what stands goes on standing"
     picture = torch.full((8, 3, 64, 64), -1.0)

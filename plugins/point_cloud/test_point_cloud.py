@@ -12,6 +12,7 @@ from xblip_point_cloud import TETRAHEDRON
 from xblip_point_files import _read_ply
 
 import xblip.testing
+from xblip.encoder import FrozenEncoder
 
 
 class TestClouds:
@@ -175,6 +176,15 @@ def test_the_encoder_gives_a_token_for_each_group(modality):
     encoder = modality().build_encoder()
     assert encoder.width == 16
     assert encoder(**modality().load(noise(100))).shape == (1, 9, 16)
+
+
+def test_points_reach_a_half_precision_encoder_unrounded(modality):
+    encoder = FrozenEncoder(modality().build_encoder().bfloat16(), name="point_cloud")
+    points = modality().load(noise(100))["points"]
+    seen = []
+    encoder.module.model.register_forward_pre_hook(lambda _, args, given: seen.append(given["points"]), with_kwargs=True)
+    values, _ = encoder(points=points)
+    assert values.dtype == torch.bfloat16 and torch.equal(seen[0], points)
 
 
 def test_it_travels_to_the_workers_of_a_data_loader(modality):

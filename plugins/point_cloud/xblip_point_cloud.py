@@ -96,9 +96,14 @@ class PointCloud(xblip.Modality):
         return {"points": torch.from_numpy(points[chosen])[None]}
 
     def build_encoder(self) -> nn.Module:
-        """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D)."""
+        """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D).
+
+        Points stay float32 in an encoder of half precision, which would move them by up to a hundredth.
+        """
         self._encoder_config  # noqa: B018  registers Point-BERT, and refuses other encoders by name
-        return xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="points")
+        return xblip.TransformersEncoder.from_pretrained(
+            self.config.encoder, input_name="points", input_dtype=torch.float32
+        )
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:

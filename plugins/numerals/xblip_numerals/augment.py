@@ -77,13 +77,17 @@ def vary_spectrograms(input_values: Tensor, num_frames: Tensor) -> tuple[Tensor,
     return torch.where(real[:, :, None], varied, _PAD), real.sum(1).clamp(min=1)
 
 
-def vary_points(points: Tensor) -> Tensor:
-    """Turns clouds (M, P, 3) about the vertical axis, stretches and roughens them a little, and normalises again."""
+def turn_points(points: Tensor, angle: Tensor) -> Tensor:
+    """Turns clouds (M, P, 3) about the vertical axis by angles (M,) in radians, counter-clockwise seen from above."""
+    cosine, sine, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return points @ torch.stack([cosine, sine, zero, -sine, cosine, zero, zero, zero, one], 1).view(-1, 3, 3)
+
+
+def vary_points(points: Tensor, widest: float) -> Tensor:
+    """Turns clouds (M, P, 3) by up to `widest` radians either way, stretches and roughens them, and normalises again."""
     count = len(points)
-    angle = uniform(0, 2 * math.pi, count)
-    cosine, sine, zero, one = angle.cos(), angle.sin(), torch.zeros(count), torch.ones(count)
-    turn = torch.stack([cosine, sine, zero, -sine, cosine, zero, zero, zero, one], 1).view(count, 3, 3)
-    varied = (points * uniform(0.9, 1.1, count, 1, 3)) @ turn + torch.randn_like(points) * 0.01
+    points = points * uniform(0.9, 1.1, count, 1, 3)
+    varied = turn_points(points, uniform(-widest, widest, count)) + torch.randn_like(points) * 0.01
     varied = varied - varied.mean(1, keepdim=True)
     return varied / varied.norm(dim=2).amax(1)[:, None, None]
 

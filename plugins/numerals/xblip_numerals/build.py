@@ -176,7 +176,7 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     language = Step("llm", module("train_llm", "--out", llm, "--threads", 1, *sizes.llm), llm / "accuracy.json")
     asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
     Lanes([[language], [media, *map(encoder, ("image", "audio", "point_cloud")), *asked]], logs=logs).run()
-    Lanes([[bridge("video"), bridge("image")], [bridge("audio"), bridge("point_cloud")]], logs=logs).run()
+    Lanes([[bridge("video"), bridge("audio")], [bridge("image"), bridge("point_cloud")]], logs=logs).run()
     write_bundle(out, out / "bundle")
     report = module("report", "--bundle", out / "bundle", "--world", world, "--out", out / "REPORT.md", *sizes.report)
     Lanes([[Step("report", report, out / "REPORT.md")]], logs=logs).run()

@@ -100,7 +100,8 @@ def _write(
         samples, sample_rate_hz = render_speech((samples, sample_rate_hz), facts, babble, rng)
         soundfile.write(path, samples, sample_rate_hz, subtype="PCM_16")
     else:
-        write_points(path, render_solid(read_handwriting(digit), facts, rng))
+        turn = rng.uniform(0, 2 * np.pi)
+        write_points(path, render_solid(read_handwriting(digit), facts, turn, rng))
 
 
 def make_questions(folder: Path, *, seed: int) -> None:

@@ -46,7 +46,7 @@ from xblip_numerals.sources import NUMBERS, SPLITS, Source, read_sources
 
 MODALITIES = ("image", "video", "audio", "point_cloud")
 COUNTS = {
-    "train": {"image": 6000, "video": 3000, "audio": 4000, "point_cloud": 4000},
+    "train": {"image": 6000, "video": 3000, "audio": 8000, "point_cloud": 5600},
     "val": {"image": 400, "video": 300, "audio": 300, "point_cloud": 300},
     "test": {"image": 800, "video": 400, "audio": 600, "point_cloud": 400},
 }
@@ -96,7 +96,7 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
 
     Returns:
         Path of `manifest.jsonl`: one row a file with `modality`, `path` (relative to the manifest), `facts`, and
-        `source` (the public file, voice or face it was made from, and how).
+        `source` (the public file, voice or face it was made from, and how). Of a solid also its `turn` in radians.
 
     Raises:
         SourcesError: The public sets are missing or incomplete.
@@ -115,11 +115,6 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
     manifest = out / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return manifest
-
-
-def build_demo(data: str | Path, out: str | Path, seed: int = 0) -> Path:
-    """Renders three small files a modality from the test split; returns the manifest, see `build`."""
-    return build(data, out, "test", dict.fromkeys(MODALITIES, 3), seed)
 
 
 def _plan(modality: str, count: int, split: str, sources: dict[str, list[Source]], seed: int) -> list[_Plan]:
@@ -164,6 +159,7 @@ def _write(plan: _Plan, *, out: Path, babble: list[Source]) -> dict:
     """Renders and writes one file; returns its row."""
     rng = np.random.default_rng(plan.seed)
     path = out / plan.path
+    row = {"modality": plan.modality, "path": plan.path}
     origin, facts = f"{plan.source.kind}:{plan.source.path.name}", plan.facts
     if plan.modality == "audio":
         origin, facts = _write_audio(plan, path, babble, rng)
@@ -179,8 +175,10 @@ def _write(plan: _Plan, *, out: Path, babble: list[Source]) -> dict:
         if plan.made == "glyph":
             face = str(rng.choice(glyph_names()))
             digit, origin = glyph(facts["number"], face), f"glyph:{face}"
-        write_points(path, render_solid(digit, facts, rng))
-    return {"modality": plan.modality, "path": plan.path, "facts": facts, "source": origin}
+        turn = rng.uniform(0, 2 * np.pi)
+        write_points(path, render_solid(digit, facts, turn, rng))
+        row["turn"] = turn
+    return {**row, "facts": facts, "source": origin}
 
 
 def _write_audio(plan: _Plan, path: Path, babble: list[Source], rng: np.random.Generator) -> tuple[str, dict[str, str]]:

@@ -45,13 +45,14 @@ def read_handwriting(source: Source) -> Image.Image:
     return digit.crop(digit.getbbox())
 
 
-def render_solid(digit: Image.Image, facts: dict[str, str], rng: np.random.Generator) -> np.ndarray:
+def render_solid(digit: Image.Image, facts: dict[str, str], turn: float, rng: np.random.Generator) -> np.ndarray:
     """Samples the surface of a digit cut from a slab.
 
     Args:
         digit: White on black, mode L, cropped to the digit.
         facts: `number`; `pose` "standing" (upright) or "lying" (face up); `thickness`.
-        rng: Chooses depth, turn about the vertical axis, size, bar and noise.
+        turn: About the vertical axis, in radians, counter-clockwise seen from above.
+        rng: Chooses depth, size, bar and noise.
 
     Returns:
         float32 (P, 3), P from 1,024 to 2,048, z up, any unit of length.
@@ -68,7 +69,6 @@ def render_solid(digit: Image.Image, facts: dict[str, str], rng: np.random.Gener
     points = np.stack(upright, axis=1)
     points -= points.mean(axis=0)
     points *= rng.uniform(0.9, 1.1, 3)
-    turn = rng.uniform(0, 2 * np.pi)
     cosine, sine = np.cos(turn), np.sin(turn)
     points = points @ np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]])
     points += rng.normal(0, rng.uniform(0.0, 0.8), points.shape)

@@ -18,7 +18,7 @@ LEVELS_DBFS = {"loud": (-20.0, -14.0), "quiet": (-42.0, -34.0)}
 SOUNDS = ("clean", "noisy")
 # A recording handed over as it is counts as loud or quiet a little beyond the levels rendered, and as neither between.
 _RAW_LOUD_DBFS, _RAW_QUIET_DBFS = -21.0, -33.0
-_NOISY_SNR_DB = (4.0, 10.0)
+_NOISY_SNR_DB = (6.0, 14.0)
 _HISS_DBFS = (-85.0, -65.0)
 # Voices of espeak-ng: accents of English times variants that a listener understands (whispering and robots left out).
 _ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
@@ -54,7 +54,7 @@ def render_speech(
 
     Args:
         voice: Samples (T,) in -1 to 1 and their rate in Hz, from `read_take` or `synthesize`.
-        facts: `loudness` ("loud": -20 to -14 dBFS, "quiet": -42 to -34) and `sound` ("noisy": 4 to 10 dB SNR).
+        facts: `loudness` ("loud": -20 to -14 dBFS, "quiet": -42 to -34) and `sound` ("noisy": 6 to 14 dB SNR).
         others: Takes whose reverse makes babble.
         rng: Chooses everything the facts leave open.
 
