@@ -182,7 +182,9 @@ def test_points_reach_a_half_precision_encoder_unrounded(modality):
     encoder = FrozenEncoder(modality().build_encoder().bfloat16(), name="point_cloud")
     points = modality().load(noise(100))["points"]
     seen = []
-    encoder.module.model.register_forward_pre_hook(lambda _, args, given: seen.append(given["points"]), with_kwargs=True)
+    encoder.module.model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["points"]), with_kwargs=True
+    )
     values, _ = encoder(points=points)
     assert values.dtype == torch.bfloat16 and torch.equal(seen[0], points)
 
