@@ -27,19 +27,38 @@ class Block(NamedTuple):
 
 
 def blocks(document: str) -> list[Block]:
-    """The blocks of code of a document in docs/, in order."""
-    return [Block(*found) for found in BLOCK.findall((ROOT / "docs" / document).read_text(encoding="utf-8"))]
+    """The blocks of code of a document, in order."""
+    return [Block(*found) for found in BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))]
 
 
 def numerals_is_there() -> bool:
     return "numerals" in plugins.installed() and Path(plugins.get("model", "numerals"), "config.yaml").is_file()
 
 
-@pytest.mark.skipif(not numerals_is_there(), reason="the bundle `numerals` is not installed")
+needs_numerals = pytest.mark.skipif(not numerals_is_there(), reason="the bundle `numerals` is not installed")
+
+
+@needs_numerals
+def test_the_readme_runs_as_written(tmp_path):
+    shell = fresh_shell(tmp_path)
+    for folder in ("configs", "plugins"):
+        (shell.folder / folder).symlink_to(ROOT / folder)
+    first, *others = blocks("README.md")
+    assert set(re.findall(r"^make \w+", first.text, re.MULTILINE)) == {"make demo", "make test"}, "what CI runs"
+    script = "".join(block.text for block in others if block.language == "sh")
+    for block in others:
+        if block.language == "python":
+            script += f"python - <<'END_OF_BLOCK'\n{block.text}END_OF_BLOCK\n"
+    printed = shell.succeed(script).splitlines()
+    print("\n".join(printed))
+    assert printed[0] == "the image" and printed[-1] == "thirteen"
+
+
+@needs_numerals
 def test_write_a_modality_runs_as_written(tmp_path):
     shell = fresh_shell(tmp_path)
     printed = []
-    for block in blocks("write-a-modality.md"):
+    for block in blocks("docs/write-a-modality.md"):
         if block.file:
             (shell.folder / block.file).write_text(block.text)
             continue
@@ -54,7 +73,7 @@ def test_write_a_modality_runs_as_written(tmp_path):
 
 
 def test_the_page_has_blocks_of_every_kind():
-    found = blocks("write-a-modality.md")
+    found = blocks("docs/write-a-modality.md")
     text = (ROOT / "docs" / "write-a-modality.md").read_text(encoding="utf-8")
     assert text.count("```") == 2 * len(found), "a block is written so that the test does not see it"
     assert {block.language for block in found} == {"sh", "python", "yaml"}
@@ -62,7 +81,7 @@ def test_the_page_has_blocks_of_every_kind():
 
 
 def test_the_modality_takes_sixty_lines_at_most():
-    [module] = [block for block in blocks("write-a-modality.md") if block.file.endswith("xblip_depth.py")]
+    [module] = [block for block in blocks("docs/write-a-modality.md") if block.file.endswith("xblip_depth.py")]
     assert lines_of_code(module.text) <= 60
 
 

@@ -84,9 +84,16 @@ def turn_points(points: Tensor, angle: Tensor) -> Tensor:
 
 
 def vary_points(points: Tensor, widest: float) -> Tensor:
-    """Turns clouds (M, P, 3) by up to `widest` radians either way, stretches and roughens them, and normalises again."""
+    """Gives clouds (M, P, 3), inside the unit sphere, another shape and another turn about the vertical axis.
+
+    They are sheared and stretched, bent by two slow waves as another hand would write them, turned by up to `widest`
+    radians either way, roughened, and normalised again.
+    """
     count = len(points)
-    points = points * uniform(0.9, 1.1, count, 1, 3)
+    points = points @ (torch.eye(3) + 0.06 * torch.randn(count, 3, 3).clamp(-2, 2))
+    for _ in range(2):
+        waves, phase = 2.5 * torch.randn(count, 3, 3), uniform(0, 2 * math.pi, count, 1, 3)
+        points = points + 0.03 * torch.sin(points @ waves + phase)
     varied = turn_points(points, uniform(-widest, widest, count)) + torch.randn_like(points) * 0.01
     varied = varied - varied.mean(1, keepdim=True)
     return varied / varied.norm(dim=2).amax(1)[:, None, None]

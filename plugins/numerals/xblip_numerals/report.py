@@ -26,6 +26,14 @@ from xblip_numerals.questions import Item, Shelf, question_about
 
 BATCH = 128
 NAMES = list(MODALITIES)
+READ_ALONE = {
+    "image, handwriting": "handwriting",
+    "image, sign": "hand sign",
+    "audio": "speech",
+    "video": "video",
+    "point_cloud": "point cloud",
+}
+"""What the single-input table tells apart, and how the README calls it."""
 PAIR_KINDS = [kind for kind, form in KINDS.items() if form.things == 2]
 TRIPLE_KINDS = [kind for kind, form in KINDS.items() if form.things == 3] + ["which_shows", "which_is"]
 
@@ -228,18 +236,37 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _several_table(tallies_by_row: dict, *, floor: float, first: str, size: int | None = None) -> str:
     """A table of ways to ask; `size`, the number of inputs, adds the chance level where a row is a kind of question."""
-    ways = ("soft prompts", "captions", "true descriptions", "one input alone", "no input")
     rows = []
     for name, tallies in tallies_by_row.items():
         expected = tallies["expected"].share
         ratio = tallies["soft prompts"].share / expected if expected else math.nan
         guess = [f"{chance(name, size):.2f}"] if size else []
         verdict = f"{ratio:.2f}" if ratio >= floor else f"{ratio:.2f} (below)"
-        shown = [str(tallies[way]) for way in ways]
+        shown = [str(tallies[way]) for way in WAYS]
         count = tallies["soft prompts"].count
         rows.append([name.replace("_", " "), *guess, *shown, f"{expected:.3f}", verdict, count])
-    header = [first, *(["chance"] if size else []), *ways, "product of the parts", f"ratio (at least {floor})", "n"]
+    header = [first, *(["chance"] if size else []), *WAYS, "product of the parts", f"ratio (at least {floor})", "n"]
     return _table(header, rows)
+
+
+WAYS = ("soft prompts", "captions", "true descriptions", "one input alone", "no input")
+
+
+def readme_table(figures: dict) -> str:
+    """The README's tables, from the content of the report's JSON file."""
+    numbers = {source: figures["single"][f"{source}: number"] for source in READ_ALONE}
+    alone = _table(
+        ["the number of one input", *READ_ALONE.values()],
+        [["right", *(f"{right / count:.3f}" for right, count in numbers.values())],
+         ["n", *(count for _, count in numbers.values())]],
+    )  # fmt: skip
+    rows = []
+    for table, label in (("pairs", "two modalities"), ("triples", "three modalities")):
+        sums = {way: [sum(column) for column in zip(*(ways[way] for ways in figures[table].values()), strict=True)]
+                for way in (*WAYS, "expected")}  # fmt: skip
+        shares = [f"{right / count:.3f}" for right, count in sums.values()]
+        rows.append([label, *shares, sums["soft prompts"][1]])
+    return f"{alone}\n\n{_table(['questions across', *WAYS, 'product of the parts', 'n'], rows)}"
 
 
 def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, count: int, seed: int) -> None:

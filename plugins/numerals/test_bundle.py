@@ -1,0 +1,97 @@
+"""The shipped model answers, its report is met on files made anew, and nothing about it is stale or too large."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from xblip_numerals import BUNDLE
+from xblip_numerals.demo import FOLDER, main
+from xblip_numerals.language import MODALITIES
+from xblip_numerals.media import build
+from xblip_numerals.questions import Shelf
+from xblip_numerals.report import PAIR_KINDS, Reader, readme_table, several_cases, single_cases
+
+import xblip
+
+ROOT = Path(__file__).parents[2]
+SETS = ROOT.parent / "shared" / "data" / "numerals"
+MOST_BYTES = 25_000_000
+FILES = {"image": 80, "video": 40, "audio": 60, "point_cloud": 60}
+
+pytestmark = pytest.mark.skipif(not (BUNDLE / "config.yaml").is_file(), reason="the bundle is not built")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return xblip.load("numerals")
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory) -> Shelf:
+    """Files of the test split made with another seed than the report's."""
+    if not SETS.is_dir():
+        pytest.skip("the public sets are not here")
+    folder = tmp_path_factory.mktemp("world")
+    build(SETS, folder / "test", "test", FILES, seed=7)
+    return Shelf.read(folder, "test")
+
+
+def share(right: list[bool]) -> float:
+    return sum(right) / len(right)
+
+
+def test_weights_are_small_and_hold_no_pickle():
+    files = [path for path in BUNDLE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".yaml", ".md", ".jinja"}
+
+
+def test_the_card_names_what_it_was_trained_on():
+    card = (BUNDLE / "README.md").read_text()
+    for source, licence in (("MNIST", "CC BY-SA 3.0"), ("Free Spoken Digit", "CC BY-SA 4.0"), ("Sign", "Apache-2.0")):
+        assert source in card and licence in card
+
+
+def test_the_demo_answers_most_of_its_questions(capsys):
+    main()
+    printed = capsys.readouterr().out
+    right, count = map(int, re.search(r"(\d+) of (\d+) answers equal the truth", printed).groups())
+    assert count >= 12 and right >= 0.8 * count, printed
+    used = {modality for row in json.loads((FOLDER / "questions.json").read_text()) for modality, _ in row["media"]}
+    assert used == set(MODALITIES)
+
+
+def test_numbers_of_unseen_files_are_read(model, unseen):
+    reader = Reader(model)
+    reader.encode(item for items in unseen.items.values() for item in items)
+    for (source, fact), cases in single_cases(unseen, random.Random(0)).items():
+        if fact == "number":
+            right = share(reader.judge(cases, lambda case: [reader.soft(case.items[0])], source))
+            assert right >= 0.85, (source, right)
+
+
+def test_unseen_pairs_are_answered_and_the_files_matter(model, unseen):
+    reader = Reader(model)
+    reader.encode(item for items in unseen.items.values() for item in items)
+    made = several_cases(unseen, random.Random(0), size=2, kinds=PAIR_KINDS, count=3)
+    cases = [case for found in made.values() for case in found]
+    both = share(reader.judge(cases, lambda case: [reader.soft(item) for item in case.items], "pairs"))
+    alone = share(reader.judge(cases, lambda case: [reader.soft(case.items[0])], "one of them"))
+    assert both >= 0.8 and alone <= both - 0.2, (both, alone)
+
+
+def test_a_batch_of_all_kinds_gives_what_each_sample_gives_alone(model):
+    rows = json.loads((FOLDER / "questions.json").read_text())[:8]
+    samples = [xblip.Sample(row["question"], [(name, FOLDER / file) for name, file in row["media"]]) for row in rows]
+    answers = [[row["answer"]] for row in rows]
+    together = model.score(samples, answers)
+    alone = [model.score([sample], [right])[0] for sample, right in zip(samples, answers, strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_the_readme_shows_the_report():
+    figures = json.loads((ROOT / "plugins" / "numerals" / "REPORT.json").read_text())
+    assert readme_table(figures) in (ROOT / "README.md").read_text()
