@@ -31,9 +31,10 @@ ENCODERS = {"video": "image"}
 SOURCES = """
 ## What it was trained on
 
-MNIST's test images (LeCun, Cortes, Burges; CC BY-SA 3.0), the Free Spoken Digit Dataset (Jackson et al.; CC BY-SA 4.0), the Sign
-Language Digits Dataset (Mavi, Dikle; arXiv 2011.08927; Apache-2.0), synthetic voices of espeak-ng, and text made by rules. It knows
-the numbers zero to nine and a few attributes of what shows them, in fixed phrasings of English, and nothing else.
+MNIST's test images (LeCun, Cortes, Burges; CC BY-SA 3.0), the Free Spoken Digit Dataset (Jackson et al.; CC BY-SA 4.0),
+the Sign Language Digits Dataset (Mavi, Dikle; arXiv 2011.08927; Apache-2.0), synthetic voices of espeak-ng, and text made
+by rules. It knows the numbers zero to nine and a few attributes of what shows them, in fixed phrasings of English, and
+nothing else.
 """
 
 
