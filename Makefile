@@ -8,7 +8,7 @@ DATA ?= ../shared/data/numerals
 PLUGINS := image video audio point_cloud numerals
 READY := $(VENV)/ready
 
-.PHONY: demo test test-all lint numerals
+.PHONY: demo test test-slow lint numerals
 
 demo: $(READY)
 	$(BIN)/python -m xblip_numerals.demo
@@ -16,8 +16,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not weights"
 
-test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not weights"
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu and not weights"
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

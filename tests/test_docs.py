@@ -38,6 +38,7 @@ def numerals_is_there() -> bool:
 needs_numerals = pytest.mark.skipif(not numerals_is_there(), reason="the bundle `numerals` is not installed")
 
 
+@pytest.mark.slow
 @needs_numerals
 def test_the_readme_runs_as_written(tmp_path):
     shell = fresh_shell(tmp_path)
@@ -54,6 +55,7 @@ def test_the_readme_runs_as_written(tmp_path):
     assert printed[0] == "the image" and printed[-1] == "thirteen"
 
 
+@pytest.mark.slow
 @needs_numerals
 def test_write_a_modality_runs_as_written(tmp_path):
     shell = fresh_shell(tmp_path)

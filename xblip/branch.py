@@ -243,6 +243,6 @@ def _card(branch: Branch, llm: FrozenLLM) -> str:
         f"A `{branch.bridge.name}` bridge of {trained:,} parameters between a frozen encoder of {frozen:,} "
         f"(fingerprint `{branch.encoder.fingerprint}`) and the frozen LLM `{Path(llm.config.source).name}` "
         f"(fingerprint `{llm.fingerprint}`).\n\n"
-        "```python\nimport xblip\n"
+        "```python\nimport xblip\n\n"
         f'model = xblip.XBlip.compose(llm="...", branches={{"{branch.modality.name}": "this folder"}})\n```\n'
     )

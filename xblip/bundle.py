@@ -147,7 +147,7 @@ def write(model: "XBlip", folder: Path) -> None:
     Path(folder, "README.md").write_text(
         f"---\nlibrary_name: xblip\ntags: [{', '.join(['xblip', *model.branches])}]\n---\n\n# xblip bundle\n\n"
         f"Modalities: {', '.join(model.branches) or 'none'}.\n\n"
-        '```python\nimport xblip\nmodel = xblip.load("this folder")\n```\n'
+        '```python\nimport xblip\n\nmodel = xblip.load("this folder")\n```\n'
     )
 
 

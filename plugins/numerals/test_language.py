@@ -287,7 +287,7 @@ def test_a_batch_tells_whose_tokens_are_and_what_an_answer_hangs_on(tokenizer):
 
 
 def test_a_short_run_saves_a_model_that_speaks(tmp_path):
-    train_llm.main(["--out", str(tmp_path), "--steps", "20", "--threads", "1"])
+    train_llm.main(["--out", str(tmp_path), "--steps", "8", "--threads", "1"])
     table = json.loads((tmp_path / "accuracy.json").read_text())
     assert {(row["kind"], row["things"]) for row in table} == set(CELLS)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

@@ -43,8 +43,8 @@ def main() -> None:
     asked = time.monotonic() - loaded
     console.print(
         f"{right} of {len(questions)} answers equal the truth; loading took {loaded - started:.1f} s, "
-        f"{len(questions)} answers {asked:.1f} s. The report on {FOLDER.parent.parent.name}'s test split is "
-        "plugins/numerals/REPORT.md.\n\n"
+        f"{len(questions)} answers {asked:.1f} s.\n"
+        "What it answers to thousands of questions about unseen files: plugins/numerals/REPORT.md.\n\n"
         "Ask about your own files (a drawn digit, a recording of one, ...):\n"
         '  .venv/bin/xblip ask "Which number is in the image?" --image your.png\n'
         '  .venv/bin/xblip ask "Which number is larger, the image or the audio?" --image your.png --audio your.wav'

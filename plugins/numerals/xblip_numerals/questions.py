@@ -18,6 +18,7 @@ from pathlib import Path
 from xblip_numerals.language import MODALITIES, Question, Thing, ask, describe, possible_kinds, random_things
 from xblip_numerals.phrases import KINDS, VALUES
 
+MOST_TRIES = 20_000
 COUNT_WEIGHTS = {1: 4, 2: 4, 3: 3}
 """How often a training question has one, two or three inputs."""
 
@@ -78,7 +79,7 @@ def question_about(
       The things, the file of each (None for a description), and the question.
     """
     count = len(modalities) if modalities else count
-    for _ in range(100_000):
+    for _ in range(MOST_TRIES):
         things = list(random_things(rng, count, kind))
         if modalities and [thing.modality for thing in things] != list(modalities):
             continue
