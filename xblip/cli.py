@@ -190,8 +190,8 @@ def _chat_part(model: Any, name: str, path: str) -> dict[str, Any]:
 
 
 def _check_input(option: str, own: Collection[str]) -> None:
-    inputs = [f"--{name.replace('_', '-')}" for name in plugins.installed()]
-    if option not in inputs:
+    if option[2:].replace("-", "_") not in plugins.installed():
+        inputs = [f"--{name.replace('_', '-')}" for name in plugins.names("modality")]
         raise PluginError(
             f'No such option "{option}".{suggest(option, [*inputs, *own])} If it is a modality of its own: '
             f"pip install xblip-{option[2:]}."

@@ -294,7 +294,9 @@ def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, coun
          singles[source, "number"].count]
         for source in sources
     ]  # fmt: skip
-    place_rows = [[name, *(places[name, place] for place in range(3))] for name in NAMES]
+    place_rows = [
+        [name, *(f"{tally} ({tally.count})" for tally in (places[name, i] for i in range(3)))] for name in NAMES
+    ]
     text = TEXT.format(
         split=split,
         singles=_table(["input", *facts, "n"], single_rows),
@@ -344,7 +346,7 @@ true descriptions.
 {triple_names}
 
 ## Does the place in the prompt matter?
-Number of one input, asked among three.
+Number of one input, asked among three; how often in brackets.
 
 {places}
 """
