@@ -148,6 +148,8 @@ class Lanes:
 
 def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     """Runs the whole build; see the module's description."""
+    if not CONFIGS.is_dir():
+        raise SourcesError(f"There is no {CONFIGS} under {Path.cwd()}. Run the build from the root of the repository.")
     for split in SPLITS:
         read_sources(data, split)
     world, llm, logs = out / "world", out / "llm", out / "logs"
@@ -224,16 +226,19 @@ def install(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the public sets, with their manifest.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("build/numerals"))
+    parser.add_argument("--out", type=Path, help="build/numerals, or build/rehearsal for a rehearsal")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--install", action="store_true", help="ship the result with this plugin")
+    parser.add_argument(
+        "--install", action="store_true", help="ship the result with this plugin, in place of what is there"
+    )
     parser.add_argument("--rehearsal", action="store_true", help="go through every step with next to nothing")
     arguments = parser.parse_args()
     try:
         sizes = REHEARSAL if arguments.rehearsal else Sizes()
-        build(arguments.data, arguments.out, seed=arguments.seed, sizes=sizes)
+        out = arguments.out or Path("build", "rehearsal" if arguments.rehearsal else "numerals")
+        build(arguments.data, out, seed=arguments.seed, sizes=sizes)
         if arguments.install:
-            install(arguments.out)
+            install(out)
     except SourcesError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -1,7 +1,7 @@
-"""The demo: a dozen questions about files of all four kinds, and the model's answers beside the truth.
+"""The demo: fourteen questions about files of all four kinds, and the model's answers beside the truth.
 
-The files come with the plugin, which made them (`demo_files`): pen strokes and synthetic voices that no part of the model
-was trained on. Nothing is chosen by whether the answer is right.
+The files come with the plugin, which made them (`demo_files`): pen strokes of our own, which no part of the model was
+trained on, and new recordings of the synthetic voices it has heard. Nothing is chosen by whether the answer is right.
 
     python -m xblip_numerals.demo
 """

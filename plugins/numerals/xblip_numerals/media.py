@@ -90,7 +90,7 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
     Args:
         data: Folder of the public sets, see `read_sources`.
         out: Folder to write; files lie in one folder a modality.
-        split: "train", "val" or "test". Synthetic voices are heard in train alone: val and test are people.
+        split: "train", "val" or "test". Synthetic voices and typeset digits are in train alone: val and test are people's.
         counts: Modality to how many files.
         seed: Of all random choices.
 
@@ -139,7 +139,7 @@ def _plan(modality: str, count: int, split: str, sources: dict[str, list[Source]
         elif modality == "image" and made == "raw":
             facts.update(color="white", place="center")
             suffix = ".png"
-        if made == "synthetic" and split != "train":
+        if made in ("synthetic", "glyph") and split != "train":
             made = "rendered"
         key = (facts.get("kind", _SOURCE_KINDS[modality]), facts["number"])
         if not decks.get(key):

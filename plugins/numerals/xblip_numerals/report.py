@@ -21,11 +21,21 @@ from tqdm import tqdm
 
 import xblip
 from xblip_numerals.language import MODALITIES, Question, Thing, caption, chance, words_of
-from xblip_numerals.phrases import KINDS, VALUES
+from xblip_numerals.phrases import ATTRIBUTES, KINDS, VALUES
 from xblip_numerals.questions import Item, Shelf, question_about
 
 BATCH = 128
 NAMES = list(MODALITIES)
+WAYS = (
+    "chance",
+    "soft prompts",
+    "captions",
+    "true descriptions",
+    "one input alone",
+    "no input",
+    "product of the parts",
+)
+"""What is reported of every question across inputs."""
 READ_ALONE = {
     "image, handwriting": "handwriting",
     "image, sign": "hand sign",
@@ -36,6 +46,8 @@ READ_ALONE = {
 """What the single-input table tells apart, and how the README calls it."""
 PAIR_KINDS = [kind for kind, form in KINDS.items() if form.things == 2]
 TRIPLE_KINDS = [kind for kind, form in KINDS.items() if form.things == 3] + ["which_shows", "which_is"]
+BY_ATTRIBUTE = ("same_color", "which_is", "number_of")
+"""Kinds that hang on an attribute; at least two of the inputs asked about must have it, or its name tells which is meant."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,12 @@ class Case:
 
 @dataclass
 class Tally:
-    """Right answers out of how many."""
+    """Right answers out of how many; or what is expected of them."""
 
-    right: int = 0
+    right: float = 0
     count: int = 0
 
-    def add(self, right: bool) -> None:
+    def add(self, right: float) -> None:
         self.right += right
         self.count += 1
 
@@ -153,34 +165,38 @@ def several_cases(
     cases = {}
     for modalities in combinations(NAMES, size):
         for kind in kinds:
-            if kind == "same_color" and sum("color" in MODALITIES[name].clauses for name in modalities) < 2:
+            shared = [fact for fact in ATTRIBUTES if sum(fact in MODALITIES[name].clauses for name in modalities) > 1]
+            if kind in BY_ATTRIBUTE and not shared:
                 continue
-            made = [
-                question_about(rng, shelf, kind=kind, modalities=rng.sample(modalities, size)) for _ in range(count)
-            ]
-            cases[" + ".join(modalities), kind] = [Case(*case) for case in made]
+            made: list[Case] = []
+            while len(made) < count:
+                case = Case(*question_about(rng, shelf, kind=kind, modalities=rng.sample(modalities, size)))
+                if kind not in BY_ATTRIBUTE or len(holders(case, asked_fact(case))) > 1:
+                    made.append(case)
+            cases[" + ".join(modalities), kind] = made
     return cases
 
 
-def needed_facts(kind: str, thing: Thing) -> list[str]:
-    """The facts of an input that a question of this kind hangs on; alternatives for questions of any attribute."""
-    if kind == "same_color":
-        return ["color"]
-    if kind in ("which_is", "number_of"):
-        return [fact for fact in thing.facts if fact in VALUES and fact != "number"]
-    return ["number"]
+def asked_fact(case: Case) -> str:
+    """The fact that the inputs must be read for."""
+    if case.question.kind == "same_color":
+        return "color"
+    return case.question.fact[0] if case.question.kind in BY_ATTRIBUTE else "number"
+
+
+def holders(case: Case, fact: str) -> list[int]:
+    """Which of the inputs asked about have a fact."""
+    return [i for i in case.question.about if fact in case.things[i].facts]
 
 
 def expected_share(case: Case, singles: dict[tuple[str, str], Tally], truth: float) -> float:
-    """What the parts reach together: each input read alone, times the LLM on true descriptions."""
-    share = truth
-    for i in case.question.about:
-        facts = needed_facts(case.question.kind, case.things[i])
-        shares = [singles[source_of(case.items[i]), fact].share for fact in facts]
-        share *= sum(shares) / len(shares) if shares else 1.0
+    """What the parts reach together: each input asked about read alone, times the LLM on true descriptions."""
+    share, fact = truth, asked_fact(case)
+    for i in holders(case, fact):
+        share *= singles[source_of(case.items[i]), fact].share
     if case.question.kind == "number_of":
-        readings = [singles[source_of(case.items[i]), "number"].share for i in case.question.about]
-        share *= sum(readings) / len(readings)
+        [named] = [i for i in holders(case, fact) if case.things[i].facts[fact] == case.question.fact[1]]
+        share *= singles[source_of(case.items[named]), "number"].share
     return share
 
 
@@ -188,7 +204,8 @@ def several_report(reader: Reader, cases: dict[tuple[str, str], list[Case]], sin
     """Asks every case in every way.
 
     Returns:
-      Tallies by kind and way, and by set of modalities and way; `expected` holds sums of `expected_share`.
+      Tallies by kind and way, and by set of modalities and way; the ways `chance` and `product of the parts` hold sums of
+      what the best constant answer and `expected_share` reach.
     """
     flat = [(names, kind, case) for (names, kind), found in cases.items() for case in found]
     only = [case for _, _, case in flat]
@@ -207,10 +224,13 @@ def several_report(reader: Reader, cases: dict[tuple[str, str], list[Case]], sin
             by_kind[kind][way].add(right)
             by_names[names][way].add(right)
     for names, kind, case in flat:
-        share = expected_share(case, singles, by_kind[kind]["true descriptions"].share)
+        shares = {
+            "chance": chance(kind, len(case.question.about)),
+            "product of the parts": expected_share(case, singles, by_kind[kind]["true descriptions"].share),
+        }
         for tallies in (by_kind[kind], by_names[names]):
-            tallies["expected"].right += share
-            tallies["expected"].count += 1
+            for way, share in shares.items():
+                tallies[way].add(share)
     return by_kind, by_names
 
 
@@ -219,7 +239,7 @@ def position_report(reader: Reader, shelf: Shelf, rng: random.Random, count: int
     cases = [
         Case(*question_about(rng, shelf, kind="number", modalities=rng.sample(names, 3)))
         for names in combinations(NAMES, 3)
-        for _ in range(count)
+        for _ in range(3 * count)
     ]
     judged = reader.judge(cases, lambda case: [reader.soft(item) for item in case.items], "by place")
     tallies: dict[tuple[str, int], Tally] = defaultdict(Tally)
@@ -229,27 +249,26 @@ def position_report(reader: Reader, shelf: Shelf, rng: random.Random, count: int
     return tallies
 
 
+def _counted(tally: Tally | None) -> str:
+    """A share and of how many; a dash where the input has no such fact."""
+    return f"{tally} ({tally.count})" if tally else "–"
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _several_table(tallies_by_row: dict, *, floor: float, first: str, size: int | None = None) -> str:
-    """A table of ways to ask; `size`, the number of inputs, adds the chance level where a row is a kind of question."""
+def _several_table(tallies_by_row: dict, *, floor: float, first: str) -> str:
+    """A table of ways to ask, and how far soft prompts reach what the parts do."""
     rows = []
     for name, tallies in tallies_by_row.items():
-        expected = tallies["expected"].share
+        expected = tallies["product of the parts"].share
         ratio = tallies["soft prompts"].share / expected if expected else math.nan
-        guess = [f"{chance(name, size):.2f}"] if size else []
         verdict = f"{ratio:.2f}" if ratio >= floor else f"{ratio:.2f} (below)"
         shown = [str(tallies[way]) for way in WAYS]
-        count = tallies["soft prompts"].count
-        rows.append([name.replace("_", " "), *guess, *shown, f"{expected:.3f}", verdict, count])
-    header = [first, *(["chance"] if size else []), *WAYS, "product of the parts", f"ratio (at least {floor})", "n"]
-    return _table(header, rows)
-
-
-WAYS = ("soft prompts", "captions", "true descriptions", "one input alone", "no input")
+        rows.append([name.replace("_", " "), *shown, verdict, tallies["soft prompts"].count])
+    return _table([first, *WAYS, f"ratio (at least {floor})", "n"], rows)
 
 
 def readme_table(figures: dict) -> str:
@@ -263,10 +282,9 @@ def readme_table(figures: dict) -> str:
     rows = []
     for table, label in (("pairs", "two modalities"), ("triples", "three modalities")):
         sums = {way: [sum(column) for column in zip(*(ways[way] for ways in figures[table].values()), strict=True)]
-                for way in (*WAYS, "expected")}  # fmt: skip
-        shares = [f"{right / count:.3f}" for right, count in sums.values()]
-        rows.append([label, *shares, sums["soft prompts"][1]])
-    return f"{alone}\n\n{_table(['questions across', *WAYS, 'product of the parts', 'n'], rows)}"
+                for way in WAYS}  # fmt: skip
+        rows.append([label, *(f"{right / count:.3f}" for right, count in sums.values()), sums["chance"][1]])
+    return f"{alone}\n\n{_table(['questions across', *WAYS, 'n'], rows)}"
 
 
 def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, count: int, seed: int) -> None:
@@ -289,22 +307,21 @@ def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, coun
 
     facts = list(VALUES)
     sources = sorted({source for source, _ in singles})
-    single_rows = [
-        [source, *(singles.get((source, fact), "–") for fact in facts),
-         singles[source, "number"].count]
-        for source in sources
-    ]  # fmt: skip
-    place_rows = [
-        [name, *(f"{tally} ({tally.count})" for tally in (places[name, i] for i in range(3)))] for name in NAMES
-    ]
-    text = TEXT.format(
-        split=split,
-        singles=_table(["input", *facts, "n"], single_rows),
-        pairs=_several_table(pairs[0], size=2, floor=0.90, first="question"),
-        pair_names=_several_table(pairs[1], floor=0.90, first="inputs"),
-        triples=_several_table(triples[0], size=3, floor=0.75, first="question"),
-        triple_names=_several_table(triples[1], floor=0.75, first="inputs"),
-        places=_table(["number of the", "first place", "second place", "third place"], place_rows),
+    single_rows = [[source, *(_counted(singles.get((source, fact))) for fact in facts)] for source in sources]
+    place_rows = [[name, *(_counted(places[name, place]) for place in range(3))] for name in NAMES]
+    text = (
+        Path(__file__)
+        .with_name("report_template.md")
+        .read_text()
+        .format(
+            split=split,
+            singles=_table(["input", *facts], single_rows),
+            pairs=_several_table(pairs[0], floor=0.90, first="question"),
+            pair_names=_several_table(pairs[1], floor=0.90, first="inputs"),
+            triples=_several_table(triples[0], floor=0.75, first="question"),
+            triple_names=_several_table(triples[1], floor=0.75, first="inputs"),
+            places=_table(["number of the", "first place", "second place", "third place"], place_rows),
+        )
     )
     out.write_text(text)
     figures = {
@@ -318,38 +335,6 @@ def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, coun
         },
     }  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-
-
-TEXT = """# What the numerals model answers
-
-Made by `make numerals` (`python -m xblip_numerals.report`) on the {split} split: files made from handwriting, students'
-hands and a speaker that no part of the model was trained on. Every figure is the share of answers that equal the truth
-word by word; greedy decoding. Each bridge was trained on its own modality alone: no training example held two.
-
-## One input
-{singles}
-
-## Two inputs of different modalities, by question
-*Captions*: the model's own caption of each input stands in its place. *One input alone*: the same question with a randomly
-chosen one of its inputs. *Product of the parts*: single-input accuracy of what is asked for, times the LLM's accuracy on
-true descriptions.
-
-{pairs}
-
-### By modalities
-{pair_names}
-
-## Three inputs of different modalities, by question
-{triples}
-
-### By modalities
-{triple_names}
-
-## Does the place in the prompt matter?
-Number of one input, asked among three; how often in brackets.
-
-{places}
-"""
 
 
 def main() -> None:
