@@ -8,7 +8,7 @@ import soundfile
 from PIL import Image
 from xblip_numerals.demo_files import QUESTIONS, make_files, make_questions
 from xblip_numerals.language import MODALITIES, number_word
-from xblip_numerals.phrases import KINDS, NUMBERS
+from xblip_numerals.phrases import KINDS, NUMBERS, ORDINALS, VALUES
 from xblip_numerals.questions import Shelf, question_about, training_row, write_manifest
 from xblip_numerals.strokes import STROKES, draw_digit
 
@@ -63,6 +63,21 @@ def test_equal_numbers_are_as_frequent_as_others(shelf):
     rng = random.Random(2)
     asked = [question_about(rng, shelf, kind="same", modalities=["image", "video"])[2] for _ in range(300)]
     assert 0.4 < sum(question.answer == "yes" for question in asked) / 300 < 0.6
+
+
+def test_a_color_looked_for_must_be_read_off_the_file(shelf, tmp_path):
+    """If the text beside a file gave the answer away, a bridge would learn to claim any color."""
+    rng = random.Random(3)
+    is_file = []
+    for _ in range(4000):
+        row = training_row(rng, shelf, "image", root=tmp_path)
+        if len(row["media"]) == 2 and row["answer"].startswith("the ") and "number" not in row["instruction"]:
+            place = [isinstance(part, list) for part in row["media"]].index(True)
+            text = row["media"][1 - place]
+            colors = [color for color in VALUES["color"] if f" {color}" in row["instruction"]]
+            if colors and text.startswith("image") and not any(color in text for color in VALUES["color"]):
+                is_file.append(row["answer"] == f"the {ORDINALS[place]} image")
+    assert len(is_file) > 15 and 0.3 < sum(is_file) / len(is_file) < 0.7, is_file
 
 
 def test_an_impossible_question_says_so(shelf):

@@ -19,6 +19,10 @@ from xblip_numerals.language import MODALITIES, Question, Thing, ask, describe, 
 from xblip_numerals.phrases import KINDS, VALUES
 
 MOST_TRIES = 20_000
+SEARCHES = ("which_shows", "which_is", "number_of")
+"""Kinds of question that look for the input with a given value."""
+EASY_SHARE = 0.2
+"""Of searches that only one of the inputs asked about can be the answer to."""
 COUNT_WEIGHTS = {1: 4, 2: 4, 3: 3}
 """How often a training question has one, two or three inputs."""
 
@@ -98,8 +102,18 @@ def question_about(
     raise ValueError(f"No question of kind {kind!r} can be asked about {modalities or real}.")
 
 
+def holders(things: Sequence[Thing], question: Question, fact: str) -> list[int]:
+    """Which of the inputs that a question is about have a fact."""
+    return [i for i in question.about if fact in things[i].facts]
+
+
 def training_row(rng: random.Random, shelf: Shelf, modality: str, *, root: Path) -> dict:
-    """One row of a bridge's training manifest: an input of `modality` among text, a question and its answer."""
+    """One row of a bridge's training manifest: an input of `modality` among text, a question and its answer.
+
+    With one file among text, which of two is red can be told from the text: the file is, if the text is not. A bridge
+    that learns from such questions need not tell colors. So where a value is looked for, two inputs have one of that
+    kind, and the text often keeps its own to itself.
+    """
     count = rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
     clauses = MODALITIES[modality].clauses
     impossible = {*VALUES, "same_color"} - {*clauses, *(["same_color"] if "color" in clauses else [])}
@@ -107,11 +121,17 @@ def training_row(rng: random.Random, shelf: Shelf, modality: str, *, root: Path)
     if count == 1:
         kinds.append("number")
     kind = rng.choice(kinds)
-    things, items, question = question_about(rng, shelf, kind=kind, count=count, real=modality)
+    while True:
+        things, items, question = question_about(rng, shelf, kind=kind, count=count, real=modality)
+        looked_for = question.fact[0] if kind in SEARCHES else None
+        if looked_for is None or len(holders(things, question, looked_for)) > 1 or rng.random() < EASY_SHARE:
+            break
+    kept_back = looked_for if rng.random() < 0.5 else None
     media: list = []
     for thing, item in zip(things, items, strict=True):
         if item is None:
-            media.append(MODALITIES[thing.modality].cue + describe(thing, rng))
+            said = {fact: value for fact, value in thing.facts.items() if fact != kept_back}
+            media.append(MODALITIES[thing.modality].cue + describe(Thing(thing.modality, said), rng))
         else:
             media.append([thing.modality, os.path.relpath(item.path, root)])
     return {"media": media, "instruction": question.text, "answer": question.answer}

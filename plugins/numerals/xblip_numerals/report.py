@@ -22,7 +22,7 @@ from tqdm import tqdm
 import xblip
 from xblip_numerals.language import MODALITIES, Question, Thing, caption, chance, words_of
 from xblip_numerals.phrases import ATTRIBUTES, KINDS, VALUES
-from xblip_numerals.questions import Item, Shelf, question_about
+from xblip_numerals.questions import Item, Shelf, holders, question_about
 
 BATCH = 128
 NAMES = list(MODALITIES)
@@ -171,7 +171,7 @@ def several_cases(
             made: list[Case] = []
             while len(made) < count:
                 case = Case(*question_about(rng, shelf, kind=kind, modalities=rng.sample(modalities, size)))
-                if kind not in BY_ATTRIBUTE or len(holders(case, asked_fact(case))) > 1:
+                if kind not in BY_ATTRIBUTE or len(holders(case.things, case.question, asked_fact(case))) > 1:
                     made.append(case)
             cases[" + ".join(modalities), kind] = made
     return cases
@@ -184,18 +184,14 @@ def asked_fact(case: Case) -> str:
     return case.question.fact[0] if case.question.kind in BY_ATTRIBUTE else "number"
 
 
-def holders(case: Case, fact: str) -> list[int]:
-    """Which of the inputs asked about have a fact."""
-    return [i for i in case.question.about if fact in case.things[i].facts]
-
-
 def expected_share(case: Case, singles: dict[tuple[str, str], Tally], truth: float) -> float:
     """What the parts reach together: each input asked about read alone, times the LLM on true descriptions."""
     share, fact = truth, asked_fact(case)
-    for i in holders(case, fact):
+    readers = holders(case.things, case.question, fact)
+    for i in readers:
         share *= singles[source_of(case.items[i]), fact].share
     if case.question.kind == "number_of":
-        [named] = [i for i in holders(case, fact) if case.things[i].facts[fact] == case.question.fact[1]]
+        [named] = [i for i in readers if case.things[i].facts[fact] == case.question.fact[1]]
         share *= singles[source_of(case.items[named]), "number"].share
     return share
 
