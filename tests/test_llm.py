@@ -111,6 +111,29 @@ class TestLoading:
         ):
             load(source)
 
+    @pytest.mark.parametrize("source", ["build/numerals/llm", "./llm", "../llm", "/none/llm"])
+    def test_a_missing_folder_is_called_one(self, tmp_path, monkeypatch, source):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(
+            BundleError, match=rf'Cannot load the LLM "{source}": no such folder; relative ones start at {tmp_path}\.'
+        ):
+            load(source)
+
+    @pytest.mark.parametrize(
+        "options", [{"bogus": 3}, {"attn_implementation": "bogus"}, {"device_map": 3.5}, {"quantization_config": "x"}]
+    )
+    def test_a_refused_option_is_named(self, llm_folder, options):
+        with pytest.raises(BundleError, match=f"Cannot load the LLM .* with {min(options)}=") as caught:
+            FrozenLLM.from_pretrained(LLMConfig(source=str(llm_folder), options=options))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("text", ["[]", "null", "3"])
+    @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+    def test_a_json_file_that_holds_something_else_is_one_clear_error(self, llm_folder, tmp_path, file, text):
+        (copied(llm_folder, tmp_path / "copy") / file).write_text(text)
+        with pytest.raises(BundleError, match='Cannot load the LLM ".*copy"'):
+            load(tmp_path / "copy")
+
     def test_a_damaged_file_is_one_clear_error(self, llm_folder, tmp_path):
         file = copied(llm_folder, tmp_path / "copy") / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])

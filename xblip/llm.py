@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
-from xblip.encoder import Frozen, fingerprint, first_line
+from xblip.encoder import LOADING_ERRORS, Frozen, fingerprint, first_line, why_not_loaded
 from xblip.errors import BundleError, ConfigError, suggest
 
 IGNORE = -100
@@ -123,9 +122,12 @@ class FrozenLLM(Frozen):
                 output_loading_info=True,
                 **config.options,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
+        except LOADING_ERRORS as cause:
+            given = ", ".join(f"{name}={value!r:.80}" for name, value in config.options.items())
+            options = f" with {given}" if given else ""
             raise BundleError(
-                f'Cannot load the LLM "{config.source}": {first_line(cause)} Expected the folder of a decoder-only '
+                f'Cannot load the LLM "{config.source}"{options}: {why_not_loaded(config.source, cause)} '
+                "Expected the folder of a decoder-only "
                 "transformers model with its tokenizer, or a hub id that is reachable or already downloaded."
             ) from cause
         if info["missing_keys"]:
