@@ -20,7 +20,6 @@ from xblip.hookspecs import hookimpl
 from xblip.modality import Features
 from xblip.qformer import KeysValues, QFormer, QFormerConfig
 
-
 TOKENIZER = "tokenizer"
 """Folder of the instructions' tokenizer in a branch's folder."""
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from xblip.errors import BundleError
 
-
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
 """What transformers raises for files that are damaged or missing, and for options it does not know."""
 
