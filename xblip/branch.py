@@ -78,13 +78,10 @@ class Branch(nn.Module):
           PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
         """
         name = config.modality
-        modality_class = plugins.get("modality", name)
+        modality = build_modality(config, folder)
+        modality_class = type(modality)
         if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
-        settings = configs.build(modality_class.Config, config.config, where=f"{name}.config")
-        if folder is not None and getattr(settings, "encoder", None):
-            settings.encoder = _resolved(settings.encoder, folder)
-        modality = modality_class(settings)
         encoder = FrozenEncoder(modality.build_encoder(), name=name).to(getattr(torch, config.encoder_dtype))
         own_kind = modality_class.bridge.get("kind", DEFAULT_BRIDGE)
         kind = config.bridge.get("kind", own_kind)
@@ -212,6 +209,19 @@ class Branch(nn.Module):
             )
         load_bridge(branch.bridge, folder)
         return branch
+
+
+def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality:
+    """Builds what reads a branch's media; `folder` is where relative paths of a saved branch start.
+
+    Raises:
+      PluginError, ConfigError: the modality is unknown, or its settings are wrong.
+    """
+    modality_class = plugins.get("modality", config.modality)
+    settings = configs.build(modality_class.Config, config.config, where=f"{config.modality}.config")
+    if folder is not None and getattr(settings, "encoder", None):
+        settings.encoder = _resolved(settings.encoder, folder)
+    return modality_class(settings)
 
 
 def made_folder(folder: str | Path) -> Path:
