@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import xblip
 from xblip import plugins
 from xblip.branch import Branch, BranchConfig
-from xblip.errors import BundleError, ConfigError, MediaError, PluginError
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, PluginError
 from xblip.llm import FrozenLLM
-from xblip.modality import Modality
+from xblip.modality import Features, Modality
 from xblip.model import XBlip
 from xblip.sample import Sample
 from xblip.testing import ToyEncoder, ToyModality, small_qformer
@@ -185,7 +185,8 @@ class TestEncoderFolders:
         self.branch(Touch, llm, encoder).save(tmp_path / "branch", llm=llm)
         shutil.rmtree(encoder)
         with pytest.raises(
-            BundleError, match=r'The branch in .* cannot be built. Cannot load an encoder from "../encoder"'
+            BundleError,
+            match=r'The branch in .* cannot be built. Cannot load an encoder from "/.*encoder": no such folder',
         ):
             load_branch(tmp_path / "branch", llm)
 
@@ -225,6 +226,8 @@ class TestBuilding:
                 ConfigError,
                 '"toy.bridge.num_query_token". Did you mean "num_query_tokens"',
             ),
+            ({"bridge": {"kind": None}}, ConfigError, "toy.bridge.kind must be the name of a bridge, not None"),
+            ({"bridge": {"kind": 5}}, ConfigError, "toy.bridge.kind must be the name of a bridge, not 5"),
             ({"config": {"width": "wide"}}, ConfigError, '"toy.config": .*wide'),
         ],
     )
@@ -237,3 +240,24 @@ class TestBuilding:
         before = copy.deepcopy(config)
         Branch.build(config, llm_width=32)
         assert config == before
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("source", "message"),
+        [
+            ({"path": "a.png"}, "expected what `load` or `encode` of the modality toy gave, or a source"),
+            ({}, "expected what `load` or `encode` of the modality toy gave, or a source"),
+            ({"pixel_values": torch.zeros(1, 4)}, "expected what `load` or `encode` of the modality toy gave"),
+            (Features(torch.zeros(1, 2, 7), torch.ones(1, 2).bool(), [1]), r"features of width 7, .* 16"),
+            (Features(torch.zeros(2, 2, 16), torch.ones(2, 2).bool(), [1, 1]), "Features of 2 inputs as one"),
+        ],
+    )
+    def test_what_another_modality_read_is_refused(self, llm, source, message):
+        with pytest.raises(MediaError, match=message):
+            make_branch(ToyModality, llm).encode([source])
+
+    @pytest.mark.parametrize("sources", [[], "a.png", 5])
+    def test_what_is_no_list_of_sources_is_refused(self, llm, sources):
+        with pytest.raises(InputError, match="Expected a list of at least one source"):
+            make_branch(ToyModality, llm).encode(sources)

@@ -141,6 +141,32 @@ def test_a_width_that_heads_do_not_divide_is_refused(make):
         make(hidden_size=30)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "limit"),
+    [
+        ("num_query_tokens", 0, "at least 1"),
+        ("num_query_tokens", -1, "at least 1"),
+        ("hidden_size", 0, "at least 1"),
+        ("num_hidden_layers", 0, "at least 1"),
+        ("num_attention_heads", 0, "at least 1"),
+        ("intermediate_size", 0, "at least 1"),
+        ("cross_attention_frequency", 0, "at least 1"),
+        ("max_instruction_tokens", 0, "at least 1"),
+        ("max_segments", -1, "at least 0"),
+        ("dropout", -0.1, "at least 0 and below 1"),
+        ("dropout", 2, "at least 0 and below 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(make, setting, value, limit):
+    with pytest.raises(ConfigError, match=f"{setting} must be {limit}, not {value}"):
+        make(**{setting: value})
+
+
+def test_an_mlp_of_negative_width_is_refused():
+    with pytest.raises(ConfigError, match="hidden_size must be at least 0, not -4"):
+        MLPBridge(MLPBridge.Config(hidden_size=-4), encoder_width=WIDTH, llm_width=LLM_WIDTH)
+
+
 def test_a_missing_tokenizer_is_one_clear_error(make):
     with pytest.raises(
         BundleError, match=r"Cannot load the Q-Former's tokenizer from \"/nowhere\".* Expected a folder"
@@ -151,7 +177,7 @@ def test_a_missing_tokenizer_is_one_clear_error(make):
 def test_the_tokenizer_travels_with_the_bridge(make, tmp_path):
     bridge = make()
     assert bridge.save_assets(tmp_path) == {"tokenizer": "tokenizer"}
-    loaded = make(tokenizer=QFormerBridge.resolve(QFormerBridge.Config(tokenizer="gone"), tmp_path).tokenizer)
+    loaded = make(tokenizer=QFormerBridge.resolve(QFormerBridge.Config(tokenizer="tokenizer"), tmp_path).tokenizer)
     assert loaded.tokenizer(INSTRUCTIONS).input_ids == bridge.tokenizer(INSTRUCTIONS).input_ids
 
 

@@ -112,6 +112,41 @@ class TestRoundTrip:
         site.install("tiny_model", MODEL.format(folder=bundle))
         assert_alike(model, xblip.load("tiny_model"), SAMPLES)
 
+    @pytest.mark.parametrize("beside", [[], ["notes.txt"]])
+    def test_a_folder_of_its_name_does_not_hide_it(self, model, bundle, site, tmp_path, monkeypatch, beside):
+        site.install("tiny_model", MODEL.format(folder=bundle))
+        (tmp_path / "work" / "tiny_model").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "work")
+        for file in beside:
+            Path("tiny_model", file).write_text("")
+        assert_alike(model, xblip.load("tiny_model"), SAMPLES)
+        Path("tiny_model", "config.yaml").write_text("llm: [")
+        with pytest.raises(ConfigError, match="not a valid YAML file"):
+            xblip.load("tiny_model")
+
+    def test_torch_dtype_and_revision_are_the_llm_s(self, bundle):
+        llm = xblip.load(bundle, torch_dtype=torch.bfloat16, revision="main").llm
+        assert (llm.dtype, llm.config.revision, llm.config.options) == (torch.bfloat16, "main", {})
+
+    def test_options_that_say_how_the_llm_computes_travel(self, bundle, tmp_path):
+        options = {"attn_implementation": "eager", "token": "secret"}
+        xblip.load(bundle, **options).save_pretrained(tmp_path / "again")
+        loaded = xblip.load(tmp_path / "again")
+        assert loaded.llm.config.options == {"attn_implementation": "eager"}
+        assert loaded.llm.model.config._attn_implementation == "eager"
+        assert "secret" not in (tmp_path / "again" / "config.yaml").read_text()
+
+    @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none"])
+    def test_where_nothing_can_be_written_is_named(self, model, tmp_path, place):
+        (tmp_path / "file").write_text("mine")
+        for save in (
+            model.save_pretrained,
+            lambda folder: model.branches["toy"].save(folder, llm=model.llm),
+        ):
+            with pytest.raises(BundleError, match=f"Cannot write {tmp_path / place}"):
+                save(tmp_path / place)
+        assert (tmp_path / "file").read_text() == "mine" and list(tmp_path.iterdir()) == [tmp_path / "file"]
+
     def test_cards_are_written(self, bundle):
         assert "Modalities: toy, beads" in (bundle / "README.md").read_text()
         card = (bundle / "toy" / "README.md").read_text()
@@ -190,13 +225,18 @@ class TestDamage:
         [
             ("toy/branch.yaml", "There is no branch in .*toy: it lacks branch.yaml"),
             ("toy/bridge.safetensors", "The branch in .*toy lacks its weights, bridge.safetensors"),
+            ("toy/tokenizer", "The branch in .*toy cannot be built. It lacks its folder tokenizer"),
+            ("llm", 'lacks its folder "llm"'),
             ("llm/model.safetensors", "Cannot load the LLM"),
             ("llm/config.json", "Cannot load the LLM"),
             ("llm/tokenizer.json", "Cannot load the LLM"),
         ],
     )
-    def test_a_missing_file_is_named(self, bundle, file, message):
-        (bundle / file).unlink()
+    def test_a_missing_file_is_named(self, bundle, file, message, tmp_path, monkeypatch):
+        """Also where the working directory has something of that name."""
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        shutil.move(bundle / file, Path(file).name)
         with pytest.raises(BundleError, match=message):
             XBlip.from_pretrained(bundle)
 
@@ -256,6 +296,22 @@ class TestDamage:
         edited(bundle / "config.yaml", branches=["toy", "again"])
         with pytest.raises(BundleError, match=r'two branches of "toy": .*toy and .*again'):
             XBlip.from_pretrained(bundle)
+
+    def test_a_modality_that_is_no_name_is_named(self, bundle):
+        edited(bundle / "toy" / "branch.yaml", modality=["toy"])
+        with pytest.raises(BundleError, match="branch.yaml is damaged: its modality must be a name, not"):
+            XBlip.from_pretrained(bundle)
+
+    def test_a_missing_branch_is_named_by_its_whole_path(self, llm, tmp_path, monkeypatch):
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        with pytest.raises(BundleError, match=f"There is no branch in {tmp_path}/none: it lacks"):
+            load_branch(Path("../none"), llm)
+
+    @pytest.mark.parametrize("name", ["x" * 300, "some/" + "x" * 300])
+    def test_a_name_too_long_for_a_file_is_an_unknown_one(self, name):
+        with pytest.raises((PluginError, BundleError), match=r"No model is called|There is no bundle"):
+            xblip.load(name)
 
     def test_a_bad_yaml_is_named(self, bundle):
         (bundle / "config.yaml").write_text("llm: [")

@@ -16,7 +16,7 @@ from transformers.utils import logging
 import xblip
 from xblip import cli, plugins
 from xblip.model import XBlip
-from xblip.testing import ModalityContract
+from xblip.testing import ModalityContract, small_qformer
 
 NUMBERS = '''
 import xblip
@@ -111,7 +111,8 @@ def run(world, monkeypatch, capsys):
 
 
 def process(*arguments: str, cwd: Path, lines: str = "") -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(cwd / "site"), "XBLIP_MODEL": "bundle", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(cwd / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "XBLIP_MODEL": "bundle", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "xblip.cli", *arguments],
         cwd=cwd, env=environment, input=lines, capture_output=True, text=True, check=False,
@@ -320,6 +321,20 @@ class TestTrain:
             and 'Unknown key "config.llm.sorce". Did you mean "source"' in err
             and err.count("\n") == 1
         )
+
+    def test_broken_media_in_a_worker_are_one_line(self, world):
+        rows = [{"touch": "bad.txt", "instruction": "what ?", "answer": "red"}] * 4
+        (world / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = {
+            "llm": {"source": "bundle/llm"},
+            "branch": {"modality": "touch", "bridge": small_qformer("bundle/llm")},
+            "data": {"train": "bad.jsonl"},
+            "training": {"output_dir": "run", "use_cpu": True, "dataloader_num_workers": 1, "max_steps": 1},
+        }
+        (world / "broken.yaml").write_text(json.dumps(config))
+        failed = process("train", "broken.yaml", cwd=world)
+        assert failed.returncode == 2 and failed.stderr.count("\n") == 1, failed.stderr
+        assert re.match("error: bad.jsonl, line [1-4]: Cannot read touch 'bad.txt': it is damaged", failed.stderr)
 
     def test_a_missing_config_is_one_line(self, run):
         status, out, err = run("train", "none.yaml")

@@ -111,6 +111,29 @@ class TestLoading:
         ):
             load(source)
 
+    @pytest.mark.parametrize("source", ["build/numerals/llm", "./llm", "../llm", "/none/llm"])
+    def test_a_missing_folder_is_called_one(self, tmp_path, monkeypatch, source):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(
+            BundleError, match=rf'Cannot load the LLM "{source}": no such folder; relative ones start at {tmp_path}\.'
+        ):
+            load(source)
+
+    @pytest.mark.parametrize(
+        "options", [{"bogus": 3}, {"attn_implementation": "bogus"}, {"device_map": 3.5}, {"quantization_config": "x"}]
+    )
+    def test_a_refused_option_is_named(self, llm_folder, options):
+        with pytest.raises(BundleError, match=f"Cannot load the LLM .* with {min(options)}=") as caught:
+            FrozenLLM.from_pretrained(LLMConfig(source=str(llm_folder), options=options))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("text", ["[]", "null", "3"])
+    @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+    def test_a_json_file_that_holds_something_else_is_one_clear_error(self, llm_folder, tmp_path, file, text):
+        (copied(llm_folder, tmp_path / "copy") / file).write_text(text)
+        with pytest.raises(BundleError, match='Cannot load the LLM ".*copy"'):
+            load(tmp_path / "copy")
+
     def test_a_damaged_file_is_one_clear_error(self, llm_folder, tmp_path):
         file = copied(llm_folder, tmp_path / "copy") / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
@@ -265,6 +288,14 @@ class TestGenerate:
         cut = llm.generate(self.batch(llm, [1, 4, 5, 6]), max_new_tokens=6, stop_strings=[WORDS[free[1]]])[0]
         assert cut == free[:2]
 
+    def test_strings_cannot_end_it_when_tokens_are_whole_words(self, llm):
+        with pytest.raises(ConfigError, match="stop_strings does not work with this LLM's tokenizer, .* whole words"):
+            llm.generate(self.batch(llm, [1, 4]), max_new_tokens=3, stop_strings=["red"])
+
+    @pytest.mark.parametrize("end", [torch.tensor(7), torch.tensor([7]), [7], 7])
+    def test_the_end_token_may_be_a_tensor(self, llm, end):
+        assert 7 not in llm.generate(self.batch(llm, [1, 4]), max_new_tokens=3, eos_token_id=end)[0]
+
     def test_a_misspelt_option_suggests_the_right_one(self, llm):
         with pytest.raises(
             ConfigError, match=r'Unknown generation option "max_new_token". Did you mean "max_new_tokens"'
@@ -278,12 +309,30 @@ class TestGenerate:
             {"num_return_sequences": 3},
             {"temperature": "hot", "do_sample": True},
             {"max_new_tokens": -1},
+            {"streamer": "x"},
+            {"assistant_model": "x"},
+            {"custom_generate": "x"},
+            {"watermarking_config": 3},
+            {"prefill_chunk_size": 2},
         ],
     )
     def test_a_refused_value_is_one_clear_error(self, llm, options):
         with pytest.raises(ConfigError, match=r"generation options|max_new_tokens must"):
             llm.generate(self.batch(llm, [1, 4]), **{"max_new_tokens": 3, **options})
 
-    def test_what_gives_no_text_is_refused(self):
-        with pytest.raises(ConfigError, match="return_dict_in_generate"):
-            check_generation_options({"return_dict_in_generate": True})
+    @pytest.mark.parametrize(
+        ("options", "advice"),
+        [
+            ({"return_dict_in_generate": True}, "return_dict_in_generate has no place here: answers are text"),
+            ({"max_length": 20}, "max_length has no place here: .* use max_new_tokens"),
+            ({"generation_config": object()}, "generation_config has no place here: give its options one by one"),
+        ],
+    )
+    def test_what_has_no_place_here_is_refused(self, options, advice):
+        with pytest.raises(ConfigError, match=advice):
+            check_generation_options(options)
+
+    def test_an_unknown_option_does_not_list_them_all(self):
+        with pytest.raises(ConfigError, match=r'option "zzz"\. .*GenerationConfig') as caught:
+            check_generation_options({"zzz": 3})
+        assert len(str(caught.value)) < 200

@@ -1,6 +1,7 @@
 """Media sources, collating, and what a modality says of itself."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,18 @@ from kit import Beads
 from xblip.errors import MediaError, PluginError
 from xblip.modality import Features, Modality, collate, decoding, media_file
 from xblip.testing import ToyModality
+
+
+class Reads:
+    """An open file that gives, or raises, what it was made with."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def read(self):
+        if isinstance(self.content, Exception):
+            raise self.content
+        return self.content
 
 
 class TestMediaFile:
@@ -40,6 +53,27 @@ class TestMediaFile:
         (tmp_path / "a.txt").write_bytes(b"words")
         with (tmp_path / "a.txt").open("rb") as opened:
             assert media_file(opened, kind="note").data == b"words"
+
+    def test_what_an_open_file_gives_may_be_any_kind_of_bytes(self):
+        assert media_file(Reads(bytearray(b"words")), kind="note").data == b"words"
+
+    def test_a_pipe_is_refused_and_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(MediaError, match="pipe': it is a pipe, socket or device. Give the path of a regular file"):
+            media_file(tmp_path / "pipe", kind="note")
+
+    def test_a_file_that_cannot_be_read_from_is_one_clear_error(self, tmp_path):
+        closed = (tmp_path / "b").open("wb+")
+        closed.close()
+        with (tmp_path / "a").open("wb") as written:
+            for source, message in [
+                (written, r"given as an open file: .*\. Open it for reading in binary mode \('rb'\)"),
+                (closed, "closed file. Open it"),
+                (Reads(KeyError("lost")), "'lost'. Open it"),
+                (Reads(None), r"its read\(\) gives NoneType. Expected bytes"),
+            ]:
+                with pytest.raises(MediaError, match=message):
+                    media_file(source, kind="note")
 
     @pytest.mark.parametrize("source", [np.zeros(3), torch.zeros(3), [1, 2], 7, None])
     def test_objects_are_no_files(self, source):
@@ -88,11 +122,45 @@ class TestDecoding:
         with pytest.raises(MediaError, match=r"another format \(KeyError\)"), decoding("note", "text"):
             raise KeyError
 
-    @pytest.mark.parametrize("error", [MediaError("too many words"), PluginError("no reader"), MemoryError()], ids=repr)
+    @pytest.mark.parametrize("error", [MediaError("too many words"), PluginError("no reader")], ids=repr)
     def test_what_is_clear_already_passes(self, error):
         with pytest.raises(type(error)) as caught, decoding("note", "text"):
             raise error
         assert caught.value is error
+
+    def test_memory_that_runs_out_is_the_file_s_fault(self):
+        with (
+            pytest.raises(MediaError, match="note 'x': it asks for more memory than there is.* Expected text"),
+            decoding("note 'x'", "text"),
+        ):
+            raise MemoryError
+
+
+class TestArrays:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+    def test_floats_are_those_that_numpy_knows(self, dtype):
+        values = Modality.as_array(torch.ones(2, dtype=dtype).requires_grad_(dtype == torch.float32), "it")
+        assert values.dtype == np.float32 and values.tolist() == [1, 1]
+
+    @pytest.mark.parametrize("values", [np.arange(3.0), np.arange(3), torch.arange(3), torch.arange(3).double()])
+    def test_other_numbers_stay_as_they_are(self, values):
+        assert Modality.as_array(values, "it").tolist() == values.tolist()
+        assert Modality.as_array(values, "it").dtype == np.asarray(values).dtype
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (np.ma.array([1.0, 2.0], mask=[0, 1]), "it is a masked array. Fill in"),
+            (torch.zeros(3, device="meta"), r"numpy cannot take it \(strided, torch.float32, on meta\)"),
+            (torch.eye(3).to_sparse(), "sparse_coo, torch.float32, on cpu.*Expected a dense tensor"),
+            (torch.zeros(3, dtype=torch.complex32), "torch.complex32"),
+            (torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.quint8), "torch.quint8"),
+        ],
+        ids=["masked", "meta", "sparse", "complex32", "quantised"],
+    )
+    def test_what_has_no_plain_numbers_is_refused(self, values, message):
+        with pytest.raises(MediaError, match=f"Cannot read it: .*{message}"):
+            Modality.as_array(values, "it")
 
 
 class TestCollate:

@@ -8,7 +8,7 @@ from kit import Beads, make_branch, make_model, registered
 
 from xblip.errors import ConfigError, InputError, MediaError, PluginError
 from xblip.model import XBlip
-from xblip.router import Bos
+from xblip.router import Bos, RouterConfig
 from xblip.sample import Media, Sample, Turn
 from xblip.testing import ToyModality
 
@@ -151,8 +151,30 @@ class TestAsk:
         assert model.ask("what ?", toy=ONE).num_new_tokens <= 2
         assert model.ask("what ?", toy=ONE, max_new_tokens=4, min_new_tokens=4).num_new_tokens == 4
 
-    def test_a_total_length_may_be_asked_for_instead(self, model):
-        assert model.ask("what ?", toy=ONE, max_length=12, min_length=12).num_new_tokens == 12 - 9
+    @pytest.mark.parametrize("media", ["toy", {"toy": ONE}, 5, torch.zeros(2, 2), 0, ("toy", ONE)])
+    def test_media_that_are_no_list_are_an_error(self, model, media):
+        with pytest.raises(InputError, match=r"media must be a list such as|An entry of media must be"):
+            model.ask("what ?", media=media)
+
+    @pytest.mark.parametrize("options", [{"num_return_sequences": 2, "num_beams": 2}, {"num_return_sequences": 0}])
+    def test_several_answers_are_not_for_one_question(self, model, options):
+        message = "num_return_sequences: one question has one answer here; for several use `generate`"
+        with pytest.raises(ConfigError, match=message):
+            model.ask("what ?", toy=ONE, **options)
+        with pytest.raises(ConfigError, match=message):
+            model.chat([{"role": "user", "content": "what ?"}], **options)
+
+    def test_an_option_called_like_an_argument_is_unknown(self, model):
+        with pytest.raises(ConfigError, match='Unknown generation option "samples"'):
+            model.ask("what ?", samples=3)
+
+    def test_a_sample_changed_after_it_was_made_is_checked_again(self, model):
+        sample = Sample("what ?")
+        sample.media.append(("toy", ONE))
+        assert model.generate([sample], max_new_tokens=3)[0] == model.ask("what ?", toy=ONE, max_new_tokens=3)
+        sample.media.append(3)
+        with pytest.raises(InputError, match="An entry of media must be"):
+            model.generate([sample])
 
     def test_several_answers_to_one_sample_come_in_a_row(self, model):
         answers = model.generate(eight()[:2], max_new_tokens=4, num_beams=3, num_return_sequences=2)
@@ -200,14 +222,58 @@ class TestAsk:
         with pytest.raises(ConfigError, match=f'Unknown generation option "{option}". Did you mean "{right}"'):
             model.generate([Sample("what ?")], **{option: 3})
 
-    @pytest.mark.parametrize("count", ["many", 0, 1.5, -3])
-    def test_a_refused_number_of_tokens_is_one_clear_error(self, model, count):
-        with pytest.raises(ConfigError, match="max_new_tokens must be a whole number of at least 1"):
-            model.ask("what ?", toy=ONE, max_new_tokens=count)
+    @pytest.mark.parametrize("count", ["many", 0, 1.5, -3, None, True])
+    @pytest.mark.parametrize("option", ["max_new_tokens", "num_beams", "num_return_sequences"])
+    def test_a_refused_number_is_one_clear_error(self, model, option, count):
+        with pytest.raises(ConfigError, match=f"{option} must be a whole number of at least 1"):
+            model.generate([Sample("what ?")], **{option: count})
 
     def test_a_bad_default_is_refused_when_the_model_is_made(self, llm):
         with pytest.raises(ConfigError, match='"num_beam"'):
             XBlip(llm=llm, branches={}, generation={"num_beam": 3})
+        with pytest.raises(ConfigError, match=r"Generation options must be names with values, .* not \[1\]"):
+            XBlip(llm=llm, branches={}, generation=[1])
+
+    @pytest.mark.parametrize(
+        ("router", "message"),
+        [
+            ({"bos": "strat"}, '"router": .*strat'),
+            ({"postfx": "?"}, 'Unknown key "router.postfx". Did you mean "postfix"'),
+            (RouterConfig(bos="strat"), '"router": .*strat'),
+            (RouterConfig(prefix=None), '"router": .*prefix'),
+            (5, '"router" must hold keys with values, not 5'),
+        ],
+    )
+    def test_a_bad_router_is_refused_when_the_model_is_made(self, llm, router, message):
+        with pytest.raises(ConfigError, match=message):
+            XBlip(llm=llm, branches={}, router=router)
+
+    @pytest.mark.parametrize("router", [RouterConfig(bos="instruction"), {"bos": "instruction"}])
+    def test_a_router_s_words_become_settings(self, llm, router):
+        assert XBlip(llm=llm, branches={}, router=router).router.config == RouterConfig(bos=Bos.instruction)
+
+    @pytest.mark.parametrize(
+        ("parts", "message"),
+        [
+            ({"branches": ["a"]}, "branches must name each folder by its modality"),
+            ({"branches": None}, "branches must name each folder by its modality"),
+            ({"llm": 5, "branches": {}}, "llm must be a folder, a hub id, an LLMConfig or a FrozenLLM, not int"),
+        ],
+    )
+    def test_parts_of_the_wrong_kind_are_refused(self, llm, parts, message):
+        with pytest.raises(InputError, match=message):
+            XBlip.compose(**{"llm": llm, **parts})
+
+    @pytest.mark.parametrize("words", ["a\udcff b", "\ud83d"])
+    def test_words_that_are_no_unicode_are_an_error(self, model, words):
+        message = "holds a character that is not valid Unicode"
+        for call in (
+            lambda: model.ask(words, toy=ONE),
+            lambda: model.ask("what ?", media=[words, ("toy", ONE)]),
+            lambda: model.chat([{"role": "user", "content": words}]),
+        ):
+            with pytest.raises(InputError, match=message):
+                call()
 
     def test_bad_media_are_the_modality_s_own_error(self, model):
         with pytest.raises(MediaError, match="A toy input must be rows of four numbers"):
@@ -302,6 +368,9 @@ class TestScore:
             ([["yes"], []], "A sample has no candidate answers"),
             ("yes", "Candidates must be a list of texts, or one such list per sample"),
             ([["yes"], "no"], "Candidates must be a list of texts, or one such list per sample"),
+            (None, "Candidates must be a list of texts, or one such list per sample"),
+            (5, "Candidates must be a list of texts, or one such list per sample"),
+            (["a\udcff b"], "A candidate holds a character that is not valid Unicode"),
             (["yes", ["no"]], "Candidates must be a list of texts, or one such list per sample"),
             ([[1], [2]], "Candidates must be a list of texts, or one such list per sample"),
         ],

@@ -47,6 +47,11 @@ class TestSample:
         with pytest.raises(InputError, match="An entry of media must be"):
             Sample("what ?", [part])
 
+    @pytest.mark.parametrize("history", [None, 3, [("what ?", "red")], [Turn((3,), "red")], [Turn(("what ?",), 3)]])
+    def test_a_history_that_holds_no_turns_is_an_error(self, history):
+        with pytest.raises(InputError, match="history must be a list of Turn|An entry of media must|An answer must"):
+            Sample("what ?", history=history)
+
     @pytest.mark.parametrize("answer", [7, True, ["red"]])
     def test_an_answer_that_is_no_text_is_an_error(self, answer):
         with pytest.raises(InputError, match="An answer must be text, not"):
@@ -86,6 +91,8 @@ class TestRow:
             ({"instruction": "what ?", "media": "a.png"}, "media must be a list"),
             ({"instruction": "what ?", "media": None}, "media must be a list"),
             ({"instruction": "what ?", "answer": 7}, "An answer must be text, not 7"),
+            ({"instruction": "what ?", 3: "a.png"}, 'Unknown key "3" in a sample'),
+            ({"messages": [user(text("what ?"))], 3: "red"}, "has `messages`, .* and 3 beside them"),
             ({"messages": [user(text("what ?"))], "answer": "red"}, "has `messages`, .* and answer beside them"),
         ],
     )
@@ -146,6 +153,8 @@ class TestMessages:
             ([{"role": "user"}], "content must be text or a list of parts, not NoneType"),
             ([user(image())], 'A part of type "image" names no source'),
             ([user({"type": "imge", "path": "a"})], 'Unknown part of type "imge" in a message. Did you mean "image"?'),
+            ([user({"type": ["image"], "path": "a"})], "Unknown part of type .* in a message"),
+            (iter([user("what ?")]), "Messages must be a list"),
             ([user({"type": "text"})], 'A part of type "text" lacks its "text"'),
             ([user("words")], "A part of a message must be such as"),
             ([user(image(path="a.png"))], "The instruction is empty"),

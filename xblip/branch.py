@@ -18,7 +18,7 @@ from xblip import config as configs
 from xblip import plugins
 from xblip.bridge import Bridge
 from xblip.encoder import FrozenEncoder
-from xblip.errors import BundleError, ConfigError, XBlipError
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
 from xblip.llm import FrozenLLM
 from xblip.modality import Features, Modality, collate
 
@@ -78,16 +78,15 @@ class Branch(nn.Module):
           PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
         """
         name = config.modality
-        modality_class = plugins.get("modality", name)
+        modality = build_modality(config, folder)
+        modality_class = type(modality)
         if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
-        settings = configs.build(modality_class.Config, config.config, where=f"{name}.config")
-        if folder is not None and getattr(settings, "encoder", None):
-            settings.encoder = _resolved(settings.encoder, folder)
-        modality = modality_class(settings)
         encoder = FrozenEncoder(modality.build_encoder(), name=name).to(getattr(torch, config.encoder_dtype))
         own_kind = modality_class.bridge.get("kind", DEFAULT_BRIDGE)
         kind = config.bridge.get("kind", own_kind)
+        if not isinstance(kind, str):
+            raise ConfigError(f"{name}.bridge.kind must be the name of a bridge, not {kind!r}.")
         wanted = {**(modality_class.bridge if kind == own_kind else {}), **config.bridge}
         wanted.pop("kind", None)
         bridge_class = plugins.get("bridge", kind)
@@ -104,13 +103,33 @@ class Branch(nn.Module):
         return Path(source) if source and Path(source).is_dir() else None
 
     def read(self, source: Any) -> dict[str, Tensor]:
-        """Reads one source; what is read already (a dictionary of tensors, or `Features`) is taken as it is."""
-        if isinstance(source, (dict, Features)):
+        """Reads one source; what is read already (a dictionary of tensors, or `Features`) is taken as it is.
+
+        Raises:
+          MediaError: it cannot be read, or another modality read it.
+        """
+        if isinstance(source, Features):
+            if len(source.segments) != 1:
+                raise MediaError(f"Features of {len(source.segments)} inputs as one: give the parts of `split()`.")
+            if source.values.shape[-1] != self.encoder.width:
+                raise MediaError(
+                    f"These are features of width {source.values.shape[-1]}, and the encoder of the modality "
+                    f"{self.modality.name} gives {self.encoder.width}: were they another modality's?"
+                )
+            return source
+        if isinstance(source, dict):
+            if not self.encoder.takes(source):
+                raise MediaError(
+                    f"A dictionary with {', '.join(map(str, source)) or 'nothing'}: expected what `load` or `encode` of "
+                    f"the modality {self.modality.name} gave, or a source."
+                )
             return source
         return self.modality.load(source)
 
     def encode(self, sources: Sequence[Any]) -> Features:
         """Gives the frozen features of several sources, each a source, what `read` gave, or `Features`."""
+        if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence) or not sources:
+            raise InputError(f"Expected a list of at least one source to encode, not {sources!r:.80}.")
         items = [self.read(source) for source in sources]
         fresh = [item for item in items if not isinstance(item, Features)]
         encoded = iter(self._encode(fresh).split() if fresh else [])
@@ -136,8 +155,7 @@ class Branch(nn.Module):
         """
         from safetensors.torch import save_file
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(folder)
         settings = configs.plain(self.modality.config)
         if self.encoder_folder is not None:
             # Resolved, since ".." after a link leads elsewhere than the path says.
@@ -193,10 +211,40 @@ class Branch(nn.Module):
         return branch
 
 
+def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality:
+    """Builds what reads a branch's media; `folder` is where relative paths of a saved branch start.
+
+    Raises:
+      PluginError, ConfigError: the modality is unknown, or its settings are wrong.
+    """
+    modality_class = plugins.get("modality", config.modality)
+    settings = configs.build(modality_class.Config, config.config, where=f"{config.modality}.config")
+    if folder is not None and getattr(settings, "encoder", None):
+        settings.encoder = _resolved(settings.encoder, folder)
+    return modality_class(settings)
+
+
+def made_folder(folder: str | Path) -> Path:
+    """Makes a folder to write into, if it is not there.
+
+    Raises:
+      BundleError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise BundleError(f"Cannot write {folder}: {cause.strerror}. Give another folder.") from cause
+    if not os.access(folder, os.W_OK):
+        raise BundleError(f"Cannot write {folder}: it is read-only. Give another folder.")
+    return Path(folder)
+
+
 def read_branch_file(folder: Path) -> dict[str, Any]:
     """Reads `branch.yaml`; a `BundleError` says what is missing."""
     if not (folder / FILE).is_file():
-        raise BundleError(f"There is no branch in {folder}: it lacks {FILE}. Give the folder that training wrote.")
+        raise BundleError(
+            f"There is no branch in {folder.resolve()}: it lacks {FILE}. Give the folder that training wrote."
+        )
     saved = configs.load_yaml(folder / FILE)
     missing = {"modality", "bridge", "encoder", "llm"} - set(saved)
     for part, keys in (("encoder", {"fingerprint", "width"}), ("llm", {"fingerprint", "width", "source"})):
@@ -204,6 +252,8 @@ def read_branch_file(folder: Path) -> dict[str, Any]:
         missing |= {f"{part}.{key}" for key in keys - set(found if isinstance(found, dict) else ()) if part in saved}
     if missing:
         raise BundleError(f"{folder / FILE} is damaged: it lacks {', '.join(sorted(missing))}.")
+    if not isinstance(saved["modality"], str):
+        raise BundleError(f"{folder / FILE} is damaged: its modality must be a name, not {saved['modality']!r:.80}.")
     return saved
 
 
@@ -229,9 +279,9 @@ def load_bridge(bridge: Bridge, folder: str | Path) -> None:
 
 
 def _resolved(source: str, folder: Path) -> str:
-    """A path that stands relative to the branch's folder, if it is there; else as it is (a hub id)."""
+    """A path that stands relative to the branch's folder, where it is one; else as it is (a hub id)."""
     inside = folder / source
-    return str(inside.resolve()) if inside.is_dir() else source
+    return str(inside.resolve()) if inside.is_dir() or source.startswith(".") else source
 
 
 def _card(branch: Branch, llm: FrozenLLM) -> str:

@@ -13,11 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from xblip.encoder import first_line
+from xblip.config import at_least
+from xblip.encoder import LOADING_ERRORS, why_not_loaded
 from xblip.errors import BundleError, ConfigError, InputError
 from xblip.hookspecs import hookimpl
 from xblip.modality import Features
 from xblip.qformer import KeysValues, QFormer, QFormerConfig
+
+TOKENIZER = "tokenizer"
+"""Folder of the instructions' tokenizer in a branch's folder."""
 
 
 class Bridge(nn.Module, ABC):
@@ -112,6 +116,19 @@ class QFormerBridge(Bridge):
 
     def __init__(self, config: Config, *, encoder_width: int, llm_width: int):
         super().__init__(config, encoder_width=encoder_width, llm_width=llm_width)
+        at_least(
+            config,
+            max_instruction_tokens=1,
+            num_query_tokens=1,
+            max_segments=0,
+            hidden_size=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=1,
+            cross_attention_frequency=1,
+        )
+        if not 0 <= config.dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1, not {config.dropout:g}.")
         if config.hidden_size % config.num_attention_heads:
             raise ConfigError(
                 f"A Q-Former's hidden_size ({config.hidden_size}) must be a multiple of num_attention_heads "
@@ -194,13 +211,15 @@ class QFormerBridge(Bridge):
     def save_assets(self, folder: Path) -> dict[str, Any]:
         if self.tokenizer is None:
             return {}
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        return {"tokenizer": "tokenizer"}
+        self.tokenizer.save_pretrained(folder / TOKENIZER)
+        return {"tokenizer": TOKENIZER}
 
     @classmethod
     def resolve(cls, config: Config, folder: Path) -> Config:
-        if config.instruction_aware and (folder / "tokenizer").is_dir():
-            config.tokenizer = str(folder / "tokenizer")
+        if config.instruction_aware and config.tokenizer == TOKENIZER:
+            if not (folder / TOKENIZER).is_dir():
+                raise BundleError(f"It lacks its folder {TOKENIZER}: copy it again, whole.")
+            config.tokenizer = str(folder / TOKENIZER)
         return config
 
 
@@ -244,6 +263,7 @@ class MLPBridge(_TokenwiseBridge):
         hidden_size: int = 0
 
     def build_projector(self) -> nn.Module:
+        at_least(self.config, hidden_size=0)
         hidden = self.config.hidden_size or self.llm_width
         return nn.Sequential(nn.Linear(self.encoder_width, hidden), nn.GELU(), nn.Linear(hidden, self.llm_width))
 
@@ -253,9 +273,9 @@ def _load_tokenizer(source: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, truncation_side="left")
-    except (OSError, ValueError) as cause:
+    except LOADING_ERRORS as cause:
         raise BundleError(
-            f'Cannot load the Q-Former\'s tokenizer from "{source}": {first_line(cause)} '
+            f'Cannot load the Q-Former\'s tokenizer from "{source}": {why_not_loaded(source, cause)} '
             "Expected a folder with a tokenizer, or a hub id that is reachable or already downloaded."
         ) from cause
     tokenizer.padding_side = "right"

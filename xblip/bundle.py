@@ -6,6 +6,7 @@ encoders/<print>/    each encoder once, by fingerprint, unless its branch names 
 <modality>/          one branch each
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from xblip import config as configs
-from xblip.branch import Branch, read_branch_file
+from xblip.branch import Branch, made_folder, read_branch_file
 from xblip.errors import BundleError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.router import RouterConfig
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from xblip.model import XBlip
 
 FILE = "config.yaml"
+LLM = "llm"
+KEPT_OPTIONS = ("attn_implementation", "subfolder", "variant")
+"""Loading options of the LLM that are saved; others are of a machine (device_map) or a person (token)."""
 
 
 @dataclass
@@ -46,7 +50,7 @@ def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
       BundleError: there is no bundle.
     """
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         path = _from_hub(str(source))
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
@@ -56,8 +60,12 @@ def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
     inside = folder / config.llm.source
     if inside.is_dir():
         config.llm.source = str(inside)
+    elif config.llm.source == LLM:
+        raise BundleError(f'The bundle in {folder} lacks its folder "{LLM}": copy it again, whole.')
     options = dict(llm_options)
-    config.llm.dtype = str(options.pop("dtype", config.llm.dtype)).removeprefix("torch.")
+    dtype = options.pop("dtype", options.pop("torch_dtype", config.llm.dtype))
+    config.llm.dtype = str(dtype).removeprefix("torch.")
+    config.llm.revision = options.pop("revision", config.llm.revision)
     config.llm.options.update(options)
     branches: dict[str, Path] = {}
     for branch in (folder / name for name in config.branches):
@@ -120,11 +128,11 @@ def _settings(module: nn.Module) -> str:
 
 def write(model: "XBlip", folder: Path) -> None:
     """Writes a bundle; see the module's description for what goes where."""
-    folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder)
     llm = model.llm.config
     source = Path(llm.source)
     if source.is_dir():
-        _copy(source, folder / "llm")
+        _copy(source, folder / LLM)
     for name, branch in model.branches.items():
         place = None
         if branch.encoder_folder is not None:
@@ -135,9 +143,10 @@ def write(model: "XBlip", folder: Path) -> None:
         folder / FILE,
         {
             "llm": {
-                "source": "llm" if source.is_dir() else llm.source,
+                "source": LLM if source.is_dir() else llm.source,
                 "revision": llm.revision,
                 "dtype": llm.dtype,
+                "options": {name: value for name, value in llm.options.items() if name in KEPT_OPTIONS},
             },
             "branches": list(model.branches),
             "router": configs.plain(model.router.config),

@@ -96,6 +96,13 @@ def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
     OmegaConf.save(OmegaConf.create(dict(values)), path)
 
 
+def at_least(settings: Any, **limits: int) -> None:
+    """Raises `ConfigError` for a setting that is below its limit, e.g. `at_least(config, hidden_size=1)`."""
+    for name, limit in limits.items():
+        if getattr(settings, name) < limit:
+            raise ConfigError(f"{name} must be at least {limit}, not {getattr(settings, name)!r}.")
+
+
 def _for_yaml(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _for_yaml(part) for key, part in value.items()}

@@ -34,13 +34,29 @@ class Manifest(Dataset):
         self.modalities = dict(modalities)
         if not self.path.is_file():
             raise ConfigError(f'No manifest at "{self.path}". Expected a JSONL file with one sample a row.')
-        self.rows = [
-            (number, line)
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1)
-            if line.strip()
-        ]
+        try:
+            text = self.path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as cause:
+            raise ConfigError(f'The manifest "{self.path}" is not UTF-8 text that can be read: {cause}.') from cause
+        # Not splitlines(), which ends a line at characters that JSON allows inside a string too.
+        self.rows = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         if not self.rows:
             raise ConfigError(f'The manifest "{self.path}" has no rows.')
+
+    def check(self) -> None:
+        """Reads every row, media unread, so that a bad one is told before anything is loaded.
+
+        Raises:
+          InputError: a row is no sample, or lacks an answer or an input; the message names file and line.
+        """
+        for index, (number, _) in enumerate(self.rows):
+            sample = self.sample(index)
+            lacking = "answer" if sample.answer is None else "" if sample.all_media else "input"
+            if lacking:
+                raise InputError(
+                    f"{self.path}, line {number}: it has no {lacking}; a branch learns from rows that have both an input "
+                    "and an answer. Add it, or remove the row."
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,12 +91,22 @@ class Manifest(Dataset):
         except XBlipError as error:
             raise type(error)(f"{self.path}, line {self.rows[index][0]}: {error}") from error
 
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample | XBlipError]:
+        """A batch for a data loader; a user's error comes as a value, since torch makes a text of what a worker raises."""
+        return [self._sample_or_error(index) for index in indices]
+
+    def _sample_or_error(self, index: int) -> Sample | XBlipError:
+        try:
+            return self[index]
+        except XBlipError as error:
+            return error
+
     def _read(self, part: str | Media) -> str | Media:
         if isinstance(part, str):
             return part
         return Media(part.modality, self.modalities[part.modality].load(part.source))
 
 
-def collate_samples(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Returns what `XBlip.forward` takes; the media of different samples are joined there, by modality."""
+def collate_samples(samples: Sequence[Sample | XBlipError]) -> dict[str, Any]:
+    """Returns what `XBlip.forward` takes, errors in the place of samples that cannot be read."""
     return {"samples": list(samples)}

@@ -5,7 +5,10 @@ touch them; gradients may still flow through its activations (the LLM needs that
 """
 
 import hashlib
+import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from xblip.errors import BundleError
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
+"""What transformers raises for files that are damaged or missing, and for options it does not know."""
 
 
 class Frozen(nn.Module):
@@ -58,6 +64,13 @@ class FrozenEncoder(Frozen):
         self.width = int(module.width)
         self.fingerprint = fingerprint(module)
         self.freeze()
+
+    def takes(self, tensors: dict[str, Any]) -> bool:
+        """Whether these are tensors, named as the arguments of the encoder."""
+        known = inspect.signature(self.module.forward).parameters
+        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        names = {getattr(self.module, "input_name", name) for name in tensors} if any_name else set(known)
+        return bool(tensors) and set(tensors) <= names and all(isinstance(part, Tensor) for part in tensors.values())
 
     @torch.no_grad()
     def forward(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +140,9 @@ class TransformersEncoder(nn.Module):
         try:
             config = AutoConfig.from_pretrained(source)
             model, info = _model_class(config).from_pretrained(source, dtype="auto", output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
+        except LOADING_ERRORS as cause:
             raise BundleError(
-                f'Cannot load an encoder from "{source}": {first_line(cause)} '
+                f'Cannot load an encoder from "{source}": {why_not_loaded(source, cause)} '
                 "Expected the folder of a transformers model, or a hub id that is reachable or already downloaded."
             ) from cause
         missing = set(info["missing_keys"])
@@ -158,7 +171,7 @@ class TransformersEncoder(nn.Module):
 
         try:
             processor = AutoImageProcessor.from_pretrained(source)
-        except (OSError, ValueError) as cause:
+        except LOADING_ERRORS as cause:
             raise BundleError(
                 f'Cannot load the image processor of "{source}": {first_line(cause)} Expected '
                 "preprocessor_config.json beside the encoder's weights: put it there by save_pretrained."
@@ -231,3 +244,11 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, ended by a full stop, for use inside a longer message."""
     lines = str(error).strip().splitlines()
     return (lines[0].rstrip(". ") if lines else type(error).__name__) + "."
+
+
+def why_not_loaded(source: str, error: BaseException) -> str:
+    """Why transformers cannot load a folder or hub id; a path that leads nowhere is called that."""
+    looks_like_a_path = source.count("/") > 1 or source.startswith((".", "/"))
+    if looks_like_a_path and not os.path.isdir(source):
+        return f"no such folder; relative ones start at {Path.cwd()}."
+    return first_line(error)

@@ -9,7 +9,10 @@ from collections.abc import Iterable
 
 
 class XBlipError(Exception):
-    """What a user of xblip can cause and mend; its text is written to be read by that user."""
+    """What a user of xblip can cause and mend; its text, one line, is written to be read by that user."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class ConfigError(XBlipError):
@@ -50,6 +53,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = nearest(name, known)
     hint = f' Did you mean "{near}"?' if near else ""
-    if hint and len(known) > 30:
+    if len(known) > 30:
         return hint
     return f"{hint} Known: {', '.join(known) if known else 'none'}."

@@ -8,7 +8,7 @@ vocabulary product is the dearest part of a small step.
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -16,14 +16,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
-from xblip.encoder import Frozen, fingerprint, first_line
+from xblip.encoder import LOADING_ERRORS, Frozen, fingerprint, first_line, why_not_loaded
 from xblip.errors import BundleError, ConfigError, suggest
 
 IGNORE = -100
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
+MISPLACED = {
+    "generation_config": "give its options one by one, e.g. max_new_tokens=20.",
+    "max_length": "prompts differ in length by their inputs; use max_new_tokens.",
+    "return_dict_in_generate": "answers are text. For likelihoods use `score`.",
+}
+"""Generation options of transformers that are refused, and what to do instead."""
 
 
 @dataclass
@@ -116,9 +122,12 @@ class FrozenLLM(Frozen):
                 output_loading_info=True,
                 **config.options,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
+        except LOADING_ERRORS as cause:
+            given = ", ".join(f"{name}={value!r:.80}" for name, value in config.options.items())
+            options = f" with {given}" if given else ""
             raise BundleError(
-                f'Cannot load the LLM "{config.source}": {first_line(cause)} Expected the folder of a decoder-only '
+                f'Cannot load the LLM "{config.source}"{options}: {why_not_loaded(config.source, cause)} '
+                "Expected the folder of a decoder-only "
                 "transformers model with its tokenizer, or a hub id that is reachable or already downloaded."
             ) from cause
         if info["missing_keys"]:
@@ -195,26 +204,44 @@ class FrozenLLM(Frozen):
                 rows = self.model.generate(
                     inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, **{**defaults, **options}
                 )
-        except (ValueError, TypeError) as cause:
-            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, AttributeError, OSError, RuntimeError) as cause:
+            if options.get("stop_strings") and self._knows_whole_words_only():
+                raise ConfigError(
+                    "stop_strings does not work with this LLM's tokenizer, whose tokens are whole words: leave it out, "
+                    "or cut the answer yourself."
+                ) from cause
+            given = ", ".join(f"{name}={value!r:.80}" for name, value in options.items())
             raise ConfigError(f"These generation options are refused, {given}: {first_line(cause)}") from cause
         ends = {self.tokenizer.eos_token_id}
         for stop in (self.model.generation_config.eos_token_id, options.get("eos_token_id")):
-            ends |= {stop} if isinstance(stop, int) else set(stop or ())
+            if stop is not None:
+                ends.update(torch.as_tensor(stop).flatten().tolist())
         return [_until(row.tolist(), ends) for row in rows]
 
+    def _knows_whole_words_only(self) -> bool:
+        """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
+        return self.tokenize("abcdef") == [self.tokenizer.unk_token_id]
 
-def check_generation_options(options: dict[str, Any]) -> None:
-    """Raises `ConfigError` for an option that transformers' generation does not know, or that gives no text."""
+
+def check_generation_options(options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for an option that transformers' generation does not know, or that has no place here."""
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f'Generation options must be names with values, such as {{"max_new_tokens": 20}}, not {options!r:.80}.'
+        )
     known = generation_option_names()
-    for name in options:
+    for name, value in options.items():
         if name not in known:
-            raise ConfigError(f'Unknown generation option "{name}".{suggest(name, known)}')
-    count = options.get("max_new_tokens")
-    if count is not None and (not isinstance(count, Integral) or count < 1):
-        raise ConfigError(f"max_new_tokens must be a whole number of at least 1, not {count!r}.")
-    if options.get("return_dict_in_generate"):
-        raise ConfigError("return_dict_in_generate has no place here: answers are text. For likelihoods use `score`.")
+            raise ConfigError(
+                f'Unknown generation option "{name}".{suggest(str(name), known)} '
+                "They are those of transformers' GenerationConfig."
+            )
+        if name in MISPLACED:
+            raise ConfigError(f"{name} has no place here: {MISPLACED[name]}")
+        if name in COUNTS and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
 def generation_option_names() -> set[str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +82,29 @@ class Modality(ABC):
           and returns features (M, N, D_enc), or features and a boolean mask (M, N) that is True for real tokens.
           Floats come in the dtype of its weights, or in that of its attribute `input_dtype` if it has one.
         """
+
+    @staticmethod
+    def as_array(source: np.ndarray | Tensor, label: str) -> np.ndarray:
+        """Gives an array or tensor as a plain numpy array; floats that numpy lacks, such as bfloat16, as float32.
+
+        Args:
+          source: what the user gave.
+          label: how error messages call it.
+
+        Raises:
+          MediaError: its values are masked, or not there as numbers: a sparse, quantised or meta tensor.
+        """
+        if isinstance(source, np.ma.MaskedArray):
+            raise MediaError(f"Cannot read {label}: it is a masked array. Fill in or leave out its masked values.")
+        if isinstance(source, np.ndarray):
+            return np.asarray(source)
+        try:
+            return (source.float() if source.is_floating_point() and source.itemsize < 4 else source).numpy(force=True)
+        except (RuntimeError, TypeError) as cause:
+            raise MediaError(
+                f"Cannot read {label}: numpy cannot take it ({str(source.layout).removeprefix('torch.')}, "
+                f"{source.dtype}, on {source.device}). Expected a dense tensor of plain numbers."
+            ) from cause
 
     @classmethod
     def example(cls, folder: Path) -> "Example":
@@ -217,9 +241,8 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, label = bytes(source), f"the {kind} given as bytes"
     elif hasattr(source, "read"):
-        data, label = source.read(), f"the {kind} given as an open file"
-        if not isinstance(data, bytes):
-            raise MediaError(f"Cannot read {label}: it is open as text. Open it in binary mode ('rb').")
+        label = f"the {kind} given as an open file"
+        data = _contents(source, label)
     elif isinstance(source, (str, os.PathLike)):
         return _file_at(source, kind)
     else:
@@ -227,6 +250,18 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
     if not data:
         raise MediaError(f"Cannot read {label}: it is empty.")
     return MediaFile(label=label, data=data)
+
+
+def _contents(source: BinaryIO, label: str) -> bytes:
+    try:
+        data = source.read()
+    except Exception as cause:
+        raise MediaError(f"Cannot read {label}: {cause}. Open it for reading in binary mode ('rb').") from cause
+    if isinstance(data, str):
+        raise MediaError(f"Cannot read {label}: it is open as text. Open it in binary mode ('rb').")
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise MediaError(f"Cannot read {label}: its read() gives {type(data).__name__}. Expected bytes.")
+    return bytes(data)
 
 
 def _file_at(source: str | os.PathLike, kind: str) -> MediaFile:
@@ -239,7 +274,9 @@ def _file_at(source: str | os.PathLike, kind: str) -> MediaFile:
             raise MediaError(f"Cannot read {label}: it is a folder. Give the path of one file.")
         if not path.exists():
             raise MediaError(f"Cannot read {label}: no such file. Check the path; relative ones start at {Path.cwd()}.")
-        if path.is_file() and path.stat().st_size == 0:
+        if not path.is_file():
+            raise MediaError(f"Cannot read {label}: it is a pipe, socket or device. Give the path of a regular file.")
+        if path.stat().st_size == 0:
             raise MediaError(f"Cannot read {label}: the file is empty.")
         with path.open("rb"):
             pass
@@ -258,8 +295,13 @@ def decoding(label: str, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (XBlipError, MemoryError):
+    except XBlipError:
         raise
+    except MemoryError as cause:
+        raise MediaError(
+            f"Cannot read {label}: it asks for more memory than there is, so it is damaged or too large. "
+            f"Expected {expected}."
+        ) from cause
     except Exception as cause:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise MediaError(

@@ -4,6 +4,8 @@ Nothing here knows a modality by name. Inputs of a batch are grouped by modality
 per sample by the router, and run through the LLM together; a sample gets in a batch what it gets alone.
 """
 
+import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from xblip import bundle, plugins
+from xblip import config as configs
 from xblip.branch import Branch
-from xblip.errors import InputError, PluginError, nearest, suggest
+from xblip.errors import ConfigError, InputError, PluginError, nearest, suggest
 from xblip.llm import FrozenLLM, LLMConfig, check_generation_options, generation_option_names
 from xblip.router import Router, RouterConfig
-from xblip.sample import Media, Sample, from_messages, from_row
+from xblip.sample import Media, Sample, as_parts, check_text, from_messages, from_row
 
 DEFAULT_GENERATION = {"max_new_tokens": 64}
 
@@ -55,16 +58,17 @@ class XBlip(nn.Module):
         *,
         llm: FrozenLLM,
         branches: Mapping[str, Branch],
-        router: RouterConfig | None = None,
+        router: RouterConfig | Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.llm = llm
         self.branches = nn.ModuleDict(branches)
         cues = {name: branch.cue for name, branch in branches.items()}
-        self.router = Router(router or RouterConfig(), llm=llm, cues=cues)
+        settings = vars(router) if isinstance(router, RouterConfig) else router
+        self.router = Router(configs.build(RouterConfig, settings, where="router"), llm=llm, cues=cues)
+        check_generation_options(generation or {})
         self.generation = {**DEFAULT_GENERATION, **(generation or {})}
-        check_generation_options(self.generation)
 
     @classmethod
     def compose(
@@ -72,7 +76,7 @@ class XBlip(nn.Module):
         *,
         llm: str | Path | LLMConfig | FrozenLLM,
         branches: Mapping[str, str | Path],
-        router: RouterConfig | None = None,
+        router: RouterConfig | Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
     ) -> "XBlip":
         """Puts branches that were trained apart before one LLM.
@@ -86,6 +90,12 @@ class XBlip(nn.Module):
         Raises:
           BundleError: a branch is missing, damaged, or was trained for another LLM or encoder.
         """
+        if not isinstance(llm, (str, Path, LLMConfig, FrozenLLM)):
+            raise InputError(f"llm must be a folder, a hub id, an LLMConfig or a FrozenLLM, not {type(llm).__name__}.")
+        if not isinstance(branches, Mapping):
+            raise InputError(
+                f"branches must name each folder by its modality, such as {{name: folder}}, not {branches!r:.80}."
+            )
         if not isinstance(llm, FrozenLLM):
             llm = FrozenLLM.from_pretrained(llm if isinstance(llm, LLMConfig) else LLMConfig(source=str(llm)))
         loaded = bundle.load_branches(branches, llm=llm)
@@ -109,6 +119,7 @@ class XBlip(nn.Module):
         """Makes a checked `Sample` of a sample or a dictionary such as `{"image": "a.png", "instruction": "..."}`."""
         if isinstance(value, Mapping):
             value = from_row(value, modalities=self.branches.keys())
+        value = dataclasses.replace(value)  # checks it again, since its lists may have changed
         for media in value.all_media:
             self._require(media.modality)
         return value
@@ -173,7 +184,7 @@ class XBlip(nn.Module):
         return {"loss": -likelihoods.sum() / mask.sum(), "num_tokens": mask.sum()}
 
     @torch.no_grad()
-    def generate(self, samples: Sequence[Sample | Mapping[str, Any]], **options: Any) -> list[Answer]:
+    def generate(self, samples: Sequence[Sample | Mapping[str, Any]], /, **options: Any) -> list[Answer]:
         """Answers a batch of samples, which may differ in modalities and number of inputs.
 
         Args:
@@ -189,15 +200,12 @@ class XBlip(nn.Module):
         samples = self._samples(samples)
         if not samples:
             return []
-        defaults = dict(self.generation)
-        if "max_length" in options:
-            del defaults["max_new_tokens"]
-        options = {**defaults, **options}
+        options = {**self.generation, **options}
         check_generation_options(options)
         batch = self.router.assemble(
             [self.router.pieces(sample) for sample in samples],
             self.soft_prompts(samples),
-            room=options.get("max_new_tokens") or 0,
+            room=options["max_new_tokens"],
         )
         rows = self.llm.generate(batch, **options)
         lengths = batch.attention_mask.sum(1).tolist()
@@ -225,7 +233,13 @@ class XBlip(nn.Module):
         options = {name: inputs.pop(name) for name in list(inputs) if self._is_option(name)}
         for name in inputs:
             self._require(name)
-        sample = Sample(instruction, [*(media or ()), *(Media(name, source) for name, source in inputs.items())])
+        parts = as_parts(() if media is None else media)
+        sample = Sample(instruction, [*parts, *(Media(name, source) for name, source in inputs.items())])
+        return self._answer(sample, options)
+
+    def _answer(self, sample: Sample, options: Mapping[str, Any]) -> Answer:
+        if {**self.generation, **options}.get("num_return_sequences", 1) != 1:
+            raise ConfigError("num_return_sequences: one question has one answer here; for several use `generate`.")
         return self.generate([sample], **options)[0]
 
     def _is_option(self, name: str) -> bool:
@@ -245,7 +259,7 @@ class XBlip(nn.Module):
         sample = from_messages(messages, modalities=self.branches.keys())
         if sample.answer is not None:
             raise InputError("The last message is the assistant's: end with a message of role user.")
-        return self.generate([sample], **options)[0]
+        return self._answer(sample, options)
 
     @torch.no_grad()
     def score(
@@ -269,9 +283,9 @@ class XBlip(nn.Module):
           InputError: no candidates, or as many lists as there are not samples.
         """
         samples = self._samples(samples)
-        if candidates and _are_texts(candidates):
+        if _are_texts(candidates) and len(candidates):
             candidates = [candidates] * len(samples)
-        if not all(_are_texts(answers) for answers in candidates):
+        if not isinstance(candidates, Sequence) or not all(_are_texts(answers) for answers in candidates):
             raise InputError(
                 f"Candidates must be a list of texts, or one such list per sample, not {candidates!r:.80}."
             )
@@ -281,6 +295,8 @@ class XBlip(nn.Module):
             )
         if not all(candidates):
             raise InputError("A sample has no candidate answers to score: give at least one.")
+        for answer in {answer for answers in candidates for answer in answers}:
+            check_text(answer, "A candidate")
         scores = []
         for sample, prompts, answers in zip(samples, self.soft_prompts(samples), candidates, strict=True):
             pieces = self.router.pieces(sample)
@@ -301,6 +317,7 @@ def load(name: str | Path, **llm_options: Any) -> XBlip:
     Raises:
       PluginError, BundleError: there is none of that name, or it is damaged.
     """
-    if not Path(name).exists() and "/" not in str(name):
+    plain = "/" not in str(name) and not os.path.isfile(Path(name, bundle.FILE))
+    if plain and (str(name) in plugins.installed() or not os.path.exists(name)):
         name = plugins.get("model", str(name))
     return XBlip.from_pretrained(name, **llm_options)

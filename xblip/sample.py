@@ -48,9 +48,15 @@ class Sample:
     def __post_init__(self):
         if not isinstance(self.instruction, str) or not self.instruction.strip():
             raise InputError("The instruction is empty: say what to do or ask, in words.")
-        if self.answer is not None and not isinstance(self.answer, str):
-            raise InputError(f"An answer must be text, not {self.answer!r:.80}: put it in quotes.")
-        self.media = _as_parts(self.media)
+        check_text(self.instruction, "The instruction")
+        if self.answer is not None:
+            check_text(self.answer, "An answer")
+        self.media = as_parts(self.media)
+        if not isinstance(self.history, Sequence) or not all(isinstance(turn, Turn) for turn in self.history):
+            raise InputError(f"history must be a list of Turn(content, answer), not {self.history!r:.80}.")
+        for turn in self.history:
+            as_parts(turn.content)
+            check_text(turn.answer, "An answer")
 
     @property
     def all_media(self) -> list[Media]:
@@ -59,13 +65,33 @@ class Sample:
         return [part for part in parts if isinstance(part, Media)]
 
 
-def _as_parts(media: Any) -> list[str | Media]:
+def check_text(text: Any, what: str) -> None:
+    """Raises `InputError` for what is no text that a tokenizer takes; `what` begins the message."""
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be text, not {text!r:.80}: put it in quotes.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise InputError(
+            f"{what} holds a character that is not valid Unicode, {text[cause.start]!a} at position {cause.start}: "
+            "give it as UTF-8."
+        ) from cause
+
+
+def as_parts(media: Any) -> list[str | Media]:
+    """Checks inputs and the text between them, and makes `Media` of pairs.
+
+    Raises:
+      InputError: they are no list, or an entry is neither text nor (modality, source).
+    """
     if isinstance(media, (str, bytes)) or not isinstance(media, Sequence):
         raise InputError(f"media must be a list such as [(modality, source), ...], not {type(media).__name__}.")
     return [_as_part(part) for part in media]
 
 
 def _as_part(part: Any) -> str | Media:
+    if isinstance(part, str):
+        check_text(part, "A text between inputs")
     if isinstance(part, (str, Media)):
         return part
     if isinstance(part, Sequence) and len(part) == 2 and isinstance(part[0], str):
@@ -89,16 +115,16 @@ def from_row(row: Mapping[str, Any], *, modalities: Collection[str], root: Path 
     """
     if "messages" in row:
         if len(row) > 1:
-            beside = ", ".join(key for key in row if key != "messages")
+            beside = ", ".join(str(key) for key in row if key != "messages")
             raise InputError(f"A sample has `messages`, which say everything, and {beside} beside them: remove one.")
         return from_messages(row["messages"], modalities=modalities, root=root)
     other = {"instruction", "answer", "media"}
     for key in row:
         if key not in other and key not in modalities:
-            raise InputError(f'Unknown key "{key}" in a sample.{suggest(key, other | set(modalities))}')
+            raise InputError(f'Unknown key "{key}" in a sample.{suggest(str(key), other | set(modalities))}')
     if "instruction" not in row:
         raise InputError(f"A sample lacks its `instruction`; it has {', '.join(row) or 'nothing'}.")
-    media = _as_parts(row.get("media", ()))
+    media = as_parts(row.get("media", ()))
     media += [Media(key, source) for key, source in row.items() if key in modalities]
     for part in media:
         if isinstance(part, Media) and part.modality not in modalities:
@@ -125,10 +151,10 @@ def from_messages(
     Raises:
       InputError: no messages, roles out of turn, or a malformed part.
     """
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise InputError('Messages must be a list such as [{"role": "user", "content": "..."}].')
     if not messages:
         raise InputError("There are no messages: give at least one with role user.")
-    if isinstance(messages, (str, Mapping)) or not all(isinstance(message, Mapping) for message in messages):
-        raise InputError('Messages must be a list such as [{"role": "user", "content": "..."}].')
     turns: list[Turn] = []
     asked: list[str | Media] | None = None
     for message in messages:
@@ -168,7 +194,7 @@ def _chat_part(part: Any, modalities: Collection[str], root: Path | None) -> str
         if not isinstance(part.get("text"), str):
             raise InputError('A part of type "text" lacks its "text".')
         return part["text"]
-    if kind not in modalities:
+    if not isinstance(kind, str) or kind not in modalities:
         raise InputError(f'Unknown part of type "{kind}" in a message.{suggest(str(kind), {"text", *modalities})}')
     for key in ("path", kind, "source"):
         if key in part:

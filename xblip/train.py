@@ -4,11 +4,15 @@ The loop, schedules, logging, precision and resuming are transformers' `Trainer`
 between frozen parts) and what a checkpoint is (a branch folder, which `XBlip.compose` takes as it stands).
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,15 +20,29 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from xblip import config as configs
-from xblip.branch import Branch, BranchConfig, load_bridge
+from xblip.branch import Branch, BranchConfig, build_modality, load_bridge, made_folder
 from xblip.data import Manifest, collate_samples
-from xblip.errors import ConfigError, suggest
+from xblip.encoder import first_line
+from xblip.errors import BundleError, ConfigError, XBlipError, suggest
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.model import XBlip
 from xblip.router import RouterConfig
+
+MISPLACED = {
+    "gradient_checkpointing": "only the bridge, which is small, keeps activations worth saving; remove it.",
+    "label_smoothing_factor": "the loss is the LLM's own likelihood; remove it.",
+    "neftune_noise_alpha": "it disturbs embeddings of a model that trains, and the LLM is frozen; remove it.",
+    "resume_from_checkpoint": "say --resume, which takes the last checkpoint of output_dir.",
+}
+"""Training arguments that are refused, and why."""
+
+
+STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
+"""Training arguments whose value "no" YAML reads as False."""
 
 
 @dataclass
@@ -72,6 +90,9 @@ class BranchTrainer(Trainer):
         self.eval_answers = eval_answers
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        for sample in inputs["samples"]:
+            if isinstance(sample, XBlipError):
+                raise sample
         outputs = model(**inputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -104,9 +125,31 @@ class BranchTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_bridge(self.branch.bridge, resume_from_checkpoint)
+        with _reading(resume_from_checkpoint):
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         load_bridge(self.branch.bridge, self.state.best_model_checkpoint)
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Turns whatever a damaged file of a checkpoint raises into one clear error."""
+    try:
+        yield
+    except Exception as cause:
+        raise BundleError(
+            f"The checkpoint in {checkpoint} is damaged: {first_line(cause)} Delete that folder to go on from the one "
+            "before it, or train without --resume."
+        ) from cause
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> dict[str, float]:
@@ -124,24 +167,30 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
       ConfigError: a setting is wrong, a manifest is missing, or there is nothing to resume from.
     """
     arguments = training_arguments(config)
+    configs.at_least(config.data, eval_answers=0)
     set_seed(arguments.seed)
     checkpoint = get_last_checkpoint(arguments.output_dir) if resume and Path(arguments.output_dir).is_dir() else None
     if resume and checkpoint is None:
         raise ConfigError(f"There is no checkpoint in {arguments.output_dir} to resume from: train without --resume.")
+    made_folder(arguments.output_dir)
+    modalities = {config.branch.modality: build_modality(config.branch)}
+    manifests = [Manifest(path, modalities=modalities) for path in (config.data.train, config.data.eval) if path]
+    for manifest in manifests:
+        manifest.check()
     llm = FrozenLLM.from_pretrained(config.llm)
     branch = Branch.build(config.branch, llm_width=llm.width)
     model = XBlip(
         llm=llm, branches={config.branch.modality: branch}, router=config.router, generation=config.generation
     )
-    modalities = {config.branch.modality: branch.modality}
     (console or Console()).print(parts_table(model))
-    trainer = BranchTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Manifest(config.data.train, modalities=modalities),
-        eval_dataset=Manifest(config.data.eval, modalities=modalities) if config.data.eval else None,
-        eval_answers=config.data.eval_answers,
-    )
+    with _refusing():
+        trainer = BranchTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=manifests[0],
+            eval_dataset=manifests[1] if config.data.eval else None,
+            eval_answers=config.data.eval_answers,
+        )
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -161,8 +210,13 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
     for name in config.training:
         if name not in known:
-            raise ConfigError(f'Unknown key "training.{name}".{suggest(name, known)}')
-    if "output_dir" not in config.training:
+            raise ConfigError(
+                f'Unknown key "training.{name}".{suggest(str(name), known)} They are those of TrainingArguments.'
+            )
+        if name in MISPLACED:
+            raise ConfigError(f"training.{name} has no place here: {MISPLACED[name]}")
+        _check_type(name, config.training[name])
+    if not config.training.get("output_dir"):
         raise ConfigError("training.output_dir is missing: say where the branch is to be written.")
     defaults = {
         "report_to": ["tensorboard"],
@@ -170,10 +224,44 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "label_names": [],
         "logging_steps": 10,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": not sys.stderr.isatty(),
     }
+    words = {name: "no" for name in STRATEGIES if config.training.get(name) is False}
+    with _refusing():
+        arguments = TrainingArguments(**{**defaults, **config.training, **words})
+    configs.at_least(
+        arguments,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=1,
+        dataloader_num_workers=0,
+        seed=0,
+    )
+    if arguments.eval_strategy != "no" and not config.data.eval:
+        raise ConfigError(
+            f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval names no manifest: give one, or "
+            "remove eval_strategy."
+        )
+    return arguments
+
+
+def _check_type(name: str, value: Any) -> None:
+    """Checks a value whose argument is declared as plain; transformers itself fails much later, or not at all."""
+    declared = typing.get_type_hints(TrainingArguments)[name]
+    types = set(typing.get_args(declared) or [declared])
+    if types <= {bool, int, float, str, NoneType}:
+        accepted = types | ({int} if float in types else set())
+        if type(value) not in accepted and not (str in types and isinstance(value, Path)):
+            names = " or ".join(sorted("null" if kind is NoneType else kind.__name__ for kind in types))
+            raise ConfigError(f"training.{name} must be {names}, not {value!r:.80}.")
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Turns what transformers raises for a setting into one clear error."""
     try:
-        return TrainingArguments(**{**defaults, **config.training})
-    except (ValueError, TypeError, ImportError) as cause:
+        yield
+    except (ValueError, TypeError, AttributeError, ImportError, OSError) as cause:
         raise ConfigError(f'"training": {cause}') from cause
 
 

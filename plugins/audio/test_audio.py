@@ -111,7 +111,13 @@ def test_all_kinds_of_arrays_agree(modality):
     pcm = (noise(16000) * 2**15).astype(np.int16)
     floats = pcm / np.float32(2**15)
     expected = modality().load((floats, 16000))["input_values"]
-    for samples in (pcm, floats.astype(np.float64), torch.from_numpy(pcm), torch.from_numpy(floats)[None]):
+    for samples in (
+        pcm,
+        pcm.astype(">i2"),
+        floats.astype(float),
+        torch.from_numpy(pcm),
+        torch.from_numpy(floats)[None],
+    ):
         assert torch.allclose(modality().load((samples, np.int64(16000)))["input_values"], expected, atol=1e-4)
 
 

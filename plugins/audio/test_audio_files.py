@@ -1,6 +1,7 @@
 """Files of sound: what is read by which decoder, and everything that is refused."""
 
 import io
+import itertools
 import sys
 
 import numpy as np
@@ -18,6 +19,9 @@ BY_SOUNDFILE = {
     "pcm24.wav": {"subtype": "PCM_24"},
     "float.wav": {"subtype": "FLOAT"},
     "law.wav": {"subtype": "ULAW"},
+    "gsm.wav": {"subtype": "GSM610"},
+    "g721.wav": {"subtype": "G721_32"},
+    "nms.wav": {"subtype": "NMS_ADPCM_32"},
     "sound.flac": {},
     "sound.ogg": {},
     "sound.mp3": {},
@@ -27,6 +31,7 @@ BY_SOUNDFILE = {
     "sound.w64": {},
 }
 BY_PYAV = {
+    "mp3_inside.wav": {"codec": "libmp3lame"},
     "sound.aac": {"container": "adts"},
     "sound.m4a": {"container": "ipod"},
     "sound.mp4": {},
@@ -139,6 +144,51 @@ def test_damage_inside_is_refused(modality, files):
             modality().load(bytes(data))
 
 
+def ogg_pages(data):
+    starts = [place for place in range(len(data)) if data[place : place + 4] == b"OggS"]
+    return [data[start:end] for start, end in itertools.pairwise([*starts, len(data)])]
+
+
+@pytest.mark.parametrize("name", ["sound.ogg", "sound.opus"])
+def test_an_ogg_file_without_a_page_of_its_middle_is_refused(files, name):
+    pages = ogg_pages(files[name].read_bytes())
+    middle = len(pages) // 2
+    with pytest.raises(xblip.MediaError, match=f"pages are missing before its page {middle + 1}"):
+        decode(b"".join(pages[:middle] + pages[middle + 1 :]))
+
+
+def test_sound_of_which_less_is_there_than_promised_is_refused(tmp_path, monkeypatch):
+    """Where a decoder gives less than its header promises, memory must not be taken for sound."""
+    soundfile.write(tmp_path / "long.ogg", tone(440, 60), 16000)
+    pages = ogg_pages((tmp_path / "long.ogg").read_bytes())
+    middle = len(pages) // 2
+    monkeypatch.setattr("xblip_audio_files._check_ogg", lambda stream: None)
+    with pytest.raises(xblip.MediaError, match="it is cut short: [0-9]+ of at least 960000 samples are there"):
+        decode(b"".join(pages[:middle] + pages[middle + 2 :]))
+
+
+@pytest.mark.parametrize("name", ["sound.ogg", "sound.opus"])
+def test_ogg_files_in_a_row_are_refused(files, name):
+    with pytest.raises(xblip.MediaError, match="it is several Ogg files in a row"):
+        decode(files[name].read_bytes() * 2)
+
+
+@pytest.mark.parametrize("name", ["sound.raw", "-", "12:30.wav", "clip:1.mp3"])
+def test_a_file_may_have_any_name(files, tmp_path, monkeypatch, name):
+    original = files["sound.mp3" if name.endswith("mp3") else "pcm.wav"]
+    (tmp_path / name).write_bytes(original.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(decode(name)[0], decode(original)[0])
+
+
+def test_a_file_with_huge_samples_is_refused(modality, tmp_path):
+    sound = noise(1000)
+    sound[5] = 1e30
+    soundfile.write(tmp_path / "huge.wav", sound, 16000, subtype="FLOAT")
+    with pytest.raises(xblip.MediaError, match=r"huge.wav.*its samples reach 1e\+30. Expected floats in"):
+        modality().load(tmp_path / "huge.wav")
+
+
 def test_a_video_without_sound_is_refused(modality, tmp_path):
     path = write(tmp_path / "silent.mp4", None, RATE, video=True, sound=False)
     with pytest.raises(xblip.MediaError, match=r"silent.mp4.*it has no audio track. Expected a WAV"):
@@ -197,6 +247,10 @@ def test_long_files_are_refused(modality, files, name):
         ),
         ((np.zeros(100, np.float32), 1 / 50), "its sampling rate is 0.02"),
         ((noise(200), 1), "it lasts 200 seconds or more; at most 60 are read"),
+        (np.ma.array([0.5, 0.5], mask=[0, 1]), "given as MaskedArray: expected a file"),
+        ((np.ma.array([0.5, 0.5], mask=[0, 1]), 16000), "it is a masked array"),
+        ((torch.zeros(9).to_sparse(), 16000), "numpy cannot take it"),
+        ((np.full(100, 1e300), 16000), r"its samples reach 1e\+300"),
         (b"", "it is empty"),
         (io.StringIO("text"), "it is open as text. Open it in binary mode"),
         ("https://example.org/sound.wav", "URLs are not fetched"),

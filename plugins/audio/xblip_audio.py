@@ -75,6 +75,13 @@ class Audio(xblip.Modality):
             raise xblip.MediaError(
                 f"Cannot read {label}: {broken} of its {len(samples)} samples are NaN or infinite. Give finite ones."
             )
+        loudest = np.abs(samples).max()
+        if loudest > LOUDEST:
+            raise xblip.MediaError(
+                f"Cannot read {label}: its samples reach {loudest:g}. Expected floats in [-1, 1]: divide 16-bit values "
+                "by 32768."
+            )
+        samples = samples.astype(np.float32)
         return self._clips(resample(samples, rate_hz, self._extractor.sampling_rate, label))
 
     def build_encoder(self) -> nn.Module:
@@ -231,32 +238,24 @@ class SpectrogramPictureEncoder(xblip.TransformersEncoder):
 
 
 def mono(samples: np.ndarray | Tensor, label: str) -> np.ndarray:
-    """Averages the channels of samples (N,) or (channels, N) to (N,) float32 in [-1, 1].
+    """Averages the channels of samples (N,) or (channels, N) to (N,) floats.
 
     Raises:
-      MediaError: another shape or dtype, or values that are not in [-1, 1].
+      MediaError: another shape or dtype.
     """
-    if isinstance(samples, Tensor):
-        samples = samples.detach().cpu()
-        samples = (samples.float() if samples.is_floating_point() else samples).numpy()
+    samples = xblip.Modality.as_array(samples, label)
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 0 < samples.shape[0] <= MAX_CHANNELS):
         raise xblip.MediaError(
             f"Cannot read {label}: its samples have shape {samples.shape}. Expected (samples,), or (channels, samples) "
             f"of at most {MAX_CHANNELS} channels: transpose (samples, channels)."
         )
-    if samples.dtype == np.int16:
+    if samples.dtype.kind == "i" and samples.dtype.itemsize == 2:  # of either byte order
         samples = samples / np.float32(2**15)
     if samples.dtype.kind != "f":
         raise xblip.MediaError(
             f"Cannot read {label}: its samples are {samples.dtype}. Expected floats in [-1, 1] or int16."
         )
-    loudest = np.abs(samples).max(initial=0, where=np.isfinite(samples))
-    if loudest > LOUDEST:
-        raise xblip.MediaError(
-            f"Cannot read {label}: its samples reach {loudest:g}. Expected floats in [-1, 1]: divide 16-bit values "
-            "by 32768."
-        )
-    return np.atleast_2d(samples).mean(0, dtype=np.float32)
+    return np.atleast_2d(samples).mean(0)
 
 
 def resample(samples: np.ndarray, rate_hz: int, wanted_hz: int, label: str) -> np.ndarray:

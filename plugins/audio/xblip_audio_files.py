@@ -7,7 +7,9 @@ Both decoders play what is there of a cut file and say nothing, so each containe
 be.
 """
 
+import os
 import re
+import struct
 from typing import BinaryIO
 
 import numpy as np
@@ -17,7 +19,6 @@ import xblip
 EXPECTED = "a WAV, FLAC, Ogg, MP3, AAC, MP4, WebM or MKV file with sound"
 SOUNDFILE_MAGIC = (b"fLaC", b"OggS", b"RF64", b"FORM", b"caff", b"riff", b".snd")  # and RIFF...WAVE
 MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".split())
-OGG_PAGE = 65307  # bytes at most
 BLOCK = 2**18  # samples decoded at once
 UNKNOWN = 2**32 - 2**16  # from here on, sizes in a WAV header mean that its writer could not know them
 
@@ -36,7 +37,7 @@ def read_file(file: xblip.MediaFile, *, max_seconds: float) -> tuple[np.ndarray,
       MediaError: the file is damaged, cut short, of another format, too long, or has no sound in it.
       PluginError: the decoder's package cannot be imported.
     """
-    with file.on_disk() as path, path.open("rb") as stream:
+    with file.on_disk() as path, open(os.open(path, os.O_RDONLY), "rb") as stream:  # no name to tell a format from
         head = stream.read(12)
         if head.startswith(SOUNDFILE_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WAVE"):
             return _read_with_soundfile(stream, file.label, max_seconds)
@@ -59,17 +60,19 @@ def _read_with_soundfile(stream: BinaryIO, label: str, max_seconds: float) -> tu
         raise _missing(label, "soundfile", cause) from cause
     with xblip.decoding(label, EXPECTED):
         _check_ogg(stream)
-        with soundfile.SoundFile(str(stream.name)) as sound:
-            if sound.frames < 2**62:
+        stream.seek(0)
+        with soundfile.SoundFile(stream) as sound:
+            if sound.frames < 2**62 and sound.subtype != "MPEG_LAYER_III":
                 refuse_long(sound.frames / sound.samplerate, label, max_seconds)
                 _check_sizes(sound.extra_info)
-                mono, end = np.empty(sound.frames, np.float32), 0
-                for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
-                    mono[end : end + len(block)] = block.mean(1)
-                    end += len(block)
-                _check_length(end, sound.frames)
+                blocks = [np.empty(0, np.float32)]
+                while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+                    blocks.append(block.mean(1))
+                mono = np.concatenate(blocks)
+                _check_length(len(mono), sound.frames)
                 return mono, sound.samplerate
-    return _read_with_pyav(stream, label, max_seconds)  # FLAC of a length its writer could not know
+    # FLAC of a length its writer could not know, or MP3 in a WAV, of a length that is only guessed
+    return _read_with_pyav(stream, label, max_seconds)
 
 
 def _read_with_pyav(stream: BinaryIO, label: str, max_seconds: float) -> tuple[np.ndarray, int]:
@@ -128,16 +131,27 @@ def _check_sizes(log: str) -> None:
 
 
 def _check_ogg(stream: BinaryIO) -> None:
-    """An Ogg file is whole if its last page is, and is marked as the last one (RFC 3533, 6)."""
+    """An Ogg file is whole if its numbered pages follow on one another up to a last one (RFC 3533, 6).
+
+    Several files in a row are valid Ogg as well, but their sampling rates and channels may differ, and libsndfile
+    reads the first alone.
+    """
     stream.seek(0)
-    if stream.read(4) != b"OggS":
+    page, numbers, is_last = stream.read(27), {}, False
+    if page[:4] != b"OggS":
         return
-    stream.seek(max(0, stream.seek(0, 2) - 2 * OGG_PAGE))
-    tail = stream.read()
-    page = tail[tail.rfind(b"OggS") :]
-    promised = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
-    _check_bytes(len(page), promised)
-    if not page[5] & 4:
+    while page[:4] == b"OggS":
+        segments = stream.read(page[26]) if len(page) == 27 else b""
+        there = len(page) + len(segments) + len(stream.read(sum(segments)))
+        _check_bytes(there, 27 + page[26] + sum(segments) if len(page) == 27 else 27)
+        _, kind, _, track, number, _, _ = struct.unpack("<BBqIIIB", page[4:])
+        if kind & 2 and any(numbers.values()):
+            raise ValueError("it is several Ogg files in a row: cut it where the next begins, or convert it")
+        if number != numbers.get(track, number - 1) + 1:
+            raise ValueError(f"pages are missing before its page {number}")
+        numbers[track], is_last = number, kind & 4
+        page = stream.read(27)
+    if not is_last:
         raise ValueError("it is cut short: its last page is missing")
 
 

@@ -198,11 +198,8 @@ def _from_pixels(pixels: np.ndarray | Tensor, label: str) -> "PIL.Image.Image":
     """Turns an array or tensor into a PIL image of mode L, RGB or RGBA."""
     import PIL.Image
 
-    channel_axes = (2, 0)
-    if isinstance(pixels, Tensor):
-        channel_axes = (0, 2)
-        pixels = pixels.detach().cpu()
-        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    channel_axes = (0, 2) if isinstance(pixels, Tensor) else (2, 0)
+    pixels = xblip.Modality.as_array(pixels, label)
     if pixels.ndim == 3:
         axis = next((axis for axis in channel_axes if pixels.shape[axis] in (1, 3, 4)), None)
         pixels = pixels if axis is None else np.moveaxis(pixels, axis, 2)

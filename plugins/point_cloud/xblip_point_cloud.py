@@ -166,15 +166,12 @@ class PointCloud(xblip.Modality):
             limits = {"max_points": self.config.max_points, "timeout_seconds": self.config.timeout_seconds}
             return read_file(file, **limits), file.label
         label = f"the {self.name} given as {type(source).__name__}"
-        if isinstance(source, Tensor):
-            source = source.detach().cpu()
-            source = (source.double() if source.is_floating_point() else source).numpy()
-        if not isinstance(source, np.ndarray):
+        if not isinstance(source, (np.ndarray, Tensor)):
             raise xblip.MediaError(
                 f"Cannot read {label}: expected a file (path, bytes, open file), or a numpy array or tensor "
                 "of shape (points, 3) or (points, 6)."
             )
-        return from_array(source, label), label
+        return from_array(self.as_array(source, label), label), label
 
 
 def sample_surface(mesh: Shape, count: int) -> Shape:

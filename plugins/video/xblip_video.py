@@ -167,7 +167,7 @@ class Video(xblip.Modality):
         if isinstance(frame, PIL.Image.Image):
             with xblip.decoding(label, "a picture"):
                 return self._upright_rgb(frame, label)
-        pixels = frame.detach().cpu().numpy() if isinstance(frame, Tensor) else frame
+        pixels = self.as_array(frame, label) if isinstance(frame, (np.ndarray, Tensor)) else frame
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
             given = f"{type(frame).__name__} {getattr(frame, 'dtype', '')}".strip()
             raise xblip.MediaError(
@@ -234,7 +234,7 @@ def _write_video(path: Path, frames: np.ndarray) -> None:
 
 def _as_video(pixels: np.ndarray | Tensor, label: str) -> np.ndarray:
     """Checks the shape (T, H, W, 3) or (T, H, W) and the dtype of a video given as an array."""
-    pixels = pixels.detach().cpu().numpy() if isinstance(pixels, Tensor) else pixels
+    pixels = xblip.Modality.as_array(pixels, label)
     if pixels.dtype != np.uint8:
         raise xblip.MediaError(
             f"Cannot read {label}: its dtype is {pixels.dtype}; expected uint8, 0..255. Convert it, e.g. "
