@@ -37,14 +37,32 @@ def test_objects(modality, source, message):
         modality().load(source)
 
 
-SLOW = {"text.pcd", "text.off", "text.stl", "text.glb", "cut_binary.pcd", "points_only.obj"}
+SLOW = {"text.off", "text.stl", "text.glb", "points_only.obj"}
 TEXT = b"this is a text and no shape at all\n" * 20
 FILES = {
     "text.ply": (TEXT, "it has no PLY header"),
     "text.xyz": (TEXT, "could not convert string"),
     "text.npy": (TEXT, "magic string is not correct"),
     "text.npz": (TEXT, "not a zip archive"),
-    "text.pcd": (TEXT, "Read PCD failed"),
+    "text.pcd": (TEXT, "its header has the line 'this is a text"),
+    "no_data.pcd": (pcd(noise(5), DATA=None), "its header has the line '-?[0-9]"),
+    "cut_header.pcd": (pcd(noise(5))[:80], "its header has no DATA line"),
+    "no_size.pcd": (pcd(noise(5), SIZE=None), "its header has no SIZE"),
+    "data.pcd": (pcd(noise(5)).replace(b"DATA ascii", b"DATA foo"), "its DATA is 'foo', not ascii"),
+    "count.pcd": (pcd(noise(5), COUNT="1 1 9"), "it has 5 rows of 3 numbers; declared are 5 of 11"),
+    "counts.pcd": (pcd(noise(5), COUNT="1 1"), "its COUNT is '1 1'; expected 3 whole numbers"),
+    "type.pcd": (pcd(noise(5), TYPE="F F X"), "its field 'z' has TYPE X, SIZE 4, COUNT 1"),
+    "types.pcd": (pcd(noise(5), TYPE="F F"), "its TYPE has 2 entries for 3 fields"),
+    "size.pcd": (pcd(noise(5), SIZE="4 4 3"), "its field 'z' has TYPE F, SIZE 3, COUNT 1"),
+    "width.pcd": (pcd(noise(5), WIDTH=9), "its WIDTH x HEIGHT is 9 x 1, but its POINTS are 5"),
+    "points.pcd": (pcd(noise(5), POINTS="5.5"), "its POINTS is '5.5'; expected 1 whole numbers"),
+    "more.pcd": (pcd(noise(5)) + b"1 2 3\n", "it has 6 rows of 3 numbers; declared are 5 of 3"),
+    "short_row.pcd": (pcd(noise(5)) + b"1 2\n", "number of columns changed"),
+    "word.pcd": (pcd(noise(5)) + b"1 two 3\n", "could not convert string 'two'"),
+    "no_z.pcd": (pcd(noise(5), FIELDS="x y q"), "its points have no single field 'z'"),
+    "empty.pcd": (pcd(np.empty((0, 3))), "it holds no points"),
+    "more_binary.pcd": (pcd(noise(5), "binary") + b"1", "its body has 61 bytes where 60 are declared"),
+    "cut_compressed.pcd": (pcd(noise(5), "binary_compressed")[:-1], "bytes where [0-9]+ are declared"),
     "text.obj": (TEXT, "crashed|finds no mesh"),
     "text.off": (TEXT, "Read OFF failed"),
     "text.stl": (TEXT, "finds no mesh"),
@@ -61,8 +79,8 @@ FILES = {
         "ends before all of the 4 rows of its element 'face'",
     ),
     "cut_header.ply": (TETRAHEDRON.encode()[:60], "it has no PLY header"),
-    "cut.pcd": (pcd(noise(50))[:-100], "it ends in line 4[0-9] of 50 points"),
-    "cut_binary.pcd": (pcd(noise(50), "binary")[:-1], "Read PCD failed"),
+    "cut.pcd": (pcd(noise(50))[:-100], "number of columns changed|it has 4[0-9] rows"),
+    "cut_binary.pcd": (pcd(noise(50), "binary")[:-1], "its body has 599 bytes where 600 are declared"),
     "cut.off": (off()[:-4], "Read OFF failed"),
     "cut.stl": (stl()[:-10], "finds no mesh"),
     "cut.glb": (glb([{}])[:-10], "finds no mesh"),

@@ -1,6 +1,6 @@
 """Files of point clouds and meshes, read into one `Shape`.
 
-What holds plain clouds (.ply, .xyz, .npy, .npz) is read here with numpy: it is quick, needs no open3d and
+What holds plain clouds (.ply, .pcd, .xyz, .npy, .npz) is read here with numpy: it is quick, needs no open3d and
 notices every missing byte. All other formats are left to open3d, in a process of its own
 (`xblip_point_open3d` says why).
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from xblip_point_pcd import read_pcd
 
 import xblip
 
@@ -73,6 +74,9 @@ def read_file(file: xblip.MediaFile, *, max_points: int, timeout_seconds: float)
         if suffix == ".ply":
             with file.open() as stream:
                 return _read_ply(stream.read(), file.label, max_points)
+        if suffix == ".pcd":
+            with file.open() as stream:
+                return Shape(*read_pcd(stream.read()))
         if suffix == ".xyz":
             with file.open() as stream:
                 return from_array(np.loadtxt(stream, ndmin=2), file.label)

@@ -159,7 +159,7 @@ class PyavReader(Reader):
         import av
         from av.stream import Disposition
 
-        with av.open(str(self._path), options={"protocol_whitelist": "file"}) as container:
+        with av.open(str(self._path.absolute()), options={"protocol_whitelist": "file"}) as container:
             covers = Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & covers]
             if not streams:
@@ -207,7 +207,9 @@ class DecordReader(Reader):
 
         decord.logging.set_level(decord.logging.QUIET)
         try:
-            return decord.VideoReader(str(self._path), ctx=decord.cpu(0), num_threads=1, fault_tol=FAULT_TOLERANCE)
+            return decord.VideoReader(
+                str(self._path.absolute()), ctx=decord.cpu(0), num_threads=1, fault_tol=FAULT_TOLERANCE
+            )
         except (decord.DECORDError, RuntimeError, AssertionError) as cause:
             if "cannot find video stream" not in str(cause):
                 raise ValueError("decord cannot open it") from cause
@@ -265,13 +267,13 @@ def check_complete(path: Path, label: str) -> None:
     Raises:
       MediaError: it is no MP4, MOV, WebM, MKV or AVI, or it is shorter than it says.
     """
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, xblip.decoding(label, EXPECTED):
         there = stream.seek(0, 2)
         stream.seek(0)
         head = stream.read(12)
         stream.seek(0)
         if head[4:8] in MP4_BOXES:
-            promised = _mp4_length(stream)
+            promised = _mp4_length(stream, there)
         elif head[:4] == b"\x1a\x45\xdf\xa3":
             promised = _matroska_length(stream)
         elif head[:4] == b"RIFF" and head[8:] == b"AVI ":
@@ -284,8 +286,11 @@ def check_complete(path: Path, label: str) -> None:
         )
 
 
-def _mp4_length(stream: BinaryIO) -> int:
-    """Where the last top-level box ends (ISO/IEC 14496-12, 4.2); a size of 0 means the end of the file."""
+def _mp4_length(stream: BinaryIO, there: int) -> int:
+    """Where the last top-level box that begins within `there` bytes ends (ISO/IEC 14496-12, 4.2).
+
+    A size of 0 means the end of the file.
+    """
     end = 0
     while True:
         stream.seek(end)
@@ -296,13 +301,14 @@ def _mp4_length(stream: BinaryIO) -> int:
         if header[4:8] not in MP4_BOXES or size < 8:
             return end
         end += size
+        if end >= there:
+            return end
 
 
 def _matroska_length(stream: BinaryIO) -> int:
     """Where the segment ends (RFC 8794, 4 and 6.2); 0 if it does not say."""
     stream.seek(4)
-    header = _matroska_number(stream)
-    stream.seek(header, 1)
+    stream.seek(_matroska_number(stream) or 0, 1)
     if stream.read(4) != b"\x18\x53\x80\x67":
         return 0
     size = _matroska_number(stream)
@@ -311,9 +317,11 @@ def _matroska_length(stream: BinaryIO) -> int:
 
 def _matroska_number(stream: BinaryIO) -> int | None:
     """A number whose first byte's leading zeros say how many bytes follow; None for all ones, "unknown"."""
-    first = stream.read(1)[0]
-    width = 9 - first.bit_length()
-    value = int.from_bytes(bytes([first]) + stream.read(width - 1)) - (1 << 7 * width)
+    first = stream.read(1)
+    if not first or not first[0]:
+        raise ValueError("its header is damaged")
+    width = 9 - first[0].bit_length()
+    value = int.from_bytes(first + stream.read(width - 1)) - (1 << 7 * width)
     return value if value < (1 << 7 * width) - 1 else None
 
 
