@@ -143,6 +143,9 @@ def test_wrong_arrays_are_refused(plain):
 def test_wrong_lists_are_refused(plain, tmp_path):
     (tmp_path / "text.png").write_text("hello")
     deep = PIL.Image.fromarray(np.zeros((4, 4), np.uint16))
+    fails(plain(), [PIL.Image.new("L", (0, 0))], "frame 0 of the video", "it has no pixels (0 x 0)")
+    fails(plain(), torch.zeros(2, 8, 8, 3, dtype=torch.bfloat16), "expected uint8")
+    fails(plain(), [torch.zeros(8, 8, dtype=torch.uint8).to_sparse()], "numpy cannot take it")
     fails(plain(), [], "list of pictures is empty")
     fails(plain(), [numbered(1)[0], tmp_path / "text.png"], "frame 1 of the video", "text.png", "a picture (PNG")
     fails(plain(), [tmp_path / "none.png"], "frame 0 of the video", "no such file")

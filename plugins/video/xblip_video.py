@@ -194,6 +194,8 @@ class Video(xblip.Modality):
         return picture.convert("RGB")
 
     def _check_size(self, width: int, height: int, label: str) -> None:
+        if width * height == 0:
+            raise xblip.MediaError(f"Cannot read {label}: it has no pixels ({width} x {height}).")
         if width * height > self.config.max_pixels:
             raise xblip.MediaError(
                 f"Cannot read {label}: frames of {width} x {height} are more than max_pixels = "

@@ -27,6 +27,9 @@ MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".s
 FAULT_TOLERANCE = 1e-6
 """Share of frames decord may replace by a neighbour before it fails: none, but 0 switches its check off."""
 
+MOST_FRAMES = 10_000_000
+"""Frames that decord is let promise itself memory for: two days at 60 a second."""
+
 
 class Reader(ABC):
     """One video file.
@@ -70,7 +73,11 @@ class _Index:
 
 
 class PyavReader(Reader):
-    """Reads with PyAV, which brings a current FFmpeg; seeks, so that of long videos little is decoded."""
+    """Reads with PyAV, which brings a current FFmpeg; seeks, so that of long videos little is decoded.
+
+    Attributes:
+      header_seconds, rate: length and mean frames a second by the header, or None.
+    """
 
     name = "pyav"
     package = "av"
@@ -80,15 +87,15 @@ class PyavReader(Reader):
         self._label = label
         with self._open() as (container, stream):
             self.size = (stream.codec_context.width, stream.codec_context.height)
-            self._header_seconds = None if container.duration is None else container.duration / 1e6
+            self.header_seconds = None if container.duration is None else container.duration / 1e6
             self._time_base = stream.time_base
-            self._rate = stream.average_rate
+            self.rate = stream.average_rate
             # AVI has no presentation times; VP8's hidden frames look like any other until decoded.
             self._must_count = container.format.name == "avi" or stream.codec_context.name == "vp8"
 
     @property
     def seconds(self) -> float:
-        return self._header_seconds if self._header_seconds is not None else self.times_s[-1]
+        return self.header_seconds if self.header_seconds is not None else self.times_s[-1]
 
     @functools.cached_property
     def times_s(self) -> Sequence[float]:
@@ -97,7 +104,7 @@ class PyavReader(Reader):
             raise ValueError("no frame can be decoded")
         if None not in ticks and all(left < right for left, right in itertools.pairwise(ticks)):
             return [float((tick - ticks[0]) * self._time_base) for tick in ticks]
-        return [float(number / self._rate) for number in range(len(ticks))]
+        return [float(number / self.rate) for number in range(len(ticks))]
 
     def _decoded_ticks(self) -> list[int | None]:
         with self._open() as (container, stream):
@@ -179,6 +186,7 @@ class DecordReader(Reader):
     def __init__(self, path: Path, label: str):
         self._path = path
         self._label = label
+        self._refuse_absurd_header()
         reader = self._open()
         height, width, _ = self._next(reader, 0).asnumpy().shape
         self.size = (width, height)
@@ -186,6 +194,16 @@ class DecordReader(Reader):
         if np.any(np.diff(starts) <= 0):  # an AVI's B-frames: decord reports nonsense there
             starts = np.arange(len(reader)) / reader.get_avg_fps()
         self._times_s = (starts - starts[0]).tolist()
+
+    def _refuse_absurd_header(self) -> None:
+        """Reads the header with PyAV first: where decord lacks the memory for all frames promised, it aborts Python."""
+        try:
+            header = PyavReader(self._path, self._label)
+        except ImportError:
+            return
+        promised = (header.header_seconds or 0) * (header.rate or 0)
+        if promised > MOST_FRAMES:
+            raise ValueError(f"its header promises {float(promised):.0f} frames")
 
     @property
     def seconds(self) -> float:
