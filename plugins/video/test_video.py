@@ -93,6 +93,19 @@ def test_listed_pictures_are_turned_upright_and_laid_on_white(plain, tmp_path):
     assert (rgb(plain(), [clear]) == 255).all()
 
 
+def test_listed_pictures_with_unreadable_exif_are_read(plain):
+    stream = io.BytesIO()
+    PIL.Image.fromarray(numbered(1)[0]).save(stream, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert np.array_equal(rgb(plain(), [stream.getvalue()])[0], numbered(1)[0])
+
+
+def test_max_pixels_is_the_only_limit_of_listed_pictures(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 9)
+    PIL.Image.fromarray(numbered(1)[0]).save(tmp_path / "large.png")
+    assert np.array_equal(rgb(plain(), [tmp_path / "large.png"]), numbered(1))
+    assert PIL.Image.MAX_IMAGE_PIXELS == 9
+
+
 def test_the_encoder_takes_all_frames_as_rows(tmp_path, clip):
     config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     ViTModel(config).save_pretrained(tmp_path)
