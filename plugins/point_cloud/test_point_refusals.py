@@ -1,6 +1,7 @@
 """What the point_cloud modality refuses, and how it says so."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ import xblip
         (np.array([[0, 0, 0, 1, np.nan, 1]]), "1 of its 1 points are NaN"),
         (np.array([[0, 0, 0, 0, 128, 255]]), "colours range from 0 to 255.*divide 0..255 by 255"),
         (np.array([[0, 0, 0, -1, 0, 0]]), "colours range from -1 to 0"),
+        (np.ma.array(np.zeros((5, 3)), mask=np.eye(5, 3)), "it is a masked array"),
+        (torch.zeros(5, 3, device="meta"), "numpy cannot take it"),
         ([[0, 0, 0]], "given as list: expected a file .* or a numpy array or tensor"),
         (7, "given as int: expected a file"),
         (b"1 2 3\n4 5 6\n", "no ending that names its format.*Give the path of a file that ends in .ply"),
@@ -90,6 +93,15 @@ FILES = {
     "empty.ply": (ply([]), "it holds no points"),
     "no_z.ply": (ply(noise(5)[:, :2], columns="x y"), "its vertices have no property 'z'"),
     "bad_line.ply": (TETRAHEDRON.replace("property float z", "propertz").encode(), "the line 'propertz'"),
+    "negative.ply": (TETRAHEDRON.replace("vertex 4", "vertex -1").encode(), "the line 'element vertex -1'"),
+    "no_format.ply": (TETRAHEDRON.replace("format ascii 1.0\n", "").encode(), "its header has no format line"),
+    "type.ply": (TETRAHEDRON.replace("float z", "real z").encode(), "the line 'property real z'"),
+    "list_type.ply": (TETRAHEDRON.replace("uchar int", "uchar real").encode(), "the line 'property list uchar real"),
+    "early.ply": (b"ply\nformat ascii 1.0\nproperty float x\nend_header\n", "the line 'property float x'"),
+    "word.ply": (TETRAHEDRON.replace("0 1 0", "0 one 0").encode(), "could not convert"),
+    "fraction.ply": (TETRAHEDRON.replace("3 1 2 3", "3 1 2 2.5").encode(), "its vertex indices are not all whole"),
+    "length.ply": (TETRAHEDRON.replace("3 1 2 3", "2.5 1 2 3").encode(), "its lengths of lists are not all whole"),
+    "length_negative.ply": (TETRAHEDRON.replace("3 1 2 3", "-3 1 2 3").encode(), "'face' has length -3"),
     "bad_index.ply": (TETRAHEDRON.replace("3 1 2 3", "3 1 2 4").encode(), "vertices that do not exist"),
     "nan.xyz": (b"0 0 0\nnan 0 0\n", "1 of its 2 points are NaN"),
     "normals.xyz": (
@@ -116,6 +128,19 @@ def test_files(modality, tmp_path, name, capfd):
         modality(max_points=2000).load(path)
     assert name in str(caught.value)
     assert "open3d" not in capfd.readouterr().out.lower(), "open3d's warnings are not for our user's terminal"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((10**12, 3), "it has 500000000000 or more points"), ((1000, 3), "declares 24000 bytes, but 176 are there")],
+)
+def test_an_array_larger_than_its_file_is_refused(modality, tmp_path, shape, message):
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive:
+        archive.writestr("points.npy", member.getvalue() + bytes(48))
+    with pytest.raises(xblip.MediaError, match=message):
+        modality(max_points=2000).load(tmp_path / "claim.npz")
 
 
 def test_arrays_in_files(modality, tmp_path):
