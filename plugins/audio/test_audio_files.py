@@ -181,6 +181,16 @@ def test_a_file_may_have_any_name(files, tmp_path, monkeypatch, name):
     assert np.array_equal(decode(name)[0], decode(original)[0])
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinities_that_cancel_out_are_one_error_and_no_warning(modality, tmp_path):
+    sound = np.stack([noise(1000), noise(1000)], 1)
+    sound[5] = np.inf, -np.inf
+    soundfile.write(tmp_path / "broken.wav", sound, 16000, subtype="FLOAT")
+    for source in (tmp_path / "broken.wav", (sound.T, 16000)):
+        with pytest.raises(xblip.MediaError, match="1 of its 1000 samples are NaN or infinite"):
+            modality().load(source)
+
+
 def test_a_file_with_huge_samples_is_refused(modality, tmp_path):
     sound = noise(1000)
     sound[5] = 1e30

@@ -67,7 +67,8 @@ class Audio(xblip.Modality):
         """
         if self.config.max_clips < 1:
             raise xblip.ConfigError(f"max_clips of a sound must be at least 1, not {self.config.max_clips}.")
-        samples, rate_hz, label = self._read(source)
+        with np.errstate(invalid="ignore"):  # what is not finite is refused below
+            samples, rate_hz, label = self._read(source)
         if not len(samples):
             raise xblip.MediaError(f"Cannot read {label}: it holds no samples. Expected at least one.")
         broken = int((~np.isfinite(samples)).sum())

@@ -197,6 +197,34 @@ def test_transparency_is_laid_on_white(plain, mode):
     assert rgb(plain, picture)[0].tolist() == [[0, 0, 0], [255, 255, 255]]
 
 
+def test_a_transparent_shade_of_sixteen_bit_grey_is_laid_on_white(plain):
+    png = encoded(PIL.Image.fromarray(GREY16), "PNG", transparency=25700)
+    assert rgb(plain, png)[0, :, 0].tolist() == [0, 0, 1, 255, 128, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_turned_as_pillow_turns_it(plain, orientation):
+    import PIL.ImageOps
+
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    png = encoded(PIL.Image.fromarray(noise(8, 16)), "PNG", exif=exif)
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(png)))
+    assert np.array_equal(rgb(plain, png), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize(
+    "exif", [b"rubbish", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12"]
+)
+def test_a_whole_picture_with_unreadable_exif_is_read(plain, kind, exif):
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    picture = PIL.Image.fromarray(noise())
+    assert np.array_equal(
+        rgb(plain, encoded(picture, kind, exif=exif, **lossless)), rgb(plain, encoded(picture, kind, **lossless))
+    )
+
+
 def test_half_transparent_red_is_pink(plain):
     picture = PIL.Image.new("RGBA", (1, 1), (255, 0, 0, 128))
     assert rgb(plain, encoded(picture, "PNG"))[0, 0].tolist() == [255, 127, 127]

@@ -135,13 +135,15 @@ class Image(xblip.Modality):
 
     def _upright_rgb(self, picture: "PIL.Image.Image", label: str) -> "PIL.Image.Image":
         import PIL.Image
-        import PIL.ImageOps
 
         self._check_size(*picture.size, label)
         picture.load()
-        picture = PIL.ImageOps.exif_transpose(picture)
+        picture = _turned(picture)
         if picture.mode.startswith("I") or picture.mode == "F":
-            picture = PIL.Image.fromarray(_eight_bit(_sixteen_bit(np.asarray(picture), label), label))
+            values, transparent = np.asarray(picture), picture.info.get("transparency")
+            picture = PIL.Image.fromarray(_eight_bit(_sixteen_bit(values, label), label))
+            if transparent is not None:  # the one shade of grey that a PNG declares so
+                picture.putalpha(PIL.Image.fromarray(_eight_bit(values != transparent, label)))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             white = PIL.Image.new("RGBA", picture.size, "white")
@@ -192,6 +194,27 @@ class _LiftedPillowLimit:
 
 
 _without_pillow_limit = _LiftedPillowLimit()
+
+
+def _turned(picture: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Applies the EXIF orientation; where EXIF is unreadable, the picture stays as it is stored."""
+    import PIL.ExifTags
+    import PIL.Image
+
+    try:
+        orientation = picture.getexif().get(PIL.ExifTags.Base.Orientation)
+    except Exception:  # of what kind depends on the damage; the pixels do not need it
+        return picture
+    method = {
+        2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+        3: PIL.Image.Transpose.ROTATE_180,
+        4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+        5: PIL.Image.Transpose.TRANSPOSE,
+        6: PIL.Image.Transpose.ROTATE_270,
+        7: PIL.Image.Transpose.TRANSVERSE,
+        8: PIL.Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return picture if method is None else picture.transpose(method)
 
 
 def _from_pixels(pixels: np.ndarray | Tensor, label: str) -> "PIL.Image.Image":

@@ -93,12 +93,41 @@ def off(header="OFF"):
     return (f"{header}\n# a comment\n4 4 0\n{vertices}" + "".join(f"3 {a} {b} {c}\n" for a, b, c in FACES)).encode()
 
 
-def pcd(points, data="ascii"):
-    header = "VERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\n"
-    header += f"WIDTH {len(points)}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {len(points)}\nDATA {data}\n"
-    body = "".join(f"{x} {y} {z}\n" for x, y, z in points).encode()
-    return (
-        b"# .PCD v0.7 - Point Cloud Data file format\n"
-        + header.encode()
-        + (body if data == "ascii" else points.astype("<f4").tobytes())
-    )
+def pcd(points, data="ascii", rgb=None, kind="F", **changes):
+    """A PCD file; `rgb` are packed colours in a field of that kind, `changes` other lines of the header."""
+    columns = [column.astype("<f4") for column in np.asarray(points).T]
+    columns += [] if rgb is None else [np.array(rgb, "<u4").view("<f4" if kind == "F" else "<u4")]
+    names = ["x", "y", "z", "rgb"][: len(columns)]
+    header = {"VERSION": "0.7", "FIELDS": " ".join(names), "SIZE": " ".join("4" * len(names))}
+    header |= {"TYPE": " ".join(["F", "F", "F", kind][: len(names)]), "COUNT": " ".join("1" * len(names))}
+    header |= {"WIDTH": len(points), "HEIGHT": 1, "VIEWPOINT": "0 0 0 1 0 0 0", "POINTS": len(points), "DATA": data}
+    lines = [f"{key} {value}" for key, value in (header | changes).items() if value is not None]
+    body = {
+        "ascii": lambda: "".join(
+            " ".join(map(repr, map(float, row))) + "\n" for row in zip(*columns, strict=True)
+        ).encode(),
+        "binary": lambda: b"".join(value.tobytes() for row in zip(*columns, strict=True) for value in row),
+        "binary_compressed": lambda: lzf(b"".join(column.tobytes() for column in columns)),
+    }[data]()
+    return "\n".join(["# .PCD v0.7 - Point Cloud Data file format", *lines, ""]).encode() + body
+
+
+def lzf(data):
+    """Packs data greedily: a copy where the last three bytes' like was seen, literals elsewhere; with both sizes."""
+    out, literals, seen, place = b"", b"", {}, 0
+    while place < len(data):
+        before, length = seen.get(data[place : place + 3]), 0
+        if before is not None and place - before <= 8192 and place + 3 <= len(data):
+            length = 3
+            while length < 264 and place + length < len(data) and data[before + length] == data[place + length]:
+                length += 1
+        seen[data[place : place + 3]] = place
+        if not length:
+            literals, place = literals + data[place : place + 1], place + 1
+        if literals and (length or len(literals) == 32 or place == len(data)):
+            out, literals = out + bytes([len(literals) - 1]) + literals, b""
+        if length:
+            back, code = place - before - 1, min(length - 2, 7)
+            out += bytes([code << 5 | back >> 8, *[length - 9] * (code == 7), back & 255])
+            place += length
+    return struct.pack("<II", len(out), len(data)) + out

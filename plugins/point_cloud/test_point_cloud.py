@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 import sys
 
 import numpy as np
@@ -32,11 +33,31 @@ class TestClouds:
         assert np.allclose(points[:, :3], unit(noise(64)), atol=1e-6)
         assert np.allclose(points[:, 3:], rows[:, 4:] / 255, atol=1e-6)
 
-    @pytest.mark.parametrize("data", ["ascii", "binary"])
+    @pytest.mark.parametrize("data", ["ascii", "binary", "binary_compressed"])
     def test_pcd(self, modality, tmp_path, data):
         path = tmp_path / "cloud.pcd"
-        path.write_bytes(pcd(noise(64), data))
-        assert np.allclose(loaded(modality(), path), unit(noise(64)), atol=1e-5)
+        points = np.tile(noise(16), (4, 1))
+        path.write_bytes(pcd(points, data))
+        assert np.allclose(loaded(modality(), path), unit(points), atol=1e-5)
+
+    @pytest.mark.parametrize("data", ["ascii", "binary", "binary_compressed"])
+    @pytest.mark.parametrize("kind", ["F", "U"])
+    def test_packed_colours_of_a_pcd(self, modality, data, kind):
+        packed = [number % 256 << 16 | number % 7 << 8 | 255 - number for number in range(64)]
+        colors = loaded(modality(in_channels=6), pcd(noise(64), data, rgb=packed, kind=kind))[:, 3:] * 255
+        assert np.allclose(colors, [[number % 256, number % 7, 255 - number] for number in range(64)], atol=1e-3)
+
+    def test_colours_of_an_ascii_pcd_may_be_whole_numbers_called_floats(self, modality):
+        rows = "".join(f"{x} {y} {z} {0xFF8040FF}\n" for x, y, z in noise(5))
+        header = pcd(noise(5), rgb=[0] * 5).partition(b"DATA ascii\n")
+        colors = loaded(modality(in_channels=6), b"".join(header[:2]) + rows.encode())[:, 3:] * 255
+        assert np.allclose(colors, [[0x80, 0x40, 0xFF]])
+
+    def test_padding_and_vectors_in_a_pcd_are_passed_over(self, modality):
+        fields = {"FIELDS": "_ x y z normal _", "SIZE": "1 4 4 4 8 1", "TYPE": "U F F F F U", "COUNT": "4 1 1 1 3 2"}
+        header = pcd(np.empty((0, 3)), "binary", **fields, WIDTH=64, POINTS=64)
+        rows = b"".join(struct.pack("<4B3f3d2B", 1, 2, 3, 4, *row, 5, 6, 7, 8, 9) for row in noise(64))
+        assert np.allclose(loaded(modality(), header + rows), unit(noise(64)), atol=1e-5)
 
     def test_xyz_npy_npz_and_arrays_agree(self, modality, tmp_path):
         points = noise(64)

@@ -1,6 +1,7 @@
 """What the point_cloud modality refuses, and how it says so."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ import xblip
         (np.array([[0, 0, 0, 1, np.nan, 1]]), "1 of its 1 points are NaN"),
         (np.array([[0, 0, 0, 0, 128, 255]]), "colours range from 0 to 255.*divide 0..255 by 255"),
         (np.array([[0, 0, 0, -1, 0, 0]]), "colours range from -1 to 0"),
+        (np.ma.array(np.zeros((5, 3)), mask=np.eye(5, 3)), "it is a masked array"),
+        (torch.zeros(5, 3, device="meta"), "numpy cannot take it"),
         ([[0, 0, 0]], "given as list: expected a file .* or a numpy array or tensor"),
         (7, "given as int: expected a file"),
         (b"1 2 3\n4 5 6\n", "no ending that names its format.*Give the path of a file that ends in .ply"),
@@ -37,14 +40,32 @@ def test_objects(modality, source, message):
         modality().load(source)
 
 
-SLOW = {"text.pcd", "text.off", "text.stl", "text.glb", "cut_binary.pcd", "points_only.obj"}
+SLOW = {"text.off", "text.stl", "text.glb", "points_only.obj"}
 TEXT = b"this is a text and no shape at all\n" * 20
 FILES = {
     "text.ply": (TEXT, "it has no PLY header"),
     "text.xyz": (TEXT, "could not convert string"),
     "text.npy": (TEXT, "magic string is not correct"),
     "text.npz": (TEXT, "not a zip archive"),
-    "text.pcd": (TEXT, "Read PCD failed"),
+    "text.pcd": (TEXT, "its header has the line 'this is a text"),
+    "no_data.pcd": (pcd(noise(5), DATA=None), "its header has the line '-?[0-9]"),
+    "cut_header.pcd": (pcd(noise(5))[:80], "its header has no DATA line"),
+    "no_size.pcd": (pcd(noise(5), SIZE=None), "its header has no SIZE"),
+    "data.pcd": (pcd(noise(5)).replace(b"DATA ascii", b"DATA foo"), "its DATA is 'foo', not ascii"),
+    "count.pcd": (pcd(noise(5), COUNT="1 1 9"), "it has 5 rows of 3 numbers; declared are 5 of 11"),
+    "counts.pcd": (pcd(noise(5), COUNT="1 1"), "its COUNT is '1 1'; expected 3 whole numbers"),
+    "type.pcd": (pcd(noise(5), TYPE="F F X"), "its field 'z' has TYPE X, SIZE 4, COUNT 1"),
+    "types.pcd": (pcd(noise(5), TYPE="F F"), "its TYPE has 2 entries for 3 fields"),
+    "size.pcd": (pcd(noise(5), SIZE="4 4 3"), "its field 'z' has TYPE F, SIZE 3, COUNT 1"),
+    "width.pcd": (pcd(noise(5), WIDTH=9), "its WIDTH x HEIGHT is 9 x 1, but its POINTS are 5"),
+    "points.pcd": (pcd(noise(5), POINTS="5.5"), "its POINTS is '5.5'; expected 1 whole numbers"),
+    "more.pcd": (pcd(noise(5)) + b"1 2 3\n", "it has 6 rows of 3 numbers; declared are 5 of 3"),
+    "short_row.pcd": (pcd(noise(5)) + b"1 2\n", "number of columns changed"),
+    "word.pcd": (pcd(noise(5)) + b"1 two 3\n", "could not convert string 'two'"),
+    "no_z.pcd": (pcd(noise(5), FIELDS="x y q"), "its points have no single field 'z'"),
+    "empty.pcd": (pcd(np.empty((0, 3))), "it holds no points"),
+    "more_binary.pcd": (pcd(noise(5), "binary") + b"1", "its body has 61 bytes where 60 are declared"),
+    "cut_compressed.pcd": (pcd(noise(5), "binary_compressed")[:-1], "bytes where [0-9]+ are declared"),
     "text.obj": (TEXT, "crashed|finds no mesh"),
     "text.off": (TEXT, "Read OFF failed"),
     "text.stl": (TEXT, "finds no mesh"),
@@ -61,8 +82,8 @@ FILES = {
         "ends before all of the 4 rows of its element 'face'",
     ),
     "cut_header.ply": (TETRAHEDRON.encode()[:60], "it has no PLY header"),
-    "cut.pcd": (pcd(noise(50))[:-100], "it ends in line 4[0-9] of 50 points"),
-    "cut_binary.pcd": (pcd(noise(50), "binary")[:-1], "Read PCD failed"),
+    "cut.pcd": (pcd(noise(50))[:-100], "number of columns changed|it has 4[0-9] rows"),
+    "cut_binary.pcd": (pcd(noise(50), "binary")[:-1], "its body has 599 bytes where 600 are declared"),
     "cut.off": (off()[:-4], "Read OFF failed"),
     "cut.stl": (stl()[:-10], "finds no mesh"),
     "cut.glb": (glb([{}])[:-10], "finds no mesh"),
@@ -72,6 +93,15 @@ FILES = {
     "empty.ply": (ply([]), "it holds no points"),
     "no_z.ply": (ply(noise(5)[:, :2], columns="x y"), "its vertices have no property 'z'"),
     "bad_line.ply": (TETRAHEDRON.replace("property float z", "propertz").encode(), "the line 'propertz'"),
+    "negative.ply": (TETRAHEDRON.replace("vertex 4", "vertex -1").encode(), "the line 'element vertex -1'"),
+    "no_format.ply": (TETRAHEDRON.replace("format ascii 1.0\n", "").encode(), "its header has no format line"),
+    "type.ply": (TETRAHEDRON.replace("float z", "real z").encode(), "the line 'property real z'"),
+    "list_type.ply": (TETRAHEDRON.replace("uchar int", "uchar real").encode(), "the line 'property list uchar real"),
+    "early.ply": (b"ply\nformat ascii 1.0\nproperty float x\nend_header\n", "the line 'property float x'"),
+    "word.ply": (TETRAHEDRON.replace("0 1 0", "0 one 0").encode(), "could not convert"),
+    "fraction.ply": (TETRAHEDRON.replace("3 1 2 3", "3 1 2 2.5").encode(), "its vertex indices are not all whole"),
+    "length.ply": (TETRAHEDRON.replace("3 1 2 3", "2.5 1 2 3").encode(), "its lengths of lists are not all whole"),
+    "length_negative.ply": (TETRAHEDRON.replace("3 1 2 3", "-3 1 2 3").encode(), "'face' has length -3"),
     "bad_index.ply": (TETRAHEDRON.replace("3 1 2 3", "3 1 2 4").encode(), "vertices that do not exist"),
     "nan.xyz": (b"0 0 0\nnan 0 0\n", "1 of its 2 points are NaN"),
     "normals.xyz": (
@@ -98,6 +128,19 @@ def test_files(modality, tmp_path, name, capfd):
         modality(max_points=2000).load(path)
     assert name in str(caught.value)
     assert "open3d" not in capfd.readouterr().out.lower(), "open3d's warnings are not for our user's terminal"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((10**12, 3), "it has 500000000000 or more points"), ((1000, 3), "declares 24000 bytes, but 176 are there")],
+)
+def test_an_array_larger_than_its_file_is_refused(modality, tmp_path, shape, message):
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w") as archive:
+        archive.writestr("points.npy", member.getvalue() + bytes(48))
+    with pytest.raises(xblip.MediaError, match=message):
+        modality(max_points=2000).load(tmp_path / "claim.npz")
 
 
 def test_arrays_in_files(modality, tmp_path):

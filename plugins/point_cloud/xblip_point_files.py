@@ -1,11 +1,12 @@
 """Files of point clouds and meshes, read into one `Shape`.
 
-What holds plain clouds (.ply, .xyz, .npy, .npz) is read here with numpy: it is quick, needs no open3d and
+What holds plain clouds (.ply, .pcd, .xyz, .npy, .npz) is read here with numpy: it is quick, needs no open3d and
 notices every missing byte. All other formats are left to open3d, in a process of its own
 (`xblip_point_open3d` says why).
 """
 
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from xblip_point_pcd import read_pcd
 
 import xblip
 
 SUFFIXES = (".ply", ".pcd", ".xyz", ".obj", ".off", ".stl", ".glb", ".gltf", ".npy", ".npz")
 CANNOT_IMPORT = 3  # exit status of xblip_point_open3d
-BYTES_PER_POINT = 6 * 8  # the most an array of clouds can hold: coordinates and colour as float64
+MOST_COLUMNS = 6  # of an array: coordinates and colour
 
 _MAGIC = {
     b"ply": ".ply",
@@ -73,6 +75,9 @@ def read_file(file: xblip.MediaFile, *, max_points: int, timeout_seconds: float)
         if suffix == ".ply":
             with file.open() as stream:
                 return _read_ply(stream.read(), file.label, max_points)
+        if suffix == ".pcd":
+            with file.open() as stream:
+                return Shape(*read_pcd(stream.read()))
         if suffix == ".xyz":
             with file.open() as stream:
                 return from_array(np.loadtxt(stream, ndmin=2), file.label)
@@ -169,8 +174,22 @@ def _read_numpy(path: Path, label: str, max_points: int) -> np.ndarray:
                 f"Cannot read {label}: it holds the arrays {', '.join(names) or '(none)'}. "
                 'Expected one called "points" or "arr_0", or a single one.'
             )
-        _refuse_many(archive.zip.getinfo(f"{name}.npy").file_size // BYTES_PER_POINT, label, max_points)
+        _check_member(archive.zip, f"{name}.npy", label, max_points)
         return archive[name]
+
+
+def _check_member(archive: zipfile.ZipFile, name: str, label: str, max_points: int) -> None:
+    """Refuses an array that is larger than it may be, or than its file is, before numpy makes room for it."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in readers:
+            raise ValueError(f"its array is of version {version[0]}.{version[1]}, which plain numbers do not need")
+        shape, _, dtype = readers[version](member)
+    _refuse_many(math.prod(shape) // MOST_COLUMNS, label, max_points)
+    declared, there = math.prod(shape) * dtype.itemsize, archive.getinfo(name).file_size
+    if declared > there and not dtype.hasobject:
+        raise ValueError(f"its array declares {declared} bytes, but {there} are there")
 
 
 def _read_with_open3d(path: Path, label: str, timeout_seconds: float) -> Shape:
@@ -226,7 +245,7 @@ def _read_ply(data: bytes, label: str, max_points: int) -> Shape:
     encoding, elements = _ply_header(data[: end.start()].decode("latin-1"))
     body = memoryview(data)[end.end() :]
     if encoding == "ascii":
-        body = np.fromstring(bytes(body), dtype="<f8", sep=" ").data.cast("B")
+        body = np.array(bytes(body).split(), "<f8").data.cast("B")
     shape, offset = Shape(np.empty((0, 3))), 0
     for element in elements:
         _refuse_many(element.count, label, max_points)
@@ -248,16 +267,18 @@ def _ply_header(text: str) -> tuple[str, list[_Element]]:
         match words:
             case ["format", name, _] if name in _PLY_ENCODINGS:
                 encoding = name
-            case ["element", name, count]:
+            case ["element", name, count] if count.isdecimal():
                 elements.append(_Element(name, int(count), []))
-            case ["property", "list", length, kind, name]:
+            case ["property", "list", length, kind, name] if elements and {length, kind} <= _PLY_TYPES.keys():
                 elements[-1].properties.append(_Property(name, _PLY_TYPES[kind], _PLY_TYPES[length]))
-            case ["property", kind, name]:
+            case ["property", kind, name] if elements and kind in _PLY_TYPES:
                 elements[-1].properties.append(_Property(name, _PLY_TYPES[kind]))
             case ["ply"] | ["comment" | "obj_info", *_] | []:
                 pass
             case _:
                 raise ValueError(f"its header has the line {' '.join(words)!r}")
+    if not encoding:
+        raise ValueError("its header has no format line")
     return encoding, elements
 
 
@@ -294,7 +315,9 @@ def _ply_row(body: memoryview, offset: int, element: _Element, encoding: str) ->
         start, end = end, end + int(length[1])
         if end > len(body):
             raise _too_short(element)
-        count = int(np.frombuffer(body, order + length, 1, start)[0])
+        count = _whole(np.frombuffer(body, order + length, 1, start), "lengths of lists")[0]
+        if count < 0:
+            raise ValueError(f"a list of its element {element.name!r} has length {count}")
         fields += [(f"{column.name} length", order + length), (column.name, order + kind, (count,))]
         end += count * int(kind[1])
     row = _row_type(tuple(fields))
@@ -312,6 +335,13 @@ def _too_short(element: _Element) -> ValueError:
     return ValueError(f"it ends before all of the {element.count} rows of its element {element.name!r}")
 
 
+def _whole(values: np.ndarray, what: str) -> np.ndarray:
+    """Numbers, which are floats where they come from text, as integers."""
+    if values.dtype.kind == "f" and (values % 1 != 0).any():
+        raise ValueError(f"its {what} are not all whole numbers")
+    return values.astype(np.int64)
+
+
 def _column(rows: dict, name: str) -> np.ndarray:
     if name not in rows:
         raise ValueError(f"its vertices have no property {name!r}")
@@ -326,4 +356,4 @@ def _triangulate(polygons: np.ndarray | list[np.ndarray]) -> np.ndarray | None:
     else:
         groups = [polygons] if polygons.ndim == 2 else []
     fans = [group[:, [0, last - 1, last]] for group in groups for last in range(2, group.shape[1])]
-    return np.concatenate(fans).astype(np.int64) if fans else None
+    return _whole(np.concatenate(fans), "vertex indices") if fans else None

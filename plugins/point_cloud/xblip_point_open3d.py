@@ -45,13 +45,9 @@ def import_open3d():
 
 
 def read(open3d, path: str) -> dict[str, np.ndarray]:
-    """Reads a cloud (.pcd) or mesh; its polygons come as triangles."""
+    """Reads a mesh; its polygons come as triangles."""
     suffix = Path(path).suffix.lower()
-    if suffix == ".pcd":
-        check_text_pcd(path)
-        cloud = open3d.io.read_point_cloud(path)
-        points, colors, triangles = cloud.points, cloud.colors, np.empty((0, 3))
-    elif suffix == ".off":
+    if suffix == ".off":
         mesh = open3d.io.read_triangle_mesh(path)
         points, colors, triangles = mesh.vertices, mesh.vertex_colors, mesh.triangles
     else:  # the older reader of these formats leaves out every polygon that is not a triangle
@@ -59,16 +55,6 @@ def read(open3d, path: str) -> dict[str, np.ndarray]:
         points, triangles = mesh.vertex.positions.numpy(), mesh.triangle.indices.numpy()
         colors = mesh.vertex.colors.numpy() if "colors" in mesh.vertex else np.empty((0, 3))
     return {"points": np.asarray(points), "colors": np.asarray(colors), "triangles": np.asarray(triangles)}
-
-
-def check_text_pcd(path: str) -> None:
-    """Raises ValueError if a PCD file of ASCII data is shorter than its header says; open3d would not."""
-    header, found, body = Path(path).read_bytes().partition(b"DATA ascii")
-    if found:
-        fields = {line.split()[0]: line.split()[1:] for line in header.splitlines() if line.strip()}
-        declared, lines = int(fields[b"POINTS"][0]), [line for line in body.splitlines() if line.strip()]
-        if len(lines) < declared or (declared and len(lines[declared - 1].split()) < len(fields[b"FIELDS"])):
-            raise ValueError(f"it ends in line {len(lines)} of {declared} points")
 
 
 def main(path: str, result: str) -> None:

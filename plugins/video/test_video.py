@@ -93,6 +93,19 @@ def test_listed_pictures_are_turned_upright_and_laid_on_white(plain, tmp_path):
     assert (rgb(plain(), [clear]) == 255).all()
 
 
+def test_listed_pictures_with_unreadable_exif_are_read(plain):
+    stream = io.BytesIO()
+    PIL.Image.fromarray(numbered(1)[0]).save(stream, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert np.array_equal(rgb(plain(), [stream.getvalue()])[0], numbered(1)[0])
+
+
+def test_max_pixels_is_the_only_limit_of_listed_pictures(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 9)
+    PIL.Image.fromarray(numbered(1)[0]).save(tmp_path / "large.png")
+    assert np.array_equal(rgb(plain(), [tmp_path / "large.png"]), numbered(1))
+    assert PIL.Image.MAX_IMAGE_PIXELS == 9
+
+
 def test_the_encoder_takes_all_frames_as_rows(tmp_path, clip):
     config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     ViTModel(config).save_pretrained(tmp_path)
@@ -143,6 +156,9 @@ def test_wrong_arrays_are_refused(plain):
 def test_wrong_lists_are_refused(plain, tmp_path):
     (tmp_path / "text.png").write_text("hello")
     deep = PIL.Image.fromarray(np.zeros((4, 4), np.uint16))
+    fails(plain(), [PIL.Image.new("L", (0, 0))], "frame 0 of the video", "it has no pixels (0 x 0)")
+    fails(plain(), torch.zeros(2, 8, 8, 3, dtype=torch.bfloat16), "expected uint8")
+    fails(plain(), [torch.zeros(8, 8, dtype=torch.uint8).to_sparse()], "numpy cannot take it")
     fails(plain(), [], "list of pictures is empty")
     fails(plain(), [numbered(1)[0], tmp_path / "text.png"], "frame 1 of the video", "text.png", "a picture (PNG")
     fails(plain(), [tmp_path / "none.png"], "frame 0 of the video", "no such file")

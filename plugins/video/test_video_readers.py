@@ -1,5 +1,6 @@
 """Both readers: exact frames of many kinds of file, and what they refuse."""
 
+import struct
 import sys
 
 import av
@@ -270,3 +271,47 @@ def test_text_pictures_and_noise_called_mp4_are_refused(plain, tmp_path, reader)
     fails(plain(reader=reader), text, "text.mp4", "of another format", "Expected an MP4, MOV, WebM, MKV or AVI")
     fails(plain(reader=reader), picture, "picture.mp4", "of another format")
     fails(plain(reader=reader), noise, "noise.mp4", f"with {reader}", "damaged or of another format")
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("name", "codec"), [("long.avi", "mpeg4"), ("long.mkv", "libx264")])
+def test_an_absurd_length_in_the_header_ends_neither_the_process_nor_in_a_video(plain, tmp_path, reader, name, codec):
+    path = write(tmp_path / name, numbered(20), codec=codec)
+    data = bytearray(path.read_bytes())
+    if codec == "mpeg4":
+        struct.pack_into("<I", data, data.index(b"strh") + 40, 2**31 - 1)
+    else:
+        struct.pack_into(">d", data, data.index(b"\x44\x89\x88") + 3, 1e12)
+    path.write_bytes(data)
+    fails(plain(reader=reader), path, f"with {reader}", "promises" if reader == "decord" else "more than max_seconds")
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\x1a\x45\xdf\xa3",
+        b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67",
+        b"\x1a\x45\xdf\xa3\xff" + bytes(50),
+        b"\x1a\x45\xdf\xa3" + bytes(51),
+        b"\0\0\0\1ftyp" + b"\xff" * 8 + bytes(40),
+        b"\0\0\0\1ftyp\x7f" + b"\xff" * 7 + bytes(40),
+    ],
+)
+def test_broken_headers_are_refused(plain, reader, header):
+    fails(plain(reader=reader), header, "Cannot read the video given as bytes")
+
+
+def test_an_index_of_absurd_size_is_refused(plain, clip):
+    data = bytearray(clip.read_bytes())
+    place = data.index(b"stts") + 8
+    data[place : place + 4] = (0x0FFFFFFF).to_bytes(4)
+    fails(plain(reader="pyav"), bytes(data), "with pyav", "damaged")
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["12:30.mp4", "clip:1.mp4", "file:1.mp4"])
+def test_a_name_may_have_a_colon(plain, clip, tmp_path, monkeypatch, reader, name):
+    (tmp_path / name).write_bytes(clip.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert numbers(plain(num_frames=2, reader=reader), name) == [10, 30]

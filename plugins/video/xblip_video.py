@@ -5,6 +5,7 @@ gives the same pictures in training and in use, and with either reader.
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+PICTURE = f"a picture ({', '.join(PICTURES)})"
 MAX_ASPECT_RATIO = 200
 """Long side over short side of a frame, as in Qwen2-VL's image processor: processors that bring the short
 side to a fixed size would blow up a thin strip."""
@@ -162,7 +164,7 @@ class Video(xblip.Modality):
 
         file = xblip.media_file(frame, kind=label)
         if file:
-            with file.open() as stream, xblip.decoding(file.label, f"a picture ({', '.join(PICTURES)})"):
+            with file.open() as stream, xblip.decoding(file.label, PICTURE), _without_pillow_limit:
                 return self._upright_rgb(PIL.Image.open(stream, formats=PICTURES), file.label)
         if isinstance(frame, PIL.Image.Image):
             with xblip.decoding(label, "a picture"):
@@ -179,7 +181,6 @@ class Video(xblip.Modality):
 
     def _upright_rgb(self, picture: "PIL.Image.Image", label: str) -> "PIL.Image.Image":
         import PIL.Image
-        import PIL.ImageOps
 
         self._check_size(*picture.size, label)
         picture.load()
@@ -187,13 +188,15 @@ class Video(xblip.Modality):
             raise xblip.MediaError(
                 f'Cannot read {label}: its pixels have more than 8 bits (mode "{picture.mode}"). Convert it to 8 bits.'
             )
-        picture = PIL.ImageOps.exif_transpose(picture)
+        picture = _turned(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
 
     def _check_size(self, width: int, height: int, label: str) -> None:
+        if width * height == 0:
+            raise xblip.MediaError(f"Cannot read {label}: it has no pixels ({width} x {height}).")
         if width * height > self.config.max_pixels:
             raise xblip.MediaError(
                 f"Cannot read {label}: frames of {width} x {height} are more than max_pixels = "
@@ -211,6 +214,58 @@ class Video(xblip.Modality):
                 f"Cannot read {label}: it lasts {reader.seconds:.0f} s, more than max_seconds = "
                 f"{self.config.max_seconds:g}. Cut it, or raise max_seconds in the modality's config."
             )
+
+
+class _LiftedPillowLimit:
+    """Leaves `max_pixels` the only limit: Pillow's own warns and fails at sizes of its own choosing.
+
+    That limit is a global of Pillow which threads share: the first one in lifts it, the last puts it back.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._users = 0
+        self._kept: int | None = None
+
+    def __enter__(self) -> None:
+        import PIL.Image
+
+        with self._lock:
+            if self._users == 0:
+                self._kept, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+            self._users += 1
+
+    def __exit__(self, *_) -> None:
+        import PIL.Image
+
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                PIL.Image.MAX_IMAGE_PIXELS = self._kept
+
+
+_without_pillow_limit = _LiftedPillowLimit()
+
+
+def _turned(picture: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Applies the EXIF orientation; where EXIF is unreadable, the picture stays as it is stored."""
+    import PIL.ExifTags
+    import PIL.Image
+
+    try:
+        orientation = picture.getexif().get(PIL.ExifTags.Base.Orientation)
+    except Exception:  # of what kind depends on the damage; the pixels do not need it
+        return picture
+    method = {
+        2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+        3: PIL.Image.Transpose.ROTATE_180,
+        4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+        5: PIL.Image.Transpose.TRANSPOSE,
+        6: PIL.Image.Transpose.ROTATE_270,
+        7: PIL.Image.Transpose.TRANSVERSE,
+        8: PIL.Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return picture if method is None else picture.transpose(method)
 
 
 def middles(total: int, wanted: int) -> list[int]:

@@ -27,6 +27,9 @@ MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".s
 FAULT_TOLERANCE = 1e-6
 """Share of frames decord may replace by a neighbour before it fails: none, but 0 switches its check off."""
 
+MOST_FRAMES = 10_000_000
+"""Frames that decord is let promise itself memory for: two days at 60 a second."""
+
 
 class Reader(ABC):
     """One video file.
@@ -70,7 +73,11 @@ class _Index:
 
 
 class PyavReader(Reader):
-    """Reads with PyAV, which brings a current FFmpeg; seeks, so that of long videos little is decoded."""
+    """Reads with PyAV, which brings a current FFmpeg; seeks, so that of long videos little is decoded.
+
+    Attributes:
+      header_seconds, rate: length and mean frames a second by the header, or None.
+    """
 
     name = "pyav"
     package = "av"
@@ -80,15 +87,15 @@ class PyavReader(Reader):
         self._label = label
         with self._open() as (container, stream):
             self.size = (stream.codec_context.width, stream.codec_context.height)
-            self._header_seconds = None if container.duration is None else container.duration / 1e6
+            self.header_seconds = None if container.duration is None else container.duration / 1e6
             self._time_base = stream.time_base
-            self._rate = stream.average_rate
+            self.rate = stream.average_rate
             # AVI has no presentation times; VP8's hidden frames look like any other until decoded.
             self._must_count = container.format.name == "avi" or stream.codec_context.name == "vp8"
 
     @property
     def seconds(self) -> float:
-        return self._header_seconds if self._header_seconds is not None else self.times_s[-1]
+        return self.header_seconds if self.header_seconds is not None else self.times_s[-1]
 
     @functools.cached_property
     def times_s(self) -> Sequence[float]:
@@ -97,7 +104,7 @@ class PyavReader(Reader):
             raise ValueError("no frame can be decoded")
         if None not in ticks and all(left < right for left, right in itertools.pairwise(ticks)):
             return [float((tick - ticks[0]) * self._time_base) for tick in ticks]
-        return [float(number / self._rate) for number in range(len(ticks))]
+        return [float(number / self.rate) for number in range(len(ticks))]
 
     def _decoded_ticks(self) -> list[int | None]:
         with self._open() as (container, stream):
@@ -159,7 +166,7 @@ class PyavReader(Reader):
         import av
         from av.stream import Disposition
 
-        with av.open(str(self._path), options={"protocol_whitelist": "file"}) as container:
+        with av.open(str(self._path.absolute()), options={"protocol_whitelist": "file"}) as container:
             covers = Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & covers]
             if not streams:
@@ -179,6 +186,7 @@ class DecordReader(Reader):
     def __init__(self, path: Path, label: str):
         self._path = path
         self._label = label
+        self._refuse_absurd_header()
         reader = self._open()
         height, width, _ = self._next(reader, 0).asnumpy().shape
         self.size = (width, height)
@@ -186,6 +194,16 @@ class DecordReader(Reader):
         if np.any(np.diff(starts) <= 0):  # an AVI's B-frames: decord reports nonsense there
             starts = np.arange(len(reader)) / reader.get_avg_fps()
         self._times_s = (starts - starts[0]).tolist()
+
+    def _refuse_absurd_header(self) -> None:
+        """Reads the header with PyAV first: where decord lacks the memory for all frames promised, it aborts Python."""
+        try:
+            header = PyavReader(self._path, self._label)
+        except ImportError:
+            return
+        promised = (header.header_seconds or 0) * (header.rate or 0)
+        if promised > MOST_FRAMES:
+            raise ValueError(f"its header promises {float(promised):.0f} frames")
 
     @property
     def seconds(self) -> float:
@@ -207,7 +225,9 @@ class DecordReader(Reader):
 
         decord.logging.set_level(decord.logging.QUIET)
         try:
-            return decord.VideoReader(str(self._path), ctx=decord.cpu(0), num_threads=1, fault_tol=FAULT_TOLERANCE)
+            return decord.VideoReader(
+                str(self._path.absolute()), ctx=decord.cpu(0), num_threads=1, fault_tol=FAULT_TOLERANCE
+            )
         except (decord.DECORDError, RuntimeError, AssertionError) as cause:
             if "cannot find video stream" not in str(cause):
                 raise ValueError("decord cannot open it") from cause
@@ -265,13 +285,13 @@ def check_complete(path: Path, label: str) -> None:
     Raises:
       MediaError: it is no MP4, MOV, WebM, MKV or AVI, or it is shorter than it says.
     """
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, xblip.decoding(label, EXPECTED):
         there = stream.seek(0, 2)
         stream.seek(0)
         head = stream.read(12)
         stream.seek(0)
         if head[4:8] in MP4_BOXES:
-            promised = _mp4_length(stream)
+            promised = _mp4_length(stream, there)
         elif head[:4] == b"\x1a\x45\xdf\xa3":
             promised = _matroska_length(stream)
         elif head[:4] == b"RIFF" and head[8:] == b"AVI ":
@@ -284,8 +304,11 @@ def check_complete(path: Path, label: str) -> None:
         )
 
 
-def _mp4_length(stream: BinaryIO) -> int:
-    """Where the last top-level box ends (ISO/IEC 14496-12, 4.2); a size of 0 means the end of the file."""
+def _mp4_length(stream: BinaryIO, there: int) -> int:
+    """Where the last top-level box that begins within `there` bytes ends (ISO/IEC 14496-12, 4.2).
+
+    A size of 0 means the end of the file.
+    """
     end = 0
     while True:
         stream.seek(end)
@@ -296,13 +319,14 @@ def _mp4_length(stream: BinaryIO) -> int:
         if header[4:8] not in MP4_BOXES or size < 8:
             return end
         end += size
+        if end >= there:
+            return end
 
 
 def _matroska_length(stream: BinaryIO) -> int:
     """Where the segment ends (RFC 8794, 4 and 6.2); 0 if it does not say."""
     stream.seek(4)
-    header = _matroska_number(stream)
-    stream.seek(header, 1)
+    stream.seek(_matroska_number(stream) or 0, 1)
     if stream.read(4) != b"\x18\x53\x80\x67":
         return 0
     size = _matroska_number(stream)
@@ -311,9 +335,11 @@ def _matroska_length(stream: BinaryIO) -> int:
 
 def _matroska_number(stream: BinaryIO) -> int | None:
     """A number whose first byte's leading zeros say how many bytes follow; None for all ones, "unknown"."""
-    first = stream.read(1)[0]
-    width = 9 - first.bit_length()
-    value = int.from_bytes(bytes([first]) + stream.read(width - 1)) - (1 << 7 * width)
+    first = stream.read(1)
+    if not first or not first[0]:
+        raise ValueError("its header is damaged")
+    width = 9 - first[0].bit_length()
+    value = int.from_bytes(first + stream.read(width - 1)) - (1 << 7 * width)
     return value if value < (1 << 7 * width) - 1 else None
 
 
