@@ -27,6 +27,7 @@ class Numbers(ToyModality):
     """Rows of four numbers from a text file."""
 
     name = "{name}"
+    cue = "input : "
     suffixes = (".txt",)
 
     def load(self, source):
@@ -192,6 +193,20 @@ class TestAsk:
             (["what ?", "a.txt"], 'Do not know what to do with "a.txt": inputs are given as --modality FILE'),
             (["what ?", "max_new_token=3"], 'Unknown generation option "max_new_token". Did you mean "max_new_tokens"'),
             (["what ?", "max_new_tokens=many"], "max_new_tokens must be a whole number"),
+            (["what ?", "max_new_tokens="], "max_new_tokens must be a whole number"),
+            (["what ?", "streamer=x"], "streamer takes an object, which only Python can give"),
+            (["what ?", "zzz=1"], r'Unknown generation option "zzz"\. They are those of transformers'),
+            (["what ?", "--touch", "--depth-map", "a.txt"], '"--touch" needs a file after it'),
+            (
+                ["what ?", "--zzz", "1"],
+                r'No such option "--zzz"\. Known: --depth-map, --help, --json, --model, --touch, -m\.',
+            ),
+            (["a\udcff b"], "The instruction holds a character that is not valid Unicode"),
+            (["--", "--json?", "--more"], 'No such option "--more"|Do not know what to do with "--more"'),
+            ([], "Missing argument 'question'.* See .* ask --help"),
+            (["--touch", "a.txt", "what ?", "--model"], "Option '--model' requires an argument"),
+            (["what ?", "--model"], "Option '--model' requires an argument"),
+            (["what ?", "--json=1"], "Option '--json' does not take a value"),
             (["what ?", "max_new_tokens=[1,"], "Cannot use max_new_tokens"),
             (["what ?", "media=a.txt"], 'Unknown generation option "media"'),
             (["what ?", "touch=a.txt"], 'Unknown generation option "touch"'),
@@ -206,6 +221,17 @@ class TestAsk:
         status, out, err = run("ask", *arguments)
         assert (status, out) == (2, "")
         assert err.count("\n") == 1 and err.startswith("error: ") and re.search(message, err), err
+
+    def test_two_dashes_end_the_options(self, run, model, world):
+        for question, words in (("--json ?", ["--touch", "a.txt", "--", "--json ?"]), ("-m ?", ["--", "-m ?"])):
+            inputs = {"touch": world / "a.txt"} if "--touch" in words else {}
+            status, out, _ = run("ask", *words, "max_new_tokens=3")
+            assert (status, out) == (0, model.ask(question, **inputs, max_new_tokens=3).text + "\n")
+
+    def test_words_the_llm_does_not_know_are_one_warning(self, run):
+        status, _, err = run("ask", "is the glorp larger ?", "max_new_tokens=2")
+        assert status == 0 and err.count("\n") == 1
+        assert err.startswith('warning: The LLM does not know "glorp" in "is the glorp larger ?"')
 
     def test_help_lists_the_inputs(self, run):
         status, out, _ = run("ask", "--help")
@@ -257,6 +283,11 @@ class TestChat:
         status, out, err = run("chat", "--touch", "a.txt", lines="what ? " * 200 + "\nwhat ?")
         assert status == 0 and "exceed its context" in err and err.count("\n") == 1
         assert out.splitlines() == self.conversation(model, ([("touch", world / "a.txt")], "what ?"))
+
+    def test_a_line_that_is_no_text_is_told_and_forgotten(self, run, model):
+        status, out, err = run("chat", lines="a\udcff b\nwhat ?")
+        assert status == 0 and "not valid Unicode" in err and err.count("\n") == 1
+        assert out.splitlines() == self.conversation(model, ([], "what ?"))
 
     @pytest.mark.parametrize("arguments", [["--touch", "none.txt"], ["--model", "none"], ["--tuoch", "a.txt"]])
     def test_a_bad_start_is_one_line_and_status_2(self, run, arguments):
@@ -339,6 +370,28 @@ class TestTrain:
     def test_a_missing_config_is_one_line(self, run):
         status, out, err = run("train", "none.yaml")
         assert (status, out) == (2, "") and 'No config file at "none.yaml"' in err and err.count("\n") == 1
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["bogus"], "No such command 'bogus'"),
+            (["--bogus"], "No such option"),
+            (["plugins", "x"], "unexpected extra argument"),
+            (["check"], "Missing argument 'name'"),
+            (["train"], "Missing argument 'config'"),
+            (["new"], "Missing argument 'name'"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line_and_status_2(self, run, arguments, message):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "")
+        assert err.count("\n") == 1 and err.startswith("error: ") and message in err and "--help" in err, err
+
+    def test_no_command_shows_the_help(self, run):
+        status, out, err = run()
+        assert status == 2 and "Usage:" in out and err == ""
 
 
 class TestProcess:

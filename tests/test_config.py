@@ -108,6 +108,11 @@ class TestYaml:
         with pytest.raises(ConfigError, match="Cannot use"):
             load_yaml(write(tmp_path / "run.yaml", "a: 1\n"), ["a=[1,"])
 
+    @pytest.mark.parametrize("override", ["a=[1]", "a=[]"])
+    def test_an_override_of_another_kind_is_refused(self, tmp_path, override):
+        with pytest.raises(ConfigError, match="Cannot use .*incompatible"):
+            load_yaml(write(tmp_path / "run.yaml", "a: {b: 1}\n"), [override])
+
 
 class TestBuild:
     def test_values_become_an_instance_with_defaults(self):
@@ -131,6 +136,8 @@ class TestBuild:
             ({"name": "x", "colour": "green"}, '"camera": .*green.*expected one of .*red, blue'),
             ({"name": None}, '"camera": .*None.*at name'),
             ({}, '"camera": .*missing mandatory value: name'),
+            ({"name": "x", "extra": [1]}, '"camera": .*ncompatible'),
+            ({"name": "x", "sizes": {"a": 1}}, '"camera": .*ncompatible'),
             ([1, 2], r'"camera" must hold keys with values, not \[1, 2\]'),
             ("words", "\"camera\" must hold keys with values, not 'words'"),
         ],
@@ -139,6 +146,13 @@ class TestBuild:
         with pytest.raises(ConfigError, match=message) as caught:
             build(Camera, values, where="camera")
         assert "\n" not in str(caught.value) and "object_type" not in str(caught.value)
+
+    @pytest.mark.parametrize(("base", "child"), [("a: [1]", "a: {b: 1}"), ("a: {b: 1}", "a: [1]")])
+    def test_kinds_of_values_that_clash_are_one_clear_error(self, tmp_path, base, child):
+        write(tmp_path / "base.yaml", base)
+        run = write(tmp_path / "run.yaml", f"base: base.yaml\n{child}")
+        with pytest.raises(ConfigError, match=r"Cannot use .*run.yaml on top of its base: .*incompatible"):
+            load_yaml(run)
 
     def test_nothing_given_means_defaults(self):
         assert build(Lens, None, where="lens") == Lens()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xblip.errors import ConfigError, InputError
+from xblip.errors import ConfigError, InputError, UnknownWordsWarning
 from xblip.llm import IGNORE, FrozenLLM, PromptBatch
 from xblip.router import Bos, Router, RouterConfig
 from xblip.sample import Media, Sample, Turn
@@ -65,6 +65,31 @@ def spell(llm: FrozenLLM, batch: PromptBatch, row: int = 0) -> list[str]:
 def laid_out(router: Router, sample: Sample, answer: str | None = None) -> str:
     answers = None if answer is None else [answer]
     return " ".join(spell(router.llm, router.assemble([router.pieces(sample)], [markers(sample)], answers=answers)))
+
+
+class TestUnknownWords:
+    """A word-level tokenizer reads all words it does not know as one."""
+
+    @pytest.mark.parametrize("setting", ["prefix", "postfix", "separator"])
+    def test_in_a_setting_are_told_when_the_router_is_made(self, make, setting):
+        with pytest.warns(UnknownWordsWarning, match='does not know "glorp", "Zap:" in "red glorp Zap:"'):
+            make(**{setting: "red glorp Zap:"})
+
+    def test_in_a_cue_are_told_if_cues_are_laid_out(self, llm, recwarn):
+        cues = {"toy": "glorp: "}
+        Router(RouterConfig(cues=False), llm=llm, cues=cues)
+        assert not recwarn
+        with pytest.warns(UnknownWordsWarning, match='"glorp:" in "glorp: "'):
+            Router(RouterConfig(), llm=llm, cues=cues)
+
+    def test_in_an_instruction_are_told_once(self, make, recwarn):
+        router = make()
+        for words in ("what ?", "what glorp ?", "what glorp ?", "zap ?"):
+            laid_out(router, Sample(words))
+        assert [str(warning.message).split(":")[0] for warning in recwarn] == [
+            'The LLM does not know "glorp" in "what glorp ?"',
+            'The LLM does not know "zap" in "zap ?"',
+        ]
 
 
 PAIR = Sample("which one is larger ?", [("toy", 0), "and ", ("beads", 1)])

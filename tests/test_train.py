@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from xblip import config as configs
 from xblip.branch import BranchConfig
 from xblip.data import Manifest
-from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, UnknownWordsWarning, XBlipError
 from xblip.llm import LLMConfig
 from xblip.model import XBlip
 from xblip.testing import ToyModality, small_qformer
@@ -85,6 +85,14 @@ def test_resuming_ends_where_an_unbroken_run_ends(config, tmp_path):
     whole = load_file(tmp_path / "whole" / "bridge.safetensors")
     resumed = load_file(tmp_path / "broken" / "bridge.safetensors")
     assert all(torch.allclose(whole[name], resumed[name], atol=1e-5) for name in whole)
+
+
+def test_words_the_llm_does_not_know_are_told_at_the_start(config):
+    config.training["max_steps"] = 1
+    config.data.eval = None
+    config.branch.cue, config.router.postfix = "red :", "glorp :"
+    with pytest.warns(UnknownWordsWarning, match='does not know "glorp" in "glorp :"'):
+        train(config)
 
 
 def test_resuming_from_nothing_is_an_error(config):

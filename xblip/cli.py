@@ -5,10 +5,11 @@ there as soon as it is installed; they are read from the raw arguments, since th
 Nothing heavy is imported before a command runs.
 """
 
-import itertools
+import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,9 @@ from xblip.errors import ConfigError, InputError, PluginError, XBlipError, sugge
 MODEL = "XBLIP_MODEL"
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+UsageError = typer.BadParameter.__base__
+"""What typer raises for arguments it cannot parse; it has no public name there."""
+
 app = typer.Typer(
     name="xblip",
     help="Ask one frozen language model about files of any kind; train and check the modalities it reads.",
@@ -39,18 +43,26 @@ class MediaCommand(TyperCommand):
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """Puts inputs behind the rest, so that in `--image a.png "what?"` the file is not taken for the question."""
-        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
+        parameters = [parameter for parameter in self.get_params(ctx) if parameter.param_type_name == "option"]
+        own = {option for parameter in parameters for option in parameter.opts}
+        valued = {option for parameter in parameters if not parameter.is_flag for option in parameter.opts}
         words: list[str] = []
         inputs: list[str] = []
         rest = iter(args)
         for argument in rest:
-            option, equals, _ = argument.partition("=")
+            option, equals, path = argument.partition("=")
+            if argument == "--":
+                break
             if not argument.startswith("--") or option in own:
                 words.append(argument)
                 continue
             _check_input(option, own)
-            inputs += [argument, *([] if equals else itertools.islice(rest, 1))]
-        return super().parse_args(ctx, [*words, *inputs])
+            path = path if equals else next(rest, "--")
+            if path.startswith("--") and not equals:
+                raise InputError(f'"{option}" needs a file after it.')
+            inputs.append(f"{option}={path}")
+        lacks_value = words and words[-1] in valued
+        return super().parse_args(ctx, words if lacks_value else [*words, "--", *rest, *inputs])
 
     def format_help(self, ctx, formatter) -> None:
         lines = [
@@ -199,21 +211,17 @@ def _check_input(option: str, own: Collection[str]) -> None:
 
 
 def _parse_inputs(arguments: list[str]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Reads `--modality FILE`, `--modality=FILE` and `option=value` from raw arguments, in their order."""
+    """Reads `--modality=FILE` and `option=value` from what is left of the arguments, in their order."""
     media: list[tuple[str, str]] = []
     overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--"):
-            if "=" not in argument:
-                raise InputError(f'Do not know what to do with "{argument}": inputs are given as --modality FILE.')
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals:
+            raise InputError(f'Do not know what to do with "{argument}": inputs are given as --modality FILE.')
+        if name.startswith("--"):
+            media.append((name[2:].replace("-", "_"), path))
+        else:
             overrides.append(argument)
-            continue
-        option, equals, value = argument[2:].partition("=")
-        value = value if equals else next(rest, None)
-        if value is None:
-            raise InputError(f'"--{option}" needs a file after it.')
-        media.append((option.replace("-", "_"), value))
     return media, _options(overrides)
 
 
@@ -224,13 +232,16 @@ def _options(overrides: list[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from xblip.llm import check_generation_options
+    from xblip.llm import check_generation_options, generation_option_names
 
     try:
         options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
     except (OmegaConfBaseException, YAMLError) as cause:
         raise ConfigError(f"Cannot use {' '.join(overrides)}: {cause}") from cause
     check_generation_options(options)
+    for name in options:
+        if name not in generation_option_names(objects=False):
+            raise ConfigError(f"{name} takes an object, which only Python can give: leave it out here.")
     return options
 
 
@@ -245,18 +256,34 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
-    """The console script: a user's error is one line on stderr and exit status 2."""
+    """The console script: a user's error is one line on stderr and exit status 2; a warning is one line too."""
+    warnings.showwarning = _show_warning
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are; a line that is no UTF-8 is told, not fatal
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too: scripts read stderr
     try:
-        app()
+        status = app(standalone_mode=False)
     except XBlipError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = str(error)
+    except UsageError as error:
+        if error.ctx and len(sys.argv) < 2:
+            print(error.ctx.get_help())
+            raise SystemExit(2) from None
+        place = error.ctx.command_path if error.ctx else "xblip"
+        message = f"{error.format_message()} See {place} --help."
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    else:
+        raise SystemExit(status)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

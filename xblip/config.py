@@ -41,7 +41,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError) as cause:
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as cause:
         raise ConfigError(f"Cannot use {path}: {_flat(cause)}") from cause
 
 
@@ -61,7 +61,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         return config
     if not isinstance(base, str):
         raise ConfigError(f"{path}: `base` must be the path of one config, not {base!r}.")
-    return OmegaConf.merge(_read(path.parent / base, (*seen, path.resolve())), config)
+    below = _read(path.parent / base, (*seen, path.resolve()))
+    try:
+        return OmegaConf.merge(below, config)
+    except (OmegaConfBaseException, TypeError) as cause:
+        raise ConfigError(f"Cannot use {path} on top of its base: {_flat(cause)}") from cause
 
 
 def build(schema: type[T], values: Mapping[str, Any] | None, *, where: str) -> T:
@@ -81,7 +85,7 @@ def build(schema: type[T], values: Mapping[str, Any] | None, *, where: str) -> T
     _check_keys(schema, values, where)
     try:
         instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(values)))
-    except OmegaConfBaseException as cause:
+    except (OmegaConfBaseException, TypeError) as cause:
         raise ConfigError(f'"{where}": {_flat(cause)}') from cause
     return instance
 

@@ -35,6 +35,10 @@ class InputError(XBlipError):
     """What was asked cannot be answered as it stands: empty, too long, of unequal lengths."""
 
 
+class UnknownWordsWarning(UserWarning):
+    """The LLM's tokenizer does not know words that it is given."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that `name` most likely stands for, or None when none is near."""
     return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)

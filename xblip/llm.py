@@ -244,13 +244,13 @@ def check_generation_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
-def generation_option_names() -> set[str]:
-    """Returns the names of transformers' generation options: settings, and objects such as `streamer`."""
+def generation_option_names(*, objects: bool = True) -> set[str]:
+    """Returns the names of transformers' generation options: settings, and `objects` such as `streamer`."""
     from transformers import GenerationConfig, GenerationMixin
 
     settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
-    objects = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
-    return settings | objects
+    parameters = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
+    return settings | parameters if objects else settings
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:

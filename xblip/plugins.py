@@ -199,7 +199,8 @@ def _load_built_in() -> None:
 
 
 def _unknown(kind: str, name: str) -> str:
-    known = set(installed()) | set(_registry.items.get(kind, {}))
+    broken_ones = {plugin.name for plugin in survey() if plugin.error}
+    known = set(installed()) if kind == "plugin" else broken_ones | set(_registry.items[kind])
     restricted = f" ({RESTRICT} restricts what may load.)" if _allowed() is not None else ""
     advice = "" if kind == "bridge" else f" If it is a plugin of its own: pip install xblip-{name.replace('_', '-')}."
     return f'No {kind} is called "{name}".{suggest(name, known)}{advice}{restricted}'

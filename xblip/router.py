@@ -8,6 +8,7 @@ Order of a turn: prefix, then the media in the user's order, each as cue + soft 
 between them, then the instruction, then the postfix, then the answer.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,7 +17,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from xblip.errors import ConfigError, InputError
+from xblip.errors import ConfigError, InputError, UnknownWordsWarning
 from xblip.llm import IGNORE, FrozenLLM, PromptBatch
 from xblip.sample import Media, Sample
 
@@ -77,6 +78,10 @@ class Router:
         self.config = config
         self.llm = llm
         self.cues = dict(cues)
+        self._warned: set[str] = set()
+        around = [] if config.chat_template else [config.prefix, config.postfix]
+        for text in [*around, config.separator, *(self.cues.values() if config.cues else ())]:
+            self._tokenize(text)
 
     def pieces(self, sample: Sample) -> list[Piece]:
         """Returns text, media and special tokens in the order the LLM sees them, without the answer."""
@@ -197,13 +202,25 @@ class Router:
             if isinstance(piece, Media):
                 row.append(next(softs))
                 continue
-            if isinstance(piece, str):
-                new = self.llm.tokenize(piece) if piece else []
-            else:
-                new = [piece] if isinstance(piece, int) else piece
+            new = [piece] if isinstance(piece, int) else self._tokenize(piece) if isinstance(piece, str) else piece
             row.append(slice(len(ids), len(ids) + len(new)))
             ids.extend(new)
         return row
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Returns the ids of a prompt's text; warns, once, of words in it that the LLM does not know."""
+        ids = self.llm.tokenize(text) if text else []
+        unknown = self.llm.tokenizer.unk_token_id
+        if unknown in ids and text not in self._warned:
+            self._warned.add(text)
+            words = ", ".join(f'"{word}"' for word in text.split() if unknown in self.llm.tokenize(word))
+            warnings.warn(
+                f'The LLM does not know {words} in "{text}": it reads every such word as the same one, and its answers '
+                "suffer. Use words of its vocabulary.",
+                UnknownWordsWarning,
+                stacklevel=2,
+            )
+        return ids
 
     def _check_length(self, row: list[slice | Tensor], room: int) -> None:
         text = sum(part.stop - part.start for part in row if isinstance(part, slice))

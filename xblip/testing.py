@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from xblip import config as configs
 from xblip import plugins
 from xblip.branch import Branch, BranchConfig
-from xblip.errors import MediaError, XBlipError
+from xblip.errors import MediaError, UnknownWordsWarning, XBlipError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.modality import Example, Modality
 from xblip.model import XBlip
@@ -309,7 +310,9 @@ class _Subject:
             for parameter in self.branch.bridge.parameters():
                 if parameter.dim() > 1:
                     nn.init.normal_(parameter, std=0.2)
-        self.model = XBlip(llm=self.llm, branches={modality_class.name: self.branch}).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnknownWordsWarning)  # the toy LLM need not know this modality's cue
+            self.model = XBlip(llm=self.llm, branches={modality_class.name: self.branch}).eval()
 
     def soft_prompts(self, sources: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
         self.branch.eval()
