@@ -135,12 +135,18 @@ def assert_alike(left: XBlip, right: XBlip, samples: list[Sample]) -> None:
 
 
 class Site:
-    """A folder on the import path that distributions are installed into, as pip lays them out."""
+    """A folder on the import path that distributions are installed into, as pip lays them out.
+
+    Until `close`, installed plugins that other tests have loaded are out of sight.
+    """
 
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.modules: list[str] = []
+        plugins._load_built_in()
+        self._others = plugins._registry
+        plugins._registry = _without_installed(plugins._registry)
 
     def install(self, name: str, source: str | None = None, *, distribution: str = "", version: str = "1.0") -> str:
         """Installs a plugin with that entry point; returns its module's name. Without `source`, a toy modality."""
@@ -161,9 +167,16 @@ class Site:
 
     def close(self) -> None:
         """Forgets what was installed."""
-        for found in plugins.installed().values():
-            for plugin in found:
-                if plugin.entry_point and plugin.entry_point.value in self.modules:
-                    plugins.unregister(plugin.name)
+        plugins._registry = self._others
         for module in self.modules:
             sys.modules.pop(module, None)
+
+
+def _without_installed(registry: plugins._Registry) -> plugins._Registry:
+    owners = {key: owner for key, owner in registry.owners.items() if owner in (plugins.CORE, plugins.BY_HAND)}
+    items = {
+        kind: {name: thing for name, thing in things.items() if (kind, name) in owners}
+        for kind, things in registry.items.items()
+    }
+    loaded = {name: plugin for name, plugin in registry.loaded.items() if plugin.distribution == plugins.BY_HAND}
+    return plugins._Registry(items, owners, loaded)

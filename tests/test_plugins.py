@@ -164,11 +164,9 @@ def test_an_unknown_name_suggests_the_nearest_and_what_to_install(site):
 def test_an_unknown_name_is_compared_with_its_own_kind_alone(site, tmp_path):
     site.install("tiny_model", MODEL.format(folder=tmp_path))
     site.install("thermal")
-    with pytest.raises(
-        PluginError, match=r'No modality is called "zzz"\. Known: (?!.*(tiny_model|linear|numerals)).*thermal'
-    ):
+    with pytest.raises(PluginError, match=r'No modality is called "zzz"\. Known: thermal\.'):
         plugins.get("modality", "zzz")
-    with pytest.raises(PluginError, match=r'No model is called "zzz"\. Known: (?!.*(thermal|linear)).*tiny_model'):
+    with pytest.raises(PluginError, match=r'No model is called "zzz"\. Known: tiny_model\.'):
         plugins.get("model", "zzz")
     with pytest.raises(PluginError, match=r'No bridge is called "zzz"\. Known: linear, mlp, qformer\.'):
         plugins.get("bridge", "zzz")
