@@ -17,8 +17,28 @@ from xblip.llm import FrozenLLM
 from xblip.modality import Example, Modality
 from xblip.model import XBlip
 from xblip.router import RouterConfig
-from xblip.sample import Sample
+from xblip.sample import Media, Sample, Turn
 from xblip.testing import ToyModality, small_qformer
+
+ONE, TWO, THREE = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, -2.0, 1.0], [0.5, -1.0, 2.0, 0.0]
+LONG = ONE + TWO + THREE
+BEADS, MORE_BEADS = [[1.0, 2.0]], [[3.0], [1.0, -2.0, 0.5, 4.0, 2.0], [2.0, 2.0]]
+HISTORY = [Turn((Media("beads", BEADS), "what is this ?"), "two")]
+
+
+def eight() -> list[Sample]:
+    """Different modalities, counts, segments, texts, instructions and answers, one with a conversation before it."""
+    return [
+        Sample("what is this ?", [("toy", ONE)], "red"),
+        Sample("describe it", [("beads", MORE_BEADS)], "one two three"),
+        Sample("which one is larger , the input or this ?", [("toy", LONG), "and", ("beads", BEADS)], "this"),
+        Sample("is one larger ?", [], "yes"),
+        Sample("same number ?", [("beads", BEADS), ("beads", MORE_BEADS), ("toy", TWO)], "no"),
+        Sample("show the red", ["the", ("toy", TWO), "or the", ("toy", LONG), "?"], "zero zero zero zero"),
+        Sample("describe", [("toy", ONE), ("toy", ONE), ("toy", TWO)], ""),
+        Sample("and this ?", [("toy", THREE)], "three five", HISTORY),
+    ]
+
 
 PLUGIN = '''
 import xblip
@@ -34,6 +54,38 @@ class Toy(ToyModality):
 @xblip.hookimpl
 def register_modalities(register):
     register(Toy)
+'''
+
+NUMBERS = '''
+import xblip
+from xblip.testing import ToyModality
+
+
+class Numbers(ToyModality):
+    """Rows of four numbers from a text file."""
+
+    name = "{name}"
+    cue = "input : "
+    suffixes = (".txt",)
+
+    def load(self, source):
+        file = xblip.media_file(source, kind="{name}")
+        if file is None:
+            return super().load(source)
+        with xblip.decoding(file.label, "rows of four numbers"), file.open() as opened:
+            return super().load([float(word) for word in opened.read().split()])
+
+    @classmethod
+    def example(cls, folder):
+        example = super().example(folder)
+        (folder / "good.txt").write_text("1 2 3 4")
+        example.sources.append(folder / "good.txt")
+        return example
+
+
+@xblip.hookimpl
+def register_modalities(register):
+    register(Numbers)
 '''
 
 MODEL = """

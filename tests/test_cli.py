@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit import MODEL, Site, make_branch
+from kit import MODEL, NUMBERS, Site, make_branch
 from transformers.utils import logging
 
 import xblip
@@ -18,37 +18,6 @@ from xblip import cli, plugins
 from xblip.model import XBlip
 from xblip.testing import ModalityContract, small_qformer
 
-NUMBERS = '''
-import xblip
-from xblip.testing import ToyModality
-
-
-class Numbers(ToyModality):
-    """Rows of four numbers from a text file."""
-
-    name = "{name}"
-    cue = "input : "
-    suffixes = (".txt",)
-
-    def load(self, source):
-        file = xblip.media_file(source, kind="{name}")
-        if file is None:
-            return super().load(source)
-        with xblip.decoding(file.label, "rows of four numbers"), file.open() as opened:
-            return super().load([float(word) for word in opened.read().split()])
-
-    @classmethod
-    def example(cls, folder):
-        example = super().example(folder)
-        (folder / "good.txt").write_text("1 2 3 4")
-        example.sources.append(folder / "good.txt")
-        return example
-
-
-@xblip.hookimpl
-def register_modalities(register):
-    register(Numbers)
-'''
 FILES = {"a.txt": "1 2 3 4", "b.txt": "4 3 2 1 0 0 1 1", "bad.txt": "words, not numbers", "empty.txt": ""}
 
 

@@ -10,7 +10,8 @@ import torch
 from kit import Beads
 
 from xblip.errors import MediaError, PluginError
-from xblip.modality import Features, Modality, collate, decoding, media_file
+from xblip.media import decoding, media_file
+from xblip.modality import Features, Modality, collate
 from xblip.testing import ToyModality
 
 
@@ -217,3 +218,37 @@ def test_a_modality_without_an_example_says_what_to_write(tmp_path):
 
     with pytest.raises(PluginError, match=r'"bare" offers no example .* implement the class method example'):
         Bare.example(Path(tmp_path))
+
+
+class TestDeclaredBytes:
+    MP4 = b"\0\0\0\x0cftypisom" + b"\0\0\0\1mdat" + (1000).to_bytes(8)
+    SEGMENT = b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67"
+
+    @pytest.mark.parametrize(
+        ("data", "expected"),
+        [
+            (MP4, 1012),
+            (MP4[:12] + b"\0\0\0\0mdat", 12),
+            (MP4[:12] + b"\xff\xff\xff\xffmdat", 12 + 2**32 - 1),
+            (b"RIFF\x10\0\0\0AVI LIST", 24),
+            (b"RIFF\x10\0\0\0WAVEfmt ", 24),
+            (b"RIFF\x10\0\0\0WEBPVP8 ", None),
+            (SEGMENT + b"\x90", 26),
+            (SEGMENT + b"\x40\x90", 155),
+            (SEGMENT + b"\xff", 0),
+            (SEGMENT + b"\x01" + b"\xff" * 7, 0),
+            (b"\x1a\x45\xdf\xa3\x80rest", 0),
+            (b"neither of them", None),
+            (b"x", None),
+        ],
+    )
+    def test_containers(self, data, expected, tmp_path):
+        path = tmp_path / "file.mp4"
+        path.write_bytes(data)
+        for source in (data, path):
+            file = media_file(source, kind="film")
+            assert (file.declared_bytes(), file.size) == (expected, len(data))
+
+    def test_a_damaged_header(self):
+        with pytest.raises(ValueError, match="its header is damaged"):
+            media_file(self.SEGMENT + b"\0", kind="film").declared_bytes()

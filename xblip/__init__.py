@@ -14,14 +14,14 @@ _HOMES = {
     "Bridge": "xblip.bridge",
     "Example": "xblip.modality",
     "Features": "xblip.modality",
-    "MediaFile": "xblip.modality",
+    "MediaFile": "xblip.media",
     "Modality": "xblip.modality",
     "Sample": "xblip.sample",
     "TransformersEncoder": "xblip.encoder",
     "XBlip": "xblip.model",
-    "decoding": "xblip.modality",
+    "decoding": "xblip.media",
     "load": "xblip.model",
-    "media_file": "xblip.modality",
+    "media_file": "xblip.media",
     "plugins": None,
 }
 

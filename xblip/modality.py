@@ -9,21 +9,17 @@ Shape letters of the code base: B batch, S segments of one item, M segments of a
 tokens, T text tokens, D_enc / D_q / D_llm widths.
 """
 
-import contextlib
-import io
-import os
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xblip.errors import MediaError, PluginError, XBlipError
+from xblip import media, pictures
+from xblip.errors import MediaError, PluginError
 
 
 class Modality(ABC):
@@ -83,28 +79,9 @@ class Modality(ABC):
           Floats come in the dtype of its weights, or in that of its attribute `input_dtype` if it has one.
         """
 
-    @staticmethod
-    def as_array(source: np.ndarray | Tensor, label: str) -> np.ndarray:
-        """Gives an array or tensor as a plain numpy array; floats that numpy lacks, such as bfloat16, as float32.
-
-        Args:
-          source: what the user gave.
-          label: how error messages call it.
-
-        Raises:
-          MediaError: its values are masked, or not there as numbers: a sparse, quantised or meta tensor.
-        """
-        if isinstance(source, np.ma.MaskedArray):
-            raise MediaError(f"Cannot read {label}: it is a masked array. Fill in or leave out its masked values.")
-        if isinstance(source, np.ndarray):
-            return np.asarray(source)
-        try:
-            return (source.float() if source.is_floating_point() and source.itemsize < 4 else source).numpy(force=True)
-        except (RuntimeError, TypeError) as cause:
-            raise MediaError(
-                f"Cannot read {label}: numpy cannot take it ({str(source.layout).removeprefix('torch.')}, "
-                f"{source.dtype}, on {source.device}). Expected a dense tensor of plain numbers."
-            ) from cause
+    as_array = staticmethod(media.as_array)
+    as_picture = staticmethod(pictures.as_picture)
+    check_picture_size = staticmethod(pictures.check_size)
 
     @classmethod
     def example(cls, folder: Path) -> "Example":
@@ -188,122 +165,3 @@ def collate(items: Sequence[dict[str, Tensor]]) -> tuple[dict[str, Tensor], list
             )
     segments = [next(iter(item.values())).shape[0] for item in items]
     return {name: torch.cat([item[name] for item in items]) for name in items[0]}, segments
-
-
-@dataclass(frozen=True)
-class MediaFile:
-    """A source that is a file: a path, bytes, or an open binary file.
-
-    Attributes:
-      label: how error messages call it.
-      path: where it lies, or None if it came as bytes.
-      data: its bytes, or None if it has a path.
-    """
-
-    label: str
-    path: Path | None = None
-    data: bytes | None = None
-
-    @property
-    def suffix(self) -> str:
-        """The file's ending in lower case with its dot; "" when it has none or came as bytes."""
-        return self.path.suffix.lower() if self.path else ""
-
-    def open(self) -> BinaryIO:
-        """Opens it for reading."""
-        return self.path.open("rb") if self.path else io.BytesIO(self.data)
-
-    @contextlib.contextmanager
-    def on_disk(self, suffix: str = "") -> Iterator[Path]:
-        """Gives a path to it, for libraries that read nothing else; `suffix` is for sources that came as bytes."""
-        if self.path:
-            yield self.path
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f"media{suffix}")
-            path.write_bytes(self.data)
-            yield path
-
-
-def media_file(source: Any, *, kind: str) -> MediaFile | None:
-    """Tells files from objects.
-
-    Args:
-      source: whatever the user gave.
-      kind: the modality's name, for messages.
-
-    Returns:
-      The file, or None when `source` is an object (array, tensor, PIL image, list).
-
-    Raises:
-      MediaError: the file is missing, a folder, unreadable or empty, or a URL.
-    """
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        data, label = bytes(source), f"the {kind} given as bytes"
-    elif hasattr(source, "read"):
-        label = f"the {kind} given as an open file"
-        data = _contents(source, label)
-    elif isinstance(source, (str, os.PathLike)):
-        return _file_at(source, kind)
-    else:
-        return None
-    if not data:
-        raise MediaError(f"Cannot read {label}: it is empty.")
-    return MediaFile(label=label, data=data)
-
-
-def _contents(source: BinaryIO, label: str) -> bytes:
-    try:
-        data = source.read()
-    except Exception as cause:
-        raise MediaError(f"Cannot read {label}: {cause}. Open it for reading in binary mode ('rb').") from cause
-    if isinstance(data, str):
-        raise MediaError(f"Cannot read {label}: it is open as text. Open it in binary mode ('rb').")
-    if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise MediaError(f"Cannot read {label}: its read() gives {type(data).__name__}. Expected bytes.")
-    return bytes(data)
-
-
-def _file_at(source: str | os.PathLike, kind: str) -> MediaFile:
-    label = f"{kind} {os.fspath(source)!r}"
-    if str(source).startswith(("http://", "https://")):
-        raise MediaError(f"Cannot read {label}: URLs are not fetched. Download it and give the file's path.")
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            raise MediaError(f"Cannot read {label}: it is a folder. Give the path of one file.")
-        if not path.exists():
-            raise MediaError(f"Cannot read {label}: no such file. Check the path; relative ones start at {Path.cwd()}.")
-        if not path.is_file():
-            raise MediaError(f"Cannot read {label}: it is a pipe, socket or device. Give the path of a regular file.")
-        if path.stat().st_size == 0:
-            raise MediaError(f"Cannot read {label}: the file is empty.")
-        with path.open("rb"):
-            pass
-    except (OSError, ValueError, RuntimeError) as cause:  # RuntimeError: no such user in "~user"
-        raise MediaError(f"Cannot read {label}: {cause}.") from cause
-    return MediaFile(label=label, path=path)
-
-
-@contextlib.contextmanager
-def decoding(label: str, expected: str) -> Iterator[None]:
-    """Turns whatever a decoding library raises inside the block into one clear `MediaError`.
-
-    Args:
-      label: what is being read, e.g. `MediaFile.label`.
-      expected: the formats that would have been right.
-    """
-    try:
-        yield
-    except XBlipError:
-        raise
-    except MemoryError as cause:
-        raise MediaError(
-            f"Cannot read {label}: it asks for more memory than there is, so it is damaged or too large. "
-            f"Expected {expected}."
-        ) from cause
-    except Exception as cause:
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        raise MediaError(
-            f"Cannot read {label}: it is damaged or of another format ({reason}). Expected {expected}."
-        ) from cause

@@ -1,10 +1,8 @@
 """Audio files, decoded to one channel.
 
-WAV, FLAC, Ogg and the other formats of libsndfile are read by soundfile, everything else by PyAV. MP3 goes to
-PyAV as
-well: libsndfile guesses the length of an MP3 without a Xing header and leaves out what lies beyond its guess.
-Both decoders play what is there of a cut file and say nothing, so each container is asked how long it should
-be.
+WAV, FLAC, Ogg and the other formats of libsndfile are read by soundfile, everything else by PyAV. MP3 goes to PyAV as
+well: libsndfile guesses the length of an MP3 without a Xing header and leaves out what lies beyond its guess. Both
+decoders play what is there of a cut file and say nothing, so each container is asked how long it should be.
 """
 
 import os
@@ -18,7 +16,6 @@ import xblip
 
 EXPECTED = "a WAV, FLAC, Ogg, MP3, AAC, MP4, WebM or MKV file with sound"
 SOUNDFILE_MAGIC = (b"fLaC", b"OggS", b"RF64", b"FORM", b"caff", b"riff", b".snd")  # and RIFF...WAVE
-MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".split())
 BLOCK = 2**18  # samples decoded at once
 UNKNOWN = 2**32 - 2**16  # from here on, sizes in a WAV header mean that its writer could not know them
 
@@ -40,8 +37,8 @@ def read_file(file: xblip.MediaFile, *, max_seconds: float) -> tuple[np.ndarray,
     with file.on_disk() as path, open(os.open(path, os.O_RDONLY), "rb") as stream:  # no name to tell a format from
         head = stream.read(12)
         if head.startswith(SOUNDFILE_MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WAVE"):
-            return _read_with_soundfile(stream, file.label, max_seconds)
-        return _read_with_pyav(stream, file.label, max_seconds)
+            return _read_with_soundfile(stream, file, max_seconds)
+        return _read_with_pyav(stream, file, max_seconds)
 
 
 def refuse_long(seconds: float, label: str, max_seconds: float) -> None:
@@ -53,7 +50,8 @@ def refuse_long(seconds: float, label: str, max_seconds: float) -> None:
         )
 
 
-def _read_with_soundfile(stream: BinaryIO, label: str, max_seconds: float) -> tuple[np.ndarray, int]:
+def _read_with_soundfile(stream: BinaryIO, file: xblip.MediaFile, max_seconds: float) -> tuple[np.ndarray, int]:
+    label = file.label
     try:
         import soundfile
     except (ImportError, OSError) as cause:
@@ -72,16 +70,17 @@ def _read_with_soundfile(stream: BinaryIO, label: str, max_seconds: float) -> tu
                 _check_length(len(mono), sound.frames)
                 return mono, sound.samplerate
     # FLAC of a length its writer could not know, or MP3 in a WAV, of a length that is only guessed
-    return _read_with_pyav(stream, label, max_seconds)
+    return _read_with_pyav(stream, file, max_seconds)
 
 
-def _read_with_pyav(stream: BinaryIO, label: str, max_seconds: float) -> tuple[np.ndarray, int]:
+def _read_with_pyav(stream: BinaryIO, file: xblip.MediaFile, max_seconds: float) -> tuple[np.ndarray, int]:
+    label = file.label
     try:
         import av
     except (ImportError, OSError) as cause:
         raise _missing(label, "av", cause) from cause
     with xblip.decoding(label, EXPECTED):
-        _check_container(stream)
+        _check_bytes(file.size, file.declared_bytes() or 0)
         knows_length = _mp3_counts_frames(stream)
         stream.seek(0)
         with av.open(stream, options={"protocol_whitelist": ""}) as container:  # a playlist opens no other file
@@ -120,8 +119,7 @@ def _check_bytes(there: int, promised: int) -> None:
 
 
 def _check_sizes(log: str) -> None:
-    """Compares sizes in the header with the file's, by libsndfile's log: it reads "data : 800 (should be
-    500)".
+    """Compares sizes in the header with the file's, by libsndfile's log: it reads "data : 800 (should be 500)".
 
     RIFF and FORM enclose the others; writers that forget to update them do no harm.
     """
@@ -164,46 +162,3 @@ def _mp3_counts_frames(stream: BinaryIO) -> bool:
     frame = stream.read(64)
     place = max(frame.find(b"Xing"), frame.find(b"Info"))
     return frame[:1] == b"\xff" and 0 < place < 56 and bool(frame[place + 7] & 1)
-
-
-def _check_container(stream: BinaryIO) -> None:
-    """Raises ValueError if an MP4, MOV, WebM, MKV or AVI file is shorter than it says."""
-    there = stream.seek(0, 2)
-    stream.seek(0)
-    head = stream.read(12)
-    if head[4:8] in MP4_BOXES:
-        _check_bytes(there, _mp4_length(stream))
-    elif head[:4] == b"\x1a\x45\xdf\xa3":
-        _check_bytes(there, _matroska_length(stream))
-    elif head[:4] == b"RIFF":
-        _check_bytes(there, 8 + int.from_bytes(head[4:8], "little"))
-
-
-def _mp4_length(stream: BinaryIO) -> int:
-    """Where the last top-level box ends (ISO/IEC 14496-12, 4.2); one of size 0 ends with the file."""
-    end = 0
-    while True:
-        stream.seek(end)
-        header = stream.read(16)
-        size = int.from_bytes(header[8:16] if header[:4] == b"\0\0\0\1" else header[:4])
-        if header[4:8] not in MP4_BOXES or size < 8:
-            return end
-        end += size
-
-
-def _matroska_length(stream: BinaryIO) -> int:
-    """Where the segment ends (RFC 8794, 4); 0 if a live recorder could not say."""
-    stream.seek(4)
-    stream.seek(_matroska_number(stream) or 0, 1)
-    segment = stream.read(4)
-    size = _matroska_number(stream)
-    return stream.tell() + size if segment == b"\x18\x53\x80\x67" and size is not None else 0
-
-
-def _matroska_number(stream: BinaryIO) -> int | None:
-    """A number whose first byte's leading zeros count the bytes that follow; None for all ones, "unknown"."""
-    first = stream.read(1)
-    width = 9 - first[0].bit_length() if first and first[0] else 1
-    bits = 7 * width
-    value = int.from_bytes(first + stream.read(width - 1)) % (1 << bits)
-    return value if value != (1 << bits) - 1 else None

@@ -8,7 +8,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import soundfile
 import torch
 from PIL import Image
 from scipy import ndimage
@@ -26,60 +25,13 @@ from xblip_numerals.pictures import (
     render_video,
     write_video,
 )
-from xblip_numerals.solids import glyph, glyph_names, render_solid, write_points
+from xblip_numerals.solids import glyph, render_solid, write_points
 from xblip_numerals.sounds import raw_facts, read_take, render_speech, synthesize
 from xblip_numerals.sources import NUMBERS, SPLITS, TEST_SPEAKER, Source, SourcesError, read_sources
-from xblip_numerals.train_encoders import RECIPES, Readout, train
 
 import xblip
 
 HUES = {"red": 0, "green": 120, "blue": 220, "yellow": 53, "purple": 282}
-STUDENTS = 10
-SPEAKERS = ("george", "jackson", TEST_SPEAKER)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """Public sets in small: font digits for handwriting, striped pictures for hands, hummed notes for voices."""
-    folder = tmp_path_factory.mktemp("sets")
-    rows = []
-    for kind in ("handwriting", "signs", "speech"):
-        (folder / kind).mkdir()
-    for index in range(400):
-        digit = glyph(NUMBERS[index % 10], glyph_names()[index % 16])
-        digit.thumbnail((20, 20))
-        page = Image.new("L", (28, 28))
-        page.paste(digit, ((28 - digit.width) // 2, (28 - digit.height) // 2))
-        page.save(folder / f"handwriting/{index:05d}.png")
-        rows.append({"file": f"handwriting/{index:05d}.png", "number": index % 10, "source": "mnist-t10k"})
-    for index in range(10 * STUDENTS):
-        stripes = np.full((100, 100, 3), 150, np.uint8)
-        stripes[:, :: 2 + index % 10] = 90
-        name = f"signs/{index % 10}_IMG_{1000 + index}.jpg"
-        Image.fromarray(stripes).save(folder / name)
-        rows.append({"file": name, "number": index % 10, "source": "sign-language-digits"})
-    seconds = np.arange(3200) / 8000
-    for speaker in SPEAKERS:
-        for take in (3, 4, 46):
-            for number in range(10):
-                name = f"speech/{number}_{speaker}_{take}.wav"
-                soundfile.write(folder / name, 0.2 * np.sin(2 * np.pi * (200 + 40 * number) * seconds), 8000)
-                rows.append({"file": name, "number": number, "source": "fsdd", "speaker": speaker})
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sources(data) -> dict[str, list[Source]]:
-    return read_sources(data, "train")
-
-
-@pytest.fixture(scope="session")
-def world(data, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    for split in SPLITS:
-        build(data, folder / split, split, dict.fromkeys(MODALITIES, 20))
-    return folder
 
 
 def of_number(sources: list[Source], number: str) -> Source:
@@ -106,9 +58,9 @@ def named_color(picture: np.ndarray, where: np.ndarray) -> str:
 def test_splits_share_no_file_student_or_test_speaker(data):
     kept = {split: read_sources(data, split) for split in SPLITS}
     files = [source.path for split in SPLITS for kind in kept[split].values() for source in kind]
-    assert len(files) == len(set(files)) == 400 + 10 * STUDENTS + 90
+    assert len(files) == len(set(files)) == 400 + 100 + 90
     students = [{(source.index - 1000) // 10 for source in kept[split]["sign"]} for split in SPLITS]
-    assert sum(map(len, students)) == STUDENTS and all(students)
+    assert sum(map(len, students)) == 10 and all(students)
     assert {source.speaker for source in kept["test"]["speech"]} == {TEST_SPEAKER}
     assert {source.index for source in kept["val"]["speech"]} == {46}
     assert TEST_SPEAKER not in {source.speaker for source in kept["train"]["speech"]}
@@ -383,38 +335,3 @@ def test_varied_spectrograms_stay_padded_and_as_loud():
     assert all((clip[count:] == pad).all() for clip, count in zip(first, frames, strict=True))
     assert frames.min() >= 40 and frames.max() <= 100
     assert first[:, 10:30].median() - second[:, 10:30].median() > 0.2
-
-
-def test_readout_sees_neither_order_nor_masked_tokens():
-    torch.manual_seed(0)
-    readout = Readout(16, FACTS["audio"]).eval()
-    tokens, mask = torch.randn(2, 6, 16), torch.tensor([[True] * 4 + [False] * 2] * 2)
-    told = readout(tokens, mask)
-    shuffled = tokens[:, [3, 1, 0, 2, 5, 4]]
-    shuffled[:, 4:] += 7
-    for fact, logits in readout(shuffled, mask).items():
-        assert logits.allclose(told[fact], atol=1e-5)
-    changed = readout(tokens + torch.eye(6, 16), mask)
-    assert not changed["number"].allclose(told["number"], atol=1e-3)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_encoder_trains_and_loads_in_its_plugin(world, name, tmp_path):
-    accuracy = train(name, world=world, out=tmp_path, epochs=1)
-    report = json.loads((tmp_path / "accuracy.json").read_text())
-    assert report["val"] == accuracy and set(FACTS[name]) <= set(accuracy)
-    assert 100_000 < report["parameters"] < 1_000_000
-    kind = xblip.plugins.get("modality", name)
-    modality = kind(kind.Config(encoder=str(tmp_path)))
-    encoder = modality.build_encoder()
-    assert {weights.dtype for weights in encoder.parameters()} == {torch.float16}
-    row = next(row for row in rows_of(world / "test" / "manifest.jsonl") if row["modality"] == name)
-    tokens = encoder.float().eval()(**modality.load(world / "test" / row["path"]))
-    tokens = tokens[0] if isinstance(tokens, tuple) else tokens
-    assert tokens.shape[0] == 1 and 16 <= tokens.shape[1] <= 64 and tokens.shape[2] == encoder.width
-    assert tokens.isfinite().all()
-
-
-def test_missing_world_says_how_to_build_it(tmp_path):
-    with pytest.raises(SourcesError, match="Build the world first: python -m xblip_numerals.media"):
-        train("image", world=tmp_path, out=tmp_path / "out")

@@ -7,8 +7,9 @@ import pytest
 import soundfile
 from PIL import Image
 from xblip_numerals.demo_files import QUESTIONS, make_files, make_questions
+from xblip_numerals.kinds import KINDS
 from xblip_numerals.language import MODALITIES, number_word
-from xblip_numerals.phrases import KINDS, NUMBERS, ORDINALS, VALUES
+from xblip_numerals.phrases import NUMBERS, ORDINALS, VALUES
 from xblip_numerals.questions import Shelf, question_about, training_row, write_manifest
 from xblip_numerals.strokes import STROKES, draw_digit
 

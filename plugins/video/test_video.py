@@ -83,6 +83,15 @@ def test_grey_arrays_are_grey_videos(plain):
     assert np.array_equal(rgb(plain(), list(grey)), np.repeat(grey[..., None], 3, 3))
 
 
+def test_arrays_may_hold_whatever_pictures_may_hold(plain):
+    frames = numbered(2)
+    deep = PIL.Image.fromarray(np.full((4, 4), 25700, np.uint16))
+    for source in (frames / 255, torch.from_numpy(frames / 255), list(frames / 255), frames.astype(np.uint16) * 257):
+        assert np.array_equal(rgb(plain(), source), frames)
+    assert (rgb(plain(), torch.zeros(2, 8, 8, 3, dtype=torch.bfloat16)) == 0).all()
+    assert (rgb(plain(), [deep]) == 100).all()
+
+
 def test_listed_pictures_are_turned_upright_and_laid_on_white(plain, tmp_path):
     stored = numbered(1, 8, 16)[0]
     exif = PIL.Image.Exif()
@@ -146,7 +155,8 @@ def test_limits(plain, clip, tmp_path, reader):
 
 
 def test_wrong_arrays_are_refused(plain):
-    fails(plain(), numbered(2) / 255, "dtype is float64", "expected uint8", "Convert it")
+    fails(plain(), numbered(2).astype(float), "frame 0 of the video", "must lie in [0, 1]", "convert to uint8")
+    fails(plain(), numbered(2).astype(int), "frame 0 of the video", "dtype is int64", "expected uint8", "Convert it")
     fails(plain(), numbered(2).transpose(0, 3, 1, 2), "shape is (2, 3, 64, 96)", "Bring channels last")
     fails(plain(), numbered(1)[0], "shape is (64, 96, 3)", "put a single picture into a list")
     fails(plain(), np.zeros((0, 8, 8, 3), np.uint8), "at least one frame")
@@ -155,17 +165,16 @@ def test_wrong_arrays_are_refused(plain):
 
 def test_wrong_lists_are_refused(plain, tmp_path):
     (tmp_path / "text.png").write_text("hello")
-    deep = PIL.Image.fromarray(np.zeros((4, 4), np.uint16))
+    deep = PIL.Image.fromarray(np.full((4, 4), 70_000, np.int32))
     fails(plain(), [PIL.Image.new("L", (0, 0))], "frame 0 of the video", "it has no pixels (0 x 0)")
-    fails(plain(), torch.zeros(2, 8, 8, 3, dtype=torch.bfloat16), "expected uint8")
     fails(plain(), [torch.zeros(8, 8, dtype=torch.uint8).to_sparse()], "numpy cannot take it")
     fails(plain(), [], "list of pictures is empty")
-    fails(plain(), [numbered(1)[0], tmp_path / "text.png"], "frame 1 of the video", "text.png", "a picture (PNG")
+    fails(plain(), [numbered(1)[0], tmp_path / "text.png"], "frame 1 of the video", "text.png", "Expected a PNG, JPEG")
     fails(plain(), [tmp_path / "none.png"], "frame 0 of the video", "no such file")
-    fails(plain(), [numbered(1)[0] / 255], "frame 0 of the video", "ndarray float64", "uint8 array")
-    fails(plain(), [7], "it is int", "expected a PIL image")
-    fails(plain(), [np.zeros((4, 4, 2), np.uint8)], "shape is (4, 4, 2)", "expected (H, W, 3) or (H, W)")
-    fails(plain(), [deep], "more than 8 bits", 'mode "I;16"', "Convert it")
+    fails(plain(), [numbered(1)[0] / 1], "frame 0 of the video", "must lie in [0, 1]", "convert to uint8")
+    fails(plain(), [7], "frame 0 of the video given as int", "a PIL image")
+    fails(plain(), [np.zeros((5, 5, 2), np.uint8)], "shape is (5, 5, 2)", "expected (H, W), (H, W, C) or (C, H, W)")
+    fails(plain(), [deep], 'mode "I" is read as 16-bit grey', "Scale them")
     fails(plain(max_pixels=9), [PIL.Image.new("L", (5, 2))], "frame 0", "5 x 2", "max_pixels = 9")
 
 

@@ -5,7 +5,6 @@ gives the same pictures in training and in use, and with either reader.
 """
 
 import functools
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,6 @@ import xblip
 if TYPE_CHECKING:
     import PIL.Image
 
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-PICTURE = f"a picture ({', '.join(PICTURES)})"
-MAX_ASPECT_RATIO = 200
-"""Long side over short side of a frame, as in Qwen2-VL's image processor: processors that bring the short
-side to a fixed size would blow up a thin strip."""
-
 
 class Video(xblip.Modality):
     """Videos, S = min(num_frames, number of frames) segments in the order in which they are shown.
@@ -35,10 +28,8 @@ class Video(xblip.Modality):
     video with fewer frames than asked for gives all of them, none twice. Places are counted in frames, not
     seconds, also where the frame rate varies. Rotation flags are applied; colours are RGB.
 
-    Instead of a file, pictures may be given:
-      - a list of PIL images, paths, bytes or open files of pictures, uint8 arrays (H, W, 3) or (H, W);
-      - a uint8 array or tensor (T, H, W, 3), or (T, H, W) in grey.
-    EXIF orientation is applied to them and transparency is laid on white.
+    Instead of a file, a list of pictures may be given, or an array or tensor (T, H, W, 3), or (T, H, W) in grey.
+    What a picture may be and what it becomes, `Modality.as_picture` tells.
     """
 
     name = "video"
@@ -137,14 +128,13 @@ class Video(xblip.Modality):
 
         reader_class = choose(self.config.reader)
         label = f"{file.label} with {reader_class.name}"
-        with file.on_disk() as path:
-            check_complete(path, file.label)
-            with xblip.decoding(label, EXPECTED):
-                reader = reader_class(path, label)
-                self._check_size(*reader.size, label)
-                self._check_length(reader, label)
-                for frame in reader.frames(middles(len(reader.times_s), self.config.num_frames)):
-                    yield PIL.Image.fromarray(frame)
+        check_complete(file)
+        with file.on_disk() as path, xblip.decoding(label, EXPECTED):
+            reader = reader_class(path, label)
+            self.check_picture_size(*reader.size, label=label, max_pixels=self.config.max_pixels)
+            self._check_length(reader, label)
+            for frame in reader.frames(middles(len(reader.times_s), self.config.num_frames)):
+                yield PIL.Image.fromarray(frame)
 
     def _frames_of_pictures(self, source: Any) -> Iterator["PIL.Image.Image"]:
         if isinstance(source, (np.ndarray, Tensor)):
@@ -152,61 +142,13 @@ class Video(xblip.Modality):
         elif not isinstance(source, (list, tuple)):
             raise xblip.MediaError(
                 f"Cannot read the {self.name} given as {type(source).__name__}: expected a path, bytes, an "
-                "open binary file, a list of pictures, or a uint8 array or tensor (T, H, W, 3)."
+                "open binary file, a list of pictures, or an array or tensor (T, H, W, 3)."
             )
         if len(source) == 0:
             raise xblip.MediaError(f"Cannot read the {self.name}: the list of pictures is empty.")
         for index in middles(len(source), self.config.num_frames):
-            yield self._picture(source[index], f"frame {index} of the {self.name}")
-
-    def _picture(self, frame: Any, label: str) -> "PIL.Image.Image":
-        import PIL.Image
-
-        file = xblip.media_file(frame, kind=label)
-        if file:
-            with file.open() as stream, xblip.decoding(file.label, PICTURE), _without_pillow_limit:
-                return self._upright_rgb(PIL.Image.open(stream, formats=PICTURES), file.label)
-        if isinstance(frame, PIL.Image.Image):
-            with xblip.decoding(label, "a picture"):
-                return self._upright_rgb(frame, label)
-        pixels = self.as_array(frame, label) if isinstance(frame, (np.ndarray, Tensor)) else frame
-        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
-            given = f"{type(frame).__name__} {getattr(frame, 'dtype', '')}".strip()
-            raise xblip.MediaError(
-                f"Cannot read {label}: it is {given}; expected a PIL image, a picture file, or a uint8 array."
-            )
-        if pixels.size == 0 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-            raise xblip.MediaError(f"Cannot read {label}: its shape is {pixels.shape}; expected (H, W, 3) or (H, W).")
-        return self._upright_rgb(PIL.Image.fromarray(np.ascontiguousarray(pixels)), label)
-
-    def _upright_rgb(self, picture: "PIL.Image.Image", label: str) -> "PIL.Image.Image":
-        import PIL.Image
-
-        self._check_size(*picture.size, label)
-        picture.load()
-        if picture.mode.startswith("I") or picture.mode == "F":
-            raise xblip.MediaError(
-                f'Cannot read {label}: its pixels have more than 8 bits (mode "{picture.mode}"). Convert it to 8 bits.'
-            )
-        picture = _turned(picture)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-
-    def _check_size(self, width: int, height: int, label: str) -> None:
-        if width * height == 0:
-            raise xblip.MediaError(f"Cannot read {label}: it has no pixels ({width} x {height}).")
-        if width * height > self.config.max_pixels:
-            raise xblip.MediaError(
-                f"Cannot read {label}: frames of {width} x {height} are more than max_pixels = "
-                f"{self.config.max_pixels}. Shrink them, or raise max_pixels in the modality's config."
-            )
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise xblip.MediaError(
-                f"Cannot read {label}: frames of {width} x {height} are too thin; one side may be at most "
-                f"{MAX_ASPECT_RATIO} times the other. Crop them."
-            )
+            kind = f"frame {index} of the {self.name}"
+            yield self.as_picture(source[index], kind=kind, max_pixels=self.config.max_pixels)
 
     def _check_length(self, reader: Reader, label: str) -> None:
         if reader.seconds > self.config.max_seconds:
@@ -214,58 +156,6 @@ class Video(xblip.Modality):
                 f"Cannot read {label}: it lasts {reader.seconds:.0f} s, more than max_seconds = "
                 f"{self.config.max_seconds:g}. Cut it, or raise max_seconds in the modality's config."
             )
-
-
-class _LiftedPillowLimit:
-    """Leaves `max_pixels` the only limit: Pillow's own warns and fails at sizes of its own choosing.
-
-    That limit is a global of Pillow which threads share: the first one in lifts it, the last puts it back.
-    """
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._users = 0
-        self._kept: int | None = None
-
-    def __enter__(self) -> None:
-        import PIL.Image
-
-        with self._lock:
-            if self._users == 0:
-                self._kept, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
-            self._users += 1
-
-    def __exit__(self, *_) -> None:
-        import PIL.Image
-
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                PIL.Image.MAX_IMAGE_PIXELS = self._kept
-
-
-_without_pillow_limit = _LiftedPillowLimit()
-
-
-def _turned(picture: "PIL.Image.Image") -> "PIL.Image.Image":
-    """Applies the EXIF orientation; where EXIF is unreadable, the picture stays as it is stored."""
-    import PIL.ExifTags
-    import PIL.Image
-
-    try:
-        orientation = picture.getexif().get(PIL.ExifTags.Base.Orientation)
-    except Exception:  # of what kind depends on the damage; the pixels do not need it
-        return picture
-    method = {
-        2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
-        3: PIL.Image.Transpose.ROTATE_180,
-        4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
-        5: PIL.Image.Transpose.TRANSPOSE,
-        6: PIL.Image.Transpose.ROTATE_270,
-        7: PIL.Image.Transpose.TRANSVERSE,
-        8: PIL.Image.Transpose.ROTATE_90,
-    }.get(orientation)
-    return picture if method is None else picture.transpose(method)
 
 
 def middles(total: int, wanted: int) -> list[int]:
@@ -288,13 +178,8 @@ def _write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def _as_video(pixels: np.ndarray | Tensor, label: str) -> np.ndarray:
-    """Checks the shape (T, H, W, 3) or (T, H, W) and the dtype of a video given as an array."""
+    """Checks the shape (T, H, W, 3) or (T, H, W) of a video given as an array."""
     pixels = xblip.Modality.as_array(pixels, label)
-    if pixels.dtype != np.uint8:
-        raise xblip.MediaError(
-            f"Cannot read {label}: its dtype is {pixels.dtype}; expected uint8, 0..255. Convert it, e.g. "
-            "(255 * video).round() for values in [0, 1]."
-        )
     is_colour = pixels.ndim == 4 and pixels.shape[3] == 3
     # (H, W, 3) is far likelier to be one picture than a grey video three pixels wide.
     is_grey = pixels.ndim == 3 and pixels.shape[2] not in (3, 4)

@@ -16,14 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 import xblip
 
 EXPECTED = "an MP4, MOV, WebM, MKV or AVI video"
-MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".split())
 FAULT_TOLERANCE = 1e-6
 """Share of frames decord may replace by a neighbour before it fails: none, but 0 switches its check off."""
 
@@ -276,71 +275,23 @@ def choose(name: str) -> type[Reader]:
     )
 
 
-def check_complete(path: Path, label: str) -> None:
+def check_complete(file: xblip.MediaFile) -> None:
     """Checks by the file's own headers what container it is and that nothing of it is missing.
 
-    Decoders play what is there of a cut file and say nothing. WebM and MKV written by a live recorder do not
-    know their length; they pass.
+    WebM and MKV written by a live recorder do not know their length; they pass.
 
     Raises:
       MediaError: it is no MP4, MOV, WebM, MKV or AVI, or it is shorter than it says.
     """
-    with path.open("rb") as stream, xblip.decoding(label, EXPECTED):
-        there = stream.seek(0, 2)
-        stream.seek(0)
-        head = stream.read(12)
-        stream.seek(0)
-        if head[4:8] in MP4_BOXES:
-            promised = _mp4_length(stream, there)
-        elif head[:4] == b"\x1a\x45\xdf\xa3":
-            promised = _matroska_length(stream)
-        elif head[:4] == b"RIFF" and head[8:] == b"AVI ":
-            promised = struct.unpack("<I", head[4:8])[0]
-        else:
-            raise xblip.MediaError(f"Cannot read {label}: it is of another format. Expected {EXPECTED}.")
-    if promised > there:
+    with xblip.decoding(file.label, EXPECTED):
+        promised = file.declared_bytes()
+    if promised is None:
+        raise xblip.MediaError(f"Cannot read {file.label}: it is of another format. Expected {EXPECTED}.")
+    if promised > file.size:
         raise xblip.MediaError(
-            f"Cannot read {label}: it is cut short, {there} of at least {promised} bytes are there. Copy it again."
+            f"Cannot read {file.label}: it is cut short, {file.size} of at least {promised} bytes are there. Copy it "
+            "again."
         )
-
-
-def _mp4_length(stream: BinaryIO, there: int) -> int:
-    """Where the last top-level box that begins within `there` bytes ends (ISO/IEC 14496-12, 4.2).
-
-    A size of 0 means the end of the file.
-    """
-    end = 0
-    while True:
-        stream.seek(end)
-        header = stream.read(16)
-        size = int.from_bytes(header[:4])
-        if size == 1:
-            size = int.from_bytes(header[8:16])
-        if header[4:8] not in MP4_BOXES or size < 8:
-            return end
-        end += size
-        if end >= there:
-            return end
-
-
-def _matroska_length(stream: BinaryIO) -> int:
-    """Where the segment ends (RFC 8794, 4 and 6.2); 0 if it does not say."""
-    stream.seek(4)
-    stream.seek(_matroska_number(stream) or 0, 1)
-    if stream.read(4) != b"\x18\x53\x80\x67":
-        return 0
-    size = _matroska_number(stream)
-    return stream.tell() + size if size is not None else 0
-
-
-def _matroska_number(stream: BinaryIO) -> int | None:
-    """A number whose first byte's leading zeros say how many bytes follow; None for all ones, "unknown"."""
-    first = stream.read(1)
-    if not first or not first[0]:
-        raise ValueError("its header is damaged")
-    width = 9 - first[0].bit_length()
-    value = int.from_bytes(first + stream.read(width - 1)) - (1 << 7 * width)
-    return value if value < (1 << 7 * width) - 1 else None
 
 
 def _upright(pixels: np.ndarray, frame: Any) -> np.ndarray:

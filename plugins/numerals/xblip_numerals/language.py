@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from xblip_numerals.kinds import KINDS
 from xblip_numerals.phrases import (
     ANSWER_CUE,
     ATTRIBUTES,
     COMPARATIVES,
     FORMS,
-    KINDS,
     MAX_THINGS,
     MODALITIES,
     NUMBERS,

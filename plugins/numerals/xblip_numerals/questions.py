@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xblip_numerals.kinds import KINDS
 from xblip_numerals.language import MODALITIES, Question, Thing, ask, describe, possible_kinds, random_things
-from xblip_numerals.phrases import KINDS, VALUES
+from xblip_numerals.phrases import VALUES
 
 MOST_TRIES = 20_000
 SEARCHES = ("which_shows", "which_is", "number_of")

@@ -20,8 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import xblip
+from xblip_numerals.kinds import KINDS
 from xblip_numerals.language import MODALITIES, Question, Thing, caption, chance, words_of
-from xblip_numerals.phrases import ATTRIBUTES, KINDS, VALUES
+from xblip_numerals.phrases import ATTRIBUTES, VALUES
 from xblip_numerals.questions import Item, Shelf, holders, question_about
 
 BATCH = 128

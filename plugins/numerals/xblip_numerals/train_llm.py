@@ -25,7 +25,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xblip_numerals.contexts import ALL_VALUES, Batch, Context, Sampler, pack
-from xblip_numerals.language import KINDS, MAX_THINGS, MODALITIES, vocabulary
+from xblip_numerals.kinds import KINDS
+from xblip_numerals.language import vocabulary
+from xblip_numerals.phrases import MAX_THINGS, MODALITIES
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 STEPS = 4000

@@ -1,0 +1,225 @@
+"""Media as users give them: files, bytes, open files and arrays, told apart and checked before anything decodes them."""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from torch import Tensor
+
+from xblip.errors import MediaError, XBlipError
+
+MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".split())
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A source that is a file: a path, bytes, or an open binary file.
+
+    Attributes:
+      label: how error messages call it.
+      path: where it lies, or None if it came as bytes.
+      data: its bytes, or None if it has a path.
+    """
+
+    label: str
+    path: Path | None = None
+    data: bytes | None = None
+
+    @property
+    def suffix(self) -> str:
+        """The file's ending in lower case with its dot; "" when it has none or came as bytes."""
+        return self.path.suffix.lower() if self.path else ""
+
+    def declared_bytes(self) -> int | None:
+        """Returns how long its own headers say that an MP4, MOV, WebM, MKV, AVI or WAV file is at least, in bytes.
+
+        Decoders play what is there of a cut file and say nothing; whoever compares this with `size` notices.
+
+        Returns:
+          The length; 0 if the file does not know (a live recorder's), None if it is of another container.
+
+        Raises:
+          ValueError: the header is damaged.
+        """
+        with self.open() as stream:
+            return _declared_bytes(stream, self.size)
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+        return self.path.stat().st_size if self.path else len(self.data)
+
+    def open(self) -> BinaryIO:
+        """Opens it for reading."""
+        return self.path.open("rb") if self.path else io.BytesIO(self.data)
+
+    @contextlib.contextmanager
+    def on_disk(self, suffix: str = "") -> Iterator[Path]:
+        """Gives a path to it, for libraries that read nothing else; `suffix` is for sources that came as bytes."""
+        if self.path:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"media{suffix}")
+            path.write_bytes(self.data)
+            yield path
+
+
+def media_file(source: Any, *, kind: str) -> MediaFile | None:
+    """Tells files from objects.
+
+    Args:
+      source: whatever the user gave.
+      kind: the modality's name, for messages.
+
+    Returns:
+      The file, or None when `source` is an object (array, tensor, PIL image, list).
+
+    Raises:
+      MediaError: the file is missing, a folder, unreadable or empty, or a URL.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data, label = bytes(source), f"the {kind} given as bytes"
+    elif hasattr(source, "read"):
+        label = f"the {kind} given as an open file"
+        data = _contents(source, label)
+    elif isinstance(source, (str, os.PathLike)):
+        return _file_at(source, kind)
+    else:
+        return None
+    if not data:
+        raise MediaError(f"Cannot read {label}: it is empty.")
+    return MediaFile(label=label, data=data)
+
+
+def _contents(source: BinaryIO, label: str) -> bytes:
+    try:
+        data = source.read()
+    except Exception as cause:
+        raise MediaError(f"Cannot read {label}: {cause}. Open it for reading in binary mode ('rb').") from cause
+    if isinstance(data, str):
+        raise MediaError(f"Cannot read {label}: it is open as text. Open it in binary mode ('rb').")
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise MediaError(f"Cannot read {label}: its read() gives {type(data).__name__}. Expected bytes.")
+    return bytes(data)
+
+
+def _file_at(source: str | os.PathLike, kind: str) -> MediaFile:
+    label = f"{kind} {os.fspath(source)!r}"
+    if str(source).startswith(("http://", "https://")):
+        raise MediaError(f"Cannot read {label}: URLs are not fetched. Download it and give the file's path.")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            raise MediaError(f"Cannot read {label}: it is a folder. Give the path of one file.")
+        if not path.exists():
+            raise MediaError(f"Cannot read {label}: no such file. Check the path; relative ones start at {Path.cwd()}.")
+        if not path.is_file():
+            raise MediaError(f"Cannot read {label}: it is a pipe, socket or device. Give the path of a regular file.")
+        if path.stat().st_size == 0:
+            raise MediaError(f"Cannot read {label}: the file is empty.")
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError, RuntimeError) as cause:  # RuntimeError: no such user in "~user"
+        raise MediaError(f"Cannot read {label}: {cause}.") from cause
+    return MediaFile(label=label, path=path)
+
+
+@contextlib.contextmanager
+def decoding(label: str, expected: str) -> Iterator[None]:
+    """Turns whatever a decoding library raises inside the block into one clear `MediaError`.
+
+    Args:
+      label: what is being read, e.g. `MediaFile.label`.
+      expected: the formats that would have been right.
+    """
+    try:
+        yield
+    except XBlipError:
+        raise
+    except MemoryError as cause:
+        raise MediaError(
+            f"Cannot read {label}: it asks for more memory than there is, so it is damaged or too large. "
+            f"Expected {expected}."
+        ) from cause
+    except Exception as cause:
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise MediaError(
+            f"Cannot read {label}: it is damaged or of another format ({reason}). Expected {expected}."
+        ) from cause
+
+
+def as_array(source: np.ndarray | Tensor, label: str) -> np.ndarray:
+    """Gives an array or tensor as a plain numpy array; floats that numpy lacks, such as bfloat16, as float32.
+
+    Args:
+      source: what the user gave.
+      label: how error messages call it.
+
+    Raises:
+      MediaError: its values are masked, or not there as numbers: a sparse, quantised or meta tensor.
+    """
+    if isinstance(source, np.ma.MaskedArray):
+        raise MediaError(f"Cannot read {label}: it is a masked array. Fill in or leave out its masked values.")
+    if isinstance(source, np.ndarray):
+        return np.asarray(source)
+    try:
+        return (source.float() if source.is_floating_point() and source.itemsize < 4 else source).numpy(force=True)
+    except (RuntimeError, TypeError) as cause:
+        raise MediaError(
+            f"Cannot read {label}: numpy cannot take it ({str(source.layout).removeprefix('torch.')}, "
+            f"{source.dtype}, on {source.device}). Expected a dense tensor of plain numbers."
+        ) from cause
+
+
+def _declared_bytes(stream: BinaryIO, there: int) -> int | None:
+    head = stream.read(12)
+    if head[4:8] in MP4_BOXES:
+        return _mp4_length(stream, there)
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return _matroska_length(stream)
+    if head[:4] == b"RIFF" and head[8:] in (b"AVI ", b"WAVE"):
+        return 8 + int.from_bytes(head[4:8], "little")
+    return None
+
+
+def _mp4_length(stream: BinaryIO, there: int) -> int:
+    """Where the last top-level box that begins within `there` bytes ends (ISO/IEC 14496-12, 4.2).
+
+    A size of 0 means the end of the file.
+    """
+    end = 0
+    while end < there:
+        stream.seek(end)
+        header = stream.read(16)
+        size = int.from_bytes(header[8:16] if header[:4] == b"\0\0\0\1" else header[:4])
+        if header[4:8] not in MP4_BOXES or size < 8:
+            break
+        end += size
+    return end
+
+
+def _matroska_length(stream: BinaryIO) -> int:
+    """Where the segment ends (RFC 8794, 4 and 6.2); 0 if it does not say."""
+    stream.seek(4)
+    stream.seek(_matroska_number(stream) or 0, 1)
+    if stream.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    size = _matroska_number(stream)
+    return 0 if size is None else stream.tell() + size
+
+
+def _matroska_number(stream: BinaryIO) -> int | None:
+    """A number whose first byte's leading zeros say how many bytes follow; None for all ones, "unknown"."""
+    first = stream.read(1)
+    if not first or not first[0]:
+        raise ValueError("its header is damaged")
+    width = 9 - first[0].bit_length()
+    value = int.from_bytes(first + stream.read(width - 1)) - (1 << 7 * width)
+    return value if value < (1 << 7 * width) - 1 else None
