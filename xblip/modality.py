@@ -25,6 +25,8 @@ from xblip.errors import MediaError, PluginError
 class Modality(ABC):
     """One kind of input. Subclass it, name it, and register the class by `register_modalities`.
 
+    Helpers for `load`: `as_picture`, `check_picture_size` (both of `xblip.pictures`) and `as_array` (of `xblip.media`).
+
     Class attributes:
       name: identifier used everywhere (Python, configs, command line); equals the entry point's name.
       cue: short text before the soft prompt; "<name>: " unless set.
