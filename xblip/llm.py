@@ -1,6 +1,7 @@
 """The frozen LLM: embeds text, runs on embeddings, generates.
 
-Any decoder-only model that `AutoModelForCausalLM` loads. Its weights never get gradients; activations pass them on to
+Any decoder-only or encoder-decoder model that `transformers` loads; of the latter (T5) the encoder reads soft prompts
+and instruction, and the decoder says the answer. Its weights never get gradients; activations pass them on to
 the soft prompts. Logits are computed only from the first labelled position on: a prompt is mostly unlabelled, and the
 vocabulary product is the dearest part of a small step.
 """
@@ -56,7 +57,8 @@ class PromptBatch:
     Attributes:
       inputs_embeds: (B, T, D_llm).
       attention_mask: (B, T), 1 for real positions.
-      labels: (B, T), token ids to learn or score, -100 elsewhere; None when generating.
+      labels: (B, T), token ids to learn or score, -100 elsewhere; None when generating. An encoder-decoder's are the
+        answers alone, (B, T_answer).
     """
 
     inputs_embeds: Tensor
@@ -65,10 +67,11 @@ class PromptBatch:
 
 
 class FrozenLLM(Frozen):
-    """A causal language model that never trains, with its tokenizer.
+    """A language model that never trains, with its tokenizer.
 
     Attributes:
       width: D_llm.
+      is_encoder_decoder: the prompt goes to an encoder, the answer to a decoder.
       context_length: positions it knows, or None if its config does not say.
       fingerprint: identifies weights and vocabulary.
     """
@@ -96,7 +99,9 @@ class FrozenLLM(Frozen):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.width = model.get_input_embeddings().embedding_dim
-        self.context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        reader = model.config.get_text_config(encoder=True) if self.is_encoder_decoder else model.config.get_text_config()
+        self.context_length = getattr(reader, "max_position_embeddings", None)
         self.fingerprint = _fingerprint(model, tokenizer, config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.freeze()
@@ -109,13 +114,15 @@ class FrozenLLM(Frozen):
           BundleError: nothing can be loaded from the source, or weights are missing in it.
           ConfigError: an unknown dtype.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
         if config.dtype not in DTYPES:
             raise ConfigError(f'Unknown dtype "{config.dtype}" of the LLM.{suggest(str(config.dtype), DTYPES)}')
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            architecture = AutoConfig.from_pretrained(config.source, revision=config.revision)
+            auto_class = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+            model, info = auto_class.from_pretrained(
                 config.source,
                 revision=config.revision,
                 dtype=config.dtype,
@@ -127,7 +134,7 @@ class FrozenLLM(Frozen):
             options = f" with {given}" if given else ""
             raise BundleError(
                 f'Cannot load the LLM "{config.source}"{options}: {why_not_loaded(config.source, cause)} '
-                "Expected the folder of a decoder-only "
+                "Expected the folder of a decoder-only or encoder-decoder "
                 "transformers model with its tokenizer, or a hub id that is reachable or already downloaded."
             ) from cause
         if info["missing_keys"]:
@@ -151,6 +158,13 @@ class FrozenLLM(Frozen):
         """Returns the ids of a piece of text, without any special token that is not spelt out in it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def prompt_end(self) -> list[int]:
+        """Returns the ids that an encoder's tokenizer ends every text with (T5: its end of sequence)."""
+        if not self.is_encoder_decoder:
+            return []
+        eos = self.tokenizer.eos_token_id
+        return [eos] if self.tokenizer("a").input_ids[-1:] == [eos] else []
+
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Returns the embeddings (T, D_llm) of token ids."""
         return self.model.get_input_embeddings()(torch.tensor(list(ids), dtype=torch.long, device=self.device))
@@ -163,8 +177,15 @@ class FrozenLLM(Frozen):
           last: how many positions from the end to give logits for; 0 for all.
 
         Returns:
-          (B, T or `last`, vocabulary).
+          (B, T or `last`, vocabulary); of an encoder-decoder (B, T_answer, vocabulary).
         """
+        if self.is_encoder_decoder:
+            return self.model(
+                inputs_embeds=batch.inputs_embeds,
+                attention_mask=batch.attention_mask,
+                decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels),
+                use_cache=False,
+            ).logits
         options = {"logits_to_keep": last} if last and self._keeps_logits else {}
         output = self.model(
             inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, use_cache=False, **options
@@ -177,18 +198,21 @@ class FrozenLLM(Frozen):
         Returns:
           Two (B, T') tensors: log-likelihoods, 0 where there is no label, and the mask of labels.
         """
-        first = int((batch.labels != IGNORE).any(0).float().argmax())
-        last = batch.labels.shape[1] - max(first - 1, 0)
-        logits = self.logits(batch, last=last)[:, :-1].float()
-        labels = batch.labels[:, -last:][:, 1:]
+        if self.is_encoder_decoder:
+            logits, labels = self.logits(batch).float(), batch.labels
+        else:
+            first = int((batch.labels != IGNORE).any(0).float().argmax())
+            last = batch.labels.shape[1] - max(first - 1, 0)
+            logits = self.logits(batch, last=last)[:, :-1].float()
+            labels = batch.labels[:, -last:][:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         return -losses, labels != IGNORE
 
     def generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
-        """Generates from a left-padded batch, by transformers' `generate`.
+        """Generates by transformers' `generate`.
 
         Args:
-          batch: left-padded.
+          batch: left-padded; for an encoder-decoder right-padded.
           options: transformers' generation options.
 
         Returns:
@@ -218,7 +242,8 @@ class FrozenLLM(Frozen):
         for stop in (self.model.generation_config.eos_token_id, options.get("eos_token_id")):
             if stop is not None:
                 ends.update(torch.as_tensor(stop).flatten().tolist())
-        return [_until(row.tolist(), ends) for row in rows]
+        start = 1 if self.is_encoder_decoder else 0  # the decoder's start token
+        return [_until(row[start:].tolist(), ends) for row in rows]
 
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""

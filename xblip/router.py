@@ -100,7 +100,7 @@ class Router:
             pieces = [*pieces, *turn]
         pieces = [*pieces, self.config.prefix, *self._cued(current)]
         pieces += bos if self.config.bos is Bos.instruction else []
-        return [*pieces, sample.instruction, self.config.postfix]
+        return [*pieces, sample.instruction, self.config.postfix, *self.llm.prompt_end()]
 
     def _cued(self, content: Sequence[str | Media]) -> list[str | Media]:
         pieces: list[str | Media] = []
@@ -160,25 +160,26 @@ class Router:
         Args:
           samples: the pieces of each sample.
           soft_prompts: of each sample, one (L, D_llm) per input in the order of its pieces.
-          answers: to learn or score; then the batch is right-padded and labelled. Without, it is left-padded.
+          answers: to learn or score; then the batch is right-padded and labelled. Without, it is left-padded, and for
+            an encoder-decoder right-padded too.
           room: positions that generation will add, which must fit the LLM's context too.
 
         Raises:
           InputError: a sample is longer than the LLM's context.
         """
-        rows, ids, label_counts = [], [], []
+        rows, ids = [], []
+        apart = self.llm.is_encoder_decoder
+        spoken = [self._answer_ids(answer) for answer in answers or ()]
         for index, (pieces, softs) in enumerate(zip(samples, soft_prompts, strict=True)):
-            answer = self._answer_ids(answers[index]) if answers is not None else []
-            row = self._lay_out(pieces, softs, answer, ids)
-            self._check_length(row, room)
+            row = self._lay_out(pieces, softs, [] if apart or answers is None else spoken[index], ids)
+            self._check_length(row, 0 if apart else room)
             rows.append(row)
-            label_counts.append(len(answer))
         embedded = self.llm.embed(ids)
         embeds = [
             torch.cat([embedded[part] if isinstance(part, slice) else part.to(embedded) for part in row])
             for row in rows
         ]
-        side = "right" if answers is not None else "left"
+        side = "right" if apart or answers is not None else "left"
         lengths = torch.tensor([row.shape[0] for row in embeds], device=embedded.device)
         positions = torch.arange(int(lengths.max()), device=embedded.device)[None]
         if side == "left":
@@ -186,7 +187,7 @@ class Router:
         mask = (positions < lengths[:, None]).long()
         batch = PromptBatch(torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side=side), mask)
         if answers is not None:
-            batch.labels = self._labels(ids, rows, label_counts, mask)
+            batch.labels = _labels(spoken, mask, beside_prompt=not apart)
         return batch
 
     def _answer_ids(self, answer: str) -> list[int]:
@@ -233,13 +234,16 @@ class Router:
                 "inputs, a shorter instruction, or a smaller max_new_tokens."
             )
 
-    def _labels(self, ids: list[int], rows: list, label_counts: list[int], mask: Tensor) -> Tensor:
-        labels = torch.full_like(mask, IGNORE)
-        ends = mask.sum(1).tolist()
-        for index, (row, count) in enumerate(zip(rows, label_counts, strict=True)):
-            answer = torch.tensor(ids[row[-1]], device=mask.device)
-            labels[index, ends[index] - count : ends[index]] = answer
-        return labels
+
+def _labels(answers: Sequence[list[int]], mask: Tensor, *, beside_prompt: bool) -> Tensor:
+    """The answers' ids, where `beside_prompt` at the ends of the rows of `mask`, and -100 elsewhere."""
+    rows = [torch.tensor(answer, device=mask.device) for answer in answers]
+    if not beside_prompt:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+    labels = torch.full_like(mask, IGNORE)
+    for row, answer, end in zip(labels, rows, mask.sum(1).tolist(), strict=True):
+        row[end - len(answer) : end] = answer
+    return labels
 
 
 def _unmarked(text: str) -> str:
