@@ -100,7 +100,9 @@ class FrozenLLM(Frozen):
             tokenizer.pad_token = tokenizer.eos_token
         self.width = model.get_input_embeddings().embedding_dim
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        reader = model.config.get_text_config(encoder=True) if self.is_encoder_decoder else model.config.get_text_config()
+        reader = (
+            model.config.get_text_config(encoder=True) if self.is_encoder_decoder else model.config.get_text_config()
+        )
         self.context_length = getattr(reader, "max_position_embeddings", None)
         self.fingerprint = _fingerprint(model, tokenizer, config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
