@@ -20,7 +20,7 @@ CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs"},
     {"config", "encoder", "media"},
-    {"pictures"},
+    {"pictures", "checkpoint"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router"},
     {"plugins", "data"},

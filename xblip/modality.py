@@ -13,13 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from xblip import media, pictures
 from xblip.errors import MediaError, PluginError
+
+if TYPE_CHECKING:
+    from xblip.checkpoint import Checkpoint
 
 
 class Modality(ABC):
@@ -32,6 +35,8 @@ class Modality(ABC):
       cue: short text before the soft prompt; "<name>: " unless set.
       suffixes: file endings, lower case with dot, that people have.
       mime_types: of those files.
+      checkpoint_prefix: what names it in checkpoints of X-InstructBLIP; the name, unless set.
+      transformers_models: classes of transformers whose media part is this modality's.
       bridge: defaults of this modality's bridge that differ from the bridge's own, e.g. {"max_segments": 16}.
       Config: dataclass of the modality's settings. If the encoder comes from files, its folder or hub id stands in
         a field called `encoder`; the core then copies that folder into bundles.
@@ -41,6 +46,8 @@ class Modality(ABC):
     cue: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]] = ()
     mime_types: ClassVar[tuple[str, ...]] = ()
+    checkpoint_prefix: ClassVar[str]
+    transformers_models: ClassVar[tuple[str, ...]] = ()
     bridge: ClassVar[Mapping[str, Any]] = {}
 
     @dataclass
@@ -51,6 +58,8 @@ class Modality(ABC):
         super().__init_subclass__(**kwargs)
         if "name" in vars(cls) and "cue" not in vars(cls):
             cls.cue = f"{cls.name}: "
+        if "name" in vars(cls) and "checkpoint_prefix" not in vars(cls):
+            cls.checkpoint_prefix = cls.name
 
     def __init__(self, config: Any = None):
         """Keeps `config`, an instance of `Config` (defaults when None). Does nothing heavy."""
@@ -84,6 +93,22 @@ class Modality(ABC):
     as_array = staticmethod(media.as_array)
     as_picture = staticmethod(pictures.as_picture)
     check_picture_size = staticmethod(pictures.check_size)
+
+    @classmethod
+    def convert_encoder(cls, checkpoint: "Checkpoint", folder: Path) -> bool:
+        """Writes the encoder of a foreign checkpoint as a folder that `Config.encoder` can name.
+
+        Args:
+          checkpoint: its tensors; take or leave out every one.
+          folder: an empty folder to write into, with the processor that belongs to the encoder.
+
+        Returns:
+          Whether it is a checkpoint that this modality knows; if not, nothing was taken or written.
+
+        Raises:
+          BundleError: it is one, but weights are missing or of other shapes.
+        """
+        return False
 
     @classmethod
     def example(cls, folder: Path) -> "Example":

@@ -1,0 +1,196 @@
+"""Foreign checkpoints: the tensors and the config of a model that another framework saved.
+
+Read by safetensors, or by torch with `weights_only=True`: a pickle that would run code is refused, not trusted. Files
+are mapped into memory, so that naming a checkpoint of gigabytes costs nothing.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xblip.encoder import first_line
+from xblip.errors import BundleError
+
+INDEX = "model.safetensors.index.json"
+HARMLESS = [argparse.Namespace]
+"""Classes that published checkpoints pickle beside their tensors, and that hold values alone."""
+NESTED = ("model", "state_dict", "module")
+"""Keys under which training loops put the weights."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint, and which of its tensors a conversion has taken.
+
+    Attributes:
+      path: its folder or file.
+      tensors: by name; those of a folder are read when asked for.
+      config: of a transformers folder its config.json, of a file what lies beside the weights in it.
+      taken: names that were taken so far.
+      left_out: names that were left out, with the reason.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """The transformers class that saved it, or ""."""
+        return next(iter(self.config.get("architectures") or []), "")
+
+    def take(self, prefix: str = "") -> dict[str, Tensor]:
+        """Takes all tensors whose name starts with `prefix`, which is cut off; missing ones are the caller's to miss."""
+        names = [name for name in self.tensors if name.startswith(prefix) and name not in self.left_out]
+        self.taken.update(names)
+        return {name.removeprefix(prefix): self.tensors[name] for name in names}
+
+    def leave_out(self, prefix: str, why: str) -> None:
+        """Leaves out all tensors whose name starts with `prefix`."""
+        self.left_out.update({name: why for name in self.tensors if name.startswith(prefix)})
+
+    def check_all_used(self) -> None:
+        """Raises BundleError for tensors that were neither taken nor left out."""
+        forgotten = sorted(set(self.tensors) - self.taken - set(self.left_out))
+        if forgotten:
+            raise BundleError(
+                f"{self.path} holds {len(forgotten)} weights that have no place here, among them {forgotten[0]}: it is "
+                "not what it was taken for, or another version of it."
+            )
+
+
+class _Folder(Mapping):
+    """The tensors of a folder's safetensors files, each read when asked for."""
+
+    def __init__(self, places: dict[str, Path]):
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._places[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def read(source: str | Path) -> Checkpoint:
+    """Reads a transformers folder or hub id, or a file of weights (.safetensors, .pth, .pt, .bin).
+
+    Raises:
+      BundleError: there is none, it is damaged, a part of it is missing, or reading it would run code.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _read_file(path)
+    return _read_folder(path if path.is_dir() else _downloaded(str(source)))
+
+
+def _downloaded(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as cause:
+        raise BundleError(
+            f'There is no checkpoint "{source}": no such file or folder, and the hub cannot give it '
+            f"({first_line(cause).rstrip('.')}). Offline: download it elsewhere (config.json, *.safetensors and the "
+            "tokenizer's and processor's files), and give its folder."
+        ) from cause
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        raise BundleError(f"{folder} holds no transformers model: it lacks config.json. Give the model's own folder.")
+    config = _json(folder / "config.json")
+    files = [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        files = sorted({folder / name for name in _json(folder / INDEX).get("weight_map", {}).values()})
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise BundleError(
+            f"{folder} lacks {len(missing)} of its {len(files)} files of weights, among them {missing[0]}. Download it "
+            "again, whole; weights in other formats than safetensors are to be converted by transformers first."
+        )
+    places = {name: file for file in files for name in _names(file)}
+    return Checkpoint(folder, _Folder(places), config)
+
+
+def _read_file(path: Path) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        return Checkpoint(path, _Folder(dict.fromkeys(_names(path), path)))
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except UnpicklingError as cause:
+        raise BundleError(
+            f"{path} is not read: it is damaged, or holds more than tensors and plain values, and reading that would "
+            f"run its code ({_refused(cause)}). Save its state_dict alone, with people you trust."
+        ) from cause
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as cause:
+        raise BundleError(f"{path} is damaged: {first_line(cause)} Copy it again, whole.") from cause
+    return _unpacked(path, content)
+
+
+def _unpacked(path: Path, content: Any) -> Checkpoint:
+    """Finds the weights in what torch.load gave; the rest becomes the config."""
+    config: dict[str, Any] = {}
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((name for name in NESTED if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        config.update({name: value for name, value in content.items() if name != inner})
+        content = content[inner]
+    tensors = content if isinstance(content, Mapping) else {}
+    tensors = {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise BundleError(f"{path} holds no weights: expected tensors by name, or under {', '.join(NESTED)}.")
+    return Checkpoint(path, tensors, config)
+
+
+def _names(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as cause:
+        raise BundleError(f"{file} is damaged: {first_line(cause)} Copy it again, whole.") from cause
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as cause:
+        raise BundleError(f"{file} is damaged: {first_line(cause)} Copy it again.") from cause
+    if not isinstance(content, dict):
+        raise BundleError(f"{file} is damaged: it holds no settings. Copy it again.")
+    return content
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch saved it in its format since 1.6, which can be mapped into memory."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _refused(error: Exception) -> str:
+    """What torch would not unpickle, from its long message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "")
+    return told.split(". Please use")[0].split(" was not an allowed")[0][:160].rstrip(".")
