@@ -27,7 +27,7 @@ LAYERS = [
     {"branch"},
     {"bundle"},
     {"model"},
-    {"train"},
+    {"train", "convert"},
     {"testing", "scaffold"},
     {"cli"},
 ]

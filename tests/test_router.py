@@ -169,7 +169,8 @@ class TestChatTemplate:
         assert [word for word in dict.fromkeys(words) if word[0] == "*"] == [f"*{index}" for index in range(12)]
 
     @pytest.mark.parametrize(
-        "words", ["\ue0000\ue001", "\ue000 \ue001 {{ messages }} {% endfor %}", "\ue000", "\ue001\ue000"]
+        "words",
+        ["\ue0000\ue001", "\ue000 \ue001 {{ messages }} {% endfor %}", "\ue000", "\ue001\ue000", "\ue002 \ue0020"],
     )
     def test_marks_in_any_text_are_only_text(self, talking, words):
         """Neither a user nor an answer can smuggle in an input, or code of the template's language."""
@@ -178,9 +179,8 @@ class TestChatTemplate:
         router = talking(system=f"show {words}")
         placed = [piece for piece in router.pieces(sample) if isinstance(piece, Media)]
         assert placed == sample.all_media
-        assert not any(
-            "\ue000" in piece or "\ue001" in piece for piece in router.pieces(sample) if isinstance(piece, str)
-        )
+        known = set(range(len(router.llm.tokenizer)))
+        assert all(set(piece) <= known for piece in router.pieces(sample) if isinstance(piece, list))
 
     def test_a_tokenizer_without_a_template_is_an_error(self, make):
         with pytest.raises(

@@ -8,6 +8,8 @@ Order of a turn: prefix, then the media in the user's order, each as cue + soft 
 between them, then the instruction, then the postfix, then the answer.
 """
 
+import copy
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,11 +57,12 @@ class RouterConfig:
     system: str = ""
 
 
-OPEN, CLOSE = "\ue000", "\ue001"
-"""Marks around an input's number in text for a chat template: private characters, cut from what users write."""
+OPEN, CLOSE, PLACE = "\ue000", "\ue001", "\ue002"
+"""Marks around an input's number in text for a chat template, and what stands for both when the text is tokenised:
+private characters, cut from what users write."""
 
-Piece = str | Media | int
-"""Text, an input, or the id of a special token."""
+Piece = str | Media | int | list[int]
+"""Text, an input, the id of a special token, or the ids of a text."""
 
 
 class Router:
@@ -79,6 +82,10 @@ class Router:
         self.llm = llm
         self.cues = dict(cues)
         self._warned: set[str] = set()
+        if config.chat_template:
+            # Knows the mark as a special token, which splits text as the media tokens of transformers' processors do.
+            self._tokenizer = copy.deepcopy(llm.tokenizer)
+            self._tokenizer.add_special_tokens({"additional_special_tokens": [PLACE]})
         around = [] if config.chat_template else [config.prefix, config.postfix]
         for text in [*around, config.separator, *(self.cues.values() if config.cues else ())]:
             self._tokenize(text)
@@ -135,17 +142,21 @@ class Router:
             rendered = self.llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as cause:
             raise ConfigError(f"The tokenizer's chat template refuses this conversation: {cause}.") from cause
-        first, *rest = rendered.split(OPEN)
-        numbered = [part.split(CLOSE, 1) for part in rest]
-        if [number for number, _ in numbered] != [str(number) for number in range(len(media))]:
+        marks = re.compile(f"{OPEN}(\\d+){CLOSE}")
+        numbers = [int(number) for number in marks.findall(rendered)]
+        if numbers != list(range(len(media))):
             raise ConfigError(
-                f"The tokenizer's chat template gives {len(numbered)} of {len(media)} inputs, or in another order: "
+                f"The tokenizer's chat template gives {len(numbers)} of {len(media)} inputs, or in another order: "
                 "turn router.chat_template off, or router.earlier_turns if the template drops earlier turns."
             )
-        pieces: list[Piece] = [first]
-        for source, (_, text) in zip(media, numbered, strict=True):
-            pieces += [source, text]
-        return pieces
+        ids = self._tokenizer(marks.sub(PLACE, rendered), add_special_tokens=False).input_ids
+        self._warn_of_unknown(marks.sub(" ", rendered), ids)
+        pieces: list[Piece] = []
+        for source in media:
+            place = ids.index(self._tokenizer.convert_tokens_to_ids(PLACE))
+            pieces += [ids[:place], source]
+            ids = ids[place + 1 :]
+        return [*pieces, ids]
 
     def assemble(
         self,
@@ -209,19 +220,24 @@ class Router:
         return row
 
     def _tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a prompt's text; warns, once, of words in it that the LLM does not know."""
+        """Returns the ids of a prompt's text."""
         ids = self.llm.tokenize(text) if text else []
-        unknown = self.llm.tokenizer.unk_token_id
-        if unknown in ids and text not in self._warned:
-            self._warned.add(text)
-            words = ", ".join(f'"{word}"' for word in text.split() if unknown in self.llm.tokenize(word))
-            warnings.warn(
-                f'The LLM does not know {words} in "{text}": it reads every such word as the same one, and its answers '
-                "suffer. Use words of its vocabulary.",
-                UnknownWordsWarning,
-                stacklevel=2,
-            )
+        self._warn_of_unknown(text, ids)
         return ids
+
+    def _warn_of_unknown(self, text: str, ids: list[int]) -> None:
+        """Warns, once, of words in a prompt's text that the LLM does not know; `ids` are the text's."""
+        unknown = self.llm.tokenizer.unk_token_id
+        if unknown not in ids or text in self._warned:
+            return
+        self._warned.add(text)
+        words = ", ".join(f'"{word}"' for word in text.split() if unknown in self.llm.tokenize(word))
+        warnings.warn(
+            f'The LLM does not know {words} in "{text}": it reads every such word as the same one, and its answers '
+            "suffer. Use words of its vocabulary.",
+            UnknownWordsWarning,
+            stacklevel=3,
+        )
 
     def _check_length(self, row: list[slice | Tensor], room: int) -> None:
         text = sum(part.stop - part.start for part in row if isinstance(part, slice))
@@ -247,4 +263,4 @@ def _labels(answers: Sequence[list[int]], mask: Tensor, *, beside_prompt: bool) 
 
 
 def _unmarked(text: str) -> str:
-    return text.replace(OPEN, "").replace(CLOSE, "")
+    return re.sub(f"[{OPEN}{CLOSE}{PLACE}]", "", text)

@@ -31,6 +31,12 @@ class Image(xblip.Modality):
         "image/avif",
     )
 
+    transformers_models = (
+        "InstructBlipForConditionalGeneration",
+        "Blip2ForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+    )
+
     @dataclass
     class Config:
         """Settings of the image modality.

@@ -43,6 +43,7 @@ class Video(xblip.Modality):
         "video/x-msvideo",
     )
     bridge = {"max_segments": 32}
+    transformers_models = ("InstructBlipVideoForConditionalGeneration",)
 
     @dataclass
     class Config:
