@@ -51,7 +51,7 @@ class PointCloud(xblip.Modality):
 
     @dataclass
     class Config:
-        """Settings; the number of points and whether colour is used stand in the encoder's own config.
+        """Settings; the number of points, the use of colour and the output stand in the encoder's own config.
 
         Attributes:
           encoder: folder or hub id of a Point-BERT encoder (`xblip_point_bert.PointBertModel`).
@@ -96,14 +96,16 @@ class PointCloud(xblip.Modality):
         return {"points": torch.from_numpy(points[chosen])[None]}
 
     def build_encoder(self) -> nn.Module:
-        """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D).
+        """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D), or one pooled token.
 
         Points stay float32 in an encoder of half precision, which would move them by up to a hundredth.
         """
-        self._encoder_config  # noqa: B018  registers Point-BERT, and refuses other encoders by name
-        return xblip.TransformersEncoder.from_pretrained(
+        width = self._encoder_config.width  # asked first: registers Point-BERT, and refuses other encoders by name
+        encoder = xblip.TransformersEncoder.from_pretrained(
             self.config.encoder, input_name="points", input_dtype=torch.float32
         )
+        encoder.width = width
+        return encoder
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:
