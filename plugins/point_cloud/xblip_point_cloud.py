@@ -48,6 +48,7 @@ class PointCloud(xblip.Modality):
     cue = "3d: "
     suffixes = SUFFIXES
     mime_types = ("model/obj", "model/stl", "model/gltf-binary", "model/gltf+json")
+    checkpoint_prefix = "pc"
 
     @dataclass
     class Config:
@@ -106,6 +107,13 @@ class PointCloud(xblip.Modality):
         )
         encoder.width = width
         return encoder
+
+    @classmethod
+    def convert_encoder(cls, checkpoint, folder: Path) -> bool:
+        """Writes the PointBERT of a checkpoint of ULIP or ULIP-2."""
+        from xblip_point_convert import convert
+
+        return convert(checkpoint, folder)
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:
