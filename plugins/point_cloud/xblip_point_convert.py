@@ -19,6 +19,7 @@ OTHERS = {"sa1.": "PointNet++", "local_grouper_list.": "PointMLP", "encoder.enco
 HEAD_SIZE = 64
 NUM_POINTS = {3: 8192, 6: 10_000}
 """By the channels of a point."""
+ADVICE = "Choose one of ULIP's or ULIP-2's checkpoints of PointBERT"
 
 
 def convert(checkpoint, folder: Path) -> bool:
@@ -44,8 +45,7 @@ def convert(checkpoint, folder: Path) -> bool:
     for start, other in OTHERS.items():
         if any(name.startswith(start) for name in weights):
             raise xblip.BundleError(
-                f"The point encoder in {checkpoint.path} looks like {other}, which cannot be converted. "
-                "Expected PointBERT: choose one of ULIP's or ULIP-2's checkpoints of it."
+                f"The point encoder in {checkpoint.path} looks like {other}, which cannot be converted. {ADVICE}."
             )
     weights |= {PROJECTION + rest: tensor for rest, tensor in checkpoint.take(root + PROJECTION).items()}
     model = _model(weights, checkpoint.path)
@@ -61,7 +61,7 @@ def _model(weights: dict[str, Tensor], path: Path) -> PointBertModel:
     try:
         config = _config(weights)
     except ValueError as cause:
-        raise xblip.BundleError(f"The point encoder in {path} is not ULIP's: {cause}") from cause
+        raise xblip.BundleError(f"The point encoder in {path} is not ULIP's: {cause} {ADVICE}.") from cause
     with torch.device("meta"):
         model = PointBertModel(config)
     expected = {_published(name): tensor for name, tensor in model.state_dict().items()}
@@ -76,7 +76,7 @@ def _model(weights: dict[str, Tensor], path: Path) -> PointBertModel:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise xblip.BundleError(
             f"The point encoder in {path} is not ULIP's PointBERT, or damaged: {'; '.join(faults[:5])}{more}. "
-            "Download it again, or choose one of ULIP's or ULIP-2's checkpoints of PointBERT."
+            f"{ADVICE}; if it is one, download it again."
         )
     model.load_state_dict({name: weights[_published(name)] for name in model.state_dict()}, assign=True)
     return model
