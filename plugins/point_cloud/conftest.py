@@ -12,15 +12,17 @@ TINY |= dict(num_groups=8, group_size=4, pointnet_sizes=(8, 16, 32), group_embed
 
 @pytest.fixture(scope="session")
 def modality(tmp_path_factory):
-    """Makes modalities with a tiny encoder of so many points and channels."""
+    """Makes modalities with a tiny encoder of so many points and channels, and this output."""
 
     @functools.cache
-    def folder(num_points, in_channels):
+    def folder(**sizes):
         path = tmp_path_factory.mktemp("encoder")
-        PointBertModel(PointBertConfig(**TINY, num_points=num_points, in_channels=in_channels)).save_pretrained(path)
+        PointBertModel(PointBertConfig(**TINY, **sizes)).save_pretrained(path)
         return str(path)
 
-    def make(num_points=64, in_channels=3, **config):
-        return PointCloud(PointCloud.Config(encoder=folder(num_points, in_channels), **config))
+    def make(num_points=64, in_channels=3, output="groups", projection_size=None, **config):
+        sizes = {"num_points": num_points, "in_channels": in_channels}
+        encoder = folder(**sizes, output=output, projection_size=projection_size)
+        return PointCloud(PointCloud.Config(encoder=encoder, **config))
 
     return make

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from transformers import AutoModel
 from xblip_point_bert import PointBertConfig, PointBertModel, farthest_point_sampling, nearest_neighbours
 
+from xblip.encoder import fingerprint
+
 TINY = dict(
     hidden_size=24,
     num_hidden_layers=2,
@@ -137,9 +139,60 @@ def test_default_sizes_have_the_published_number_of_parameters():
     assert sum(parameter.numel() for parameter in model.parameters()) == 21_858_816
 
 
-def test_two_passes_agree_exactly(model):
+def pooled_from(model, **settings):
+    """The same weights, pooled; a projection, if there is one, is random."""
+    pooled = PointBertModel(PointBertConfig(**TINY, output="pooled", **settings))
+    pooled.load_state_dict(model.state_dict(), strict=False)
+    return pooled.eval()
+
+
+@pytest.mark.parametrize(("projection_size", "width"), [(None, 48), (10, 10)])
+def test_pooled_it_gives_the_published_vector(model, projection_size, width):
+    pooled = pooled_from(model, projection_size=projection_size)
+    tokens = torch.stack([reference(model.state_dict(), cloud, model.config) for cloud in clouds()])
+    expected = torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], 1)
+    if projection_size:
+        expected = expected @ pooled.pc_projection
     with torch.no_grad():
-        assert torch.equal(model(clouds()).last_hidden_state, model(clouds()).last_hidden_state)
+        actual = pooled(clouds()).last_hidden_state
+    assert actual.shape == (3, 1, width) and pooled.config.width == width
+    assert (actual[:, 0] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("layers", "projection_size", "parameters"), [(12, 512, 21_858_816), (18, 1280, 32_498_688)])
+def test_the_projection_is_all_that_pooling_adds_to_the_published_sizes(layers, projection_size, parameters):
+    config = PointBertConfig(num_hidden_layers=layers, output="pooled", projection_size=projection_size)
+    with torch.device("meta"):
+        sizes = {name: parameter.numel() for name, parameter in PointBertModel(config).named_parameters()}
+    assert sizes.pop("pc_projection") == 768 * projection_size
+    assert sum(sizes.values()) == parameters and config.width == projection_size
+
+
+def test_two_passes_agree_bit_for_bit_alone_and_among_other_clouds(model):
+    for network in (model, pooled_from(model, projection_size=10)):
+        for dtype in (torch.float32, torch.bfloat16):
+            copy = type(network)(network.config)
+            copy.load_state_dict(network.state_dict())
+            copy.eval().to(dtype)
+            with torch.no_grad():
+                together, again = (copy(clouds()).last_hidden_state for _ in range(2))
+                alone = torch.cat([copy(cloud).last_hidden_state for cloud in clouds().split(1)])
+            assert torch.equal(together, again) and torch.equal(together, alone)
+
+
+def test_equal_distances_are_decided_the_same_way_every_time(model, monkeypatch):
+    """Points of a grid, as voxels are: most distances occur many times."""
+    grid = torch.cartesian_prod(*[torch.linspace(-1, 1, 5)] * 3)[None]
+    batch = torch.cat([clouds(points=125), grid])
+    chosen = farthest_point_sampling(batch, 40)
+    assert chosen[-1].tolist() == naive_sampling(grid[0], 40) == farthest_point_sampling(grid, 40)[0].tolist()
+    centres = grid[:, chosen[-1]]
+    alone = nearest_neighbours(grid, centres, 8)
+    monkeypatch.setattr("xblip_point_bert.MAX_DISTANCES", 1)
+    among = nearest_neighbours(batch, centres.expand(4, -1, -1), 8)[-1:]
+    assert torch.equal(alone, among)
+    distances = torch.cdist(centres.double(), grid.double())
+    assert torch.equal(distances.gather(2, alone).sort(2).values, distances.sort(2).values[..., :8])
 
 
 def test_the_order_of_the_points_does_not_matter(model):
@@ -174,6 +227,16 @@ def test_a_fresh_folder_has_no_chance_in_it_but_its_seed(tmp_path):
         PointBertModel(PointBertConfig(**TINY)).save_pretrained(tmp_path / name)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_one_folder_serves_both_outputs(model, tmp_path):
+    """What a folder pools is decided by its config alone: its projection waits until it is asked for."""
+    pooled_from(model, projection_size=10).save_pretrained(tmp_path)
+    groups, pooled = (AutoModel.from_pretrained(tmp_path, output=output) for output in ("groups", "pooled"))
+    assert fingerprint(groups) == fingerprint(model) != fingerprint(pooled)
+    with torch.no_grad():
+        assert groups(clouds()).last_hidden_state.shape == (3, 17, 24)
+        assert pooled(clouds()).last_hidden_state.shape == (3, 1, 10)
 
 
 def test_weights_in_half_precision_still_group_in_full(model):
@@ -216,6 +279,8 @@ def test_a_wrong_shape_is_named(model, shape):
     [
         ({"in_channels": 4}, "in_channels is 4; expected 3"),
         ({"num_points": 8}, r"num_points is 8; expected at least num_groups \(16\)"),
+        ({"output": "cls"}, 'output is "cls"; expected "groups"'),
+        ({"projection_size": 0}, "projection_size is 0; expected 1 or more, or none"),
         ({"num_attention_heads": 5}, "hidden_size 24 is not a multiple of num_attention_heads 5"),
     ],
 )

@@ -199,6 +199,14 @@ def test_the_encoder_gives_a_token_for_each_group(modality):
     assert encoder(**modality().load(noise(100))).shape == (1, 9, 16)
 
 
+@pytest.mark.parametrize(("projection_size", "width"), [(None, 32), (10, 10)])
+def test_a_pooling_encoder_gives_one_token(modality, projection_size, width):
+    made = modality(output="pooled", projection_size=projection_size)
+    encoder = FrozenEncoder(made.build_encoder(), name="point_cloud")
+    assert encoder.width == width
+    assert encoder(**made.load(noise(100)))[0].shape == (1, 1, width)
+
+
 def test_points_reach_a_half_precision_encoder_unrounded(modality):
     encoder = FrozenEncoder(modality().build_encoder().bfloat16(), name="point_cloud")
     points = modality().load(noise(100))["points"]

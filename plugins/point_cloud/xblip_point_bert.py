@@ -3,11 +3,10 @@ model.
 
 Grouping is exact and deterministic: farthest point sampling starts at the point farthest from the centroid
 instead of a random one, so two passes over a cloud agree and its features can be cached. All group tokens are
-returned; the published encoder max-pools them to one vector, over which a Q-Former's cross-attention would be
-a constant.
+returned unless the config says "pooled": ULIP and X-InstructBLIP pool them to one vector, over which a
+Q-Former's cross-attention is a constant.
 
-Layers and parameter names follow Point-BERT (arXiv 2111.14819) as published with ULIP (arXiv 2212.05171): a
-checkpoint's `point_encoder.*` tensors fit after renaming `blocks.blocks.` to `blocks.`.
+Layers and parameter names follow Point-BERT (arXiv 2111.14819) as published with ULIP (arXiv 2212.05171).
 
 Shape letters: M clouds, P points of a cloud, G groups, K points of a group, C channels of a point.
 """
@@ -33,6 +32,9 @@ class PointBertConfig(PreTrainedConfig):
       group_size: K nearest neighbours of each centre.
       in_channels: 3 for coordinates, 6 for coordinates and colour in [0, 1].
       num_points: P that a cloud is sampled to before it comes here.
+      output: "groups" for [CLS] and a token for each group; "pooled" for one token, which is ULIP's vector:
+        [CLS] beside the maximum over the groups, projected if there is a projection.
+      projection_size: width that `pc_projection` gives the pooled token, 512 in ULIP; None for no projection.
       pointnet_sizes: widths inside the mini-PointNet that embeds one group.
       group_embedding_size: width of a group's embedding before it is projected to `hidden_size`.
       position_size: width inside the MLP that embeds the groups' centres.
@@ -50,6 +52,8 @@ class PointBertConfig(PreTrainedConfig):
     group_size: int = 32
     in_channels: int = 3
     num_points: int = 8192
+    output: str = "groups"
+    projection_size: int | None = None
     pointnet_sizes: tuple[int, int, int] | list[int] = (128, 256, 512)
     group_embedding_size: int = 256
     position_size: int = 128
@@ -65,10 +69,19 @@ class PointBertConfig(PreTrainedConfig):
                 f"num_points is {self.num_points}; expected at least num_groups ({self.num_groups}) and "
                 f"group_size ({self.group_size})."
             )
+        if self.output not in ("groups", "pooled"):
+            raise ValueError(f'output is "{self.output}"; expected "groups" (a token each) or "pooled" (one token).')
+        if self.projection_size is not None and self.projection_size < 1:
+            raise ValueError(f"projection_size is {self.projection_size}; expected 1 or more, or none.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
+
+    @property
+    def width(self) -> int:
+        """Width of the tokens that come out."""
+        return self.hidden_size if self.output == "groups" else self.projection_size or 2 * self.hidden_size
 
 
 @torch.no_grad()
@@ -187,7 +200,7 @@ class Block(nn.Module):
 
 
 class PointBertModel(PreTrainedModel):
-    """Encodes point clouds into one [CLS] token and one token per group.
+    """Encodes point clouds into one [CLS] token and one token per group, or all of them pooled to one.
 
     A fresh encoder's folder is made by `PointBertModel(PointBertConfig(...)).save_pretrained(folder)`.
     """
@@ -196,6 +209,7 @@ class PointBertModel(PreTrainedModel):
     base_model_prefix = "point_bert"
     main_input_name = "points"
     _no_split_modules = ["Block", "GroupEmbedding"]
+    _keys_to_ignore_on_load_unexpected = ["pc_projection"]
 
     def __init__(self, config: PointBertConfig):
         super().__init__(config)
@@ -208,6 +222,8 @@ class PointBertModel(PreTrainedModel):
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.output == "pooled" and config.projection_size:
+            self.pc_projection = nn.Parameter(torch.zeros(2 * config.hidden_size, config.projection_size))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -215,6 +231,8 @@ class PointBertModel(PreTrainedModel):
         if isinstance(module, PointBertModel):
             initialization.normal_(module.cls_token, std=self.config.initializer_range)
             initialization.normal_(module.cls_pos, std=self.config.initializer_range)
+            if hasattr(module, "pc_projection"):
+                initialization.normal_(module.pc_projection, std=self.config.projection_size**-0.5)
 
     def group(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Cuts clouds (M, P, C) into groups (M, G, K, C), coordinates relative to their centres (M, G, 3)."""
@@ -233,7 +251,8 @@ class PointBertModel(PreTrainedModel):
             least its `num_groups` and `group_size`. Coordinates stay float32 whatever dtype the weights have.
 
         Returns:
-          `last_hidden_state` (M, 1 + G, D), [CLS] first, then groups in the order of their sampling.
+          `last_hidden_state` (M, 1 + G, D), [CLS] first, then groups in the order of their sampling; or pooled,
+          (M, 1, `config.width`).
 
         Raises:
           ValueError: `points` has another shape.
@@ -251,7 +270,16 @@ class PointBertModel(PreTrainedModel):
         positions = torch.cat([self.cls_pos.expand(len(tokens), -1, -1), self.pos_embed(centres.to(dtype))], 1)
         for block in self.blocks:
             tokens = block(tokens + positions)
-        return BaseModelOutput(last_hidden_state=self.norm(tokens))
+        tokens = self.norm(tokens)
+        return BaseModelOutput(last_hidden_state=tokens if self.config.output == "groups" else self.pool(tokens))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Makes ULIP's vector of the tokens (M, 1 + G, D) of each cloud: one token (M, 1, `config.width`)."""
+        pooled = torch.cat([tokens[:, :1], tokens[:, 1:].amax(1, keepdim=True)], 2)
+        if not self.config.projection_size:
+            return pooled
+        # One product a cloud: the rounding of a single one depends on how many clouds share the batch.
+        return torch.stack([token @ self.pc_projection for token in pooled])
 
 
 AutoConfig.register(PointBertConfig.model_type, PointBertConfig, exist_ok=True)

@@ -48,10 +48,11 @@ class PointCloud(xblip.Modality):
     cue = "3d: "
     suffixes = SUFFIXES
     mime_types = ("model/obj", "model/stl", "model/gltf-binary", "model/gltf+json")
+    checkpoint_prefix = "pc"
 
     @dataclass
     class Config:
-        """Settings; the number of points and whether colour is used stand in the encoder's own config.
+        """Settings; the number of points, the use of colour and the output stand in the encoder's own config.
 
         Attributes:
           encoder: folder or hub id of a Point-BERT encoder (`xblip_point_bert.PointBertModel`).
@@ -96,14 +97,23 @@ class PointCloud(xblip.Modality):
         return {"points": torch.from_numpy(points[chosen])[None]}
 
     def build_encoder(self) -> nn.Module:
-        """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D).
+        """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D), or one pooled token.
 
         Points stay float32 in an encoder of half precision, which would move them by up to a hundredth.
         """
-        self._encoder_config  # noqa: B018  registers Point-BERT, and refuses other encoders by name
-        return xblip.TransformersEncoder.from_pretrained(
+        width = self._encoder_config.width  # asked first: registers Point-BERT, and refuses other encoders by name
+        encoder = xblip.TransformersEncoder.from_pretrained(
             self.config.encoder, input_name="points", input_dtype=torch.float32
         )
+        encoder.width = width
+        return encoder
+
+    @classmethod
+    def convert_encoder(cls, checkpoint, folder: Path) -> bool:
+        """Writes the PointBERT of a checkpoint of ULIP or ULIP-2."""
+        from xblip_point_convert import convert
+
+        return convert(checkpoint, folder)
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:
