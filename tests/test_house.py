@@ -27,8 +27,8 @@ LAYERS = [
     {"branch"},
     {"bundle"},
     {"model"},
-    {"train", "convert"},
-    {"testing", "scaffold"},
+    {"train", "convert_qformer", "convert_transformers"},
+    {"convert", "testing", "scaffold"},
     {"cli"},
 ]
 MODALITIES = {"image", "video", "audio", "point_cloud"}

@@ -1,4 +1,4 @@
-"""The command line: ask, chat, train, plugins, check, new.
+"""The command line: ask, chat, train, convert, plugins, check, new.
 
 Options for inputs come from the installed plugins (`--image`, `--point-cloud`, ...), so a third party's modality is
 there as soon as it is installed; they are read from the raw arguments, since their order is the order of the prompt.
@@ -139,6 +139,25 @@ def train(
     metrics = run(settings, resume=resume)
     shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))}
     print(f"wrote {settings.training['output_dir']}", *(f"{name} {value:.4f}" for name, value in shown.items()))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder or hub id of transformers, or a file of weights.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; new or empty.")],
+    only: Annotated[str, typer.Option(help="The one modality to convert.")] = "",
+    llm: Annotated[str, typer.Option(help="Folder or hub id of the LLM that a branch is for.")] = "",
+    encoder: Annotated[str, typer.Option(help="Folder or hub id of a branch's encoder.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id of the Q-Former's tokenizer.")] = "bert-base-uncased",
+) -> None:
+    """Convert a published model or checkpoint into a bundle, a branch, an encoder or initial weights."""
+    from xblip.convert import Wanted
+    from xblip.convert import convert as run
+
+    report = run(source, folder, Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer))
+    print(f"wrote {folder}: {report.made}, {report.loaded} weights of {source}")
+    for family, (count, why) in report.families().items():
+        print(f"left out: {count} weights of {family}, {why}")
 
 
 @app.command("plugins")

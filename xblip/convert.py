@@ -1,215 +1,100 @@
-"""Converting models of `transformers` into bundles: vision-language models of the BLIP-2 and LLaVA families.
+"""Converting published models: into bundles, branches, encoders and initial weights.
 
-transformers itself loads the source, so its own knowledge of old names, shards and tied weights is used; its parts then
-become an encoder folder, a bridge and an LLM folder. Which modality reads the source's media is said by the modality
-(`Modality.transformers_models`), so nothing here names one.
+What a source is, its own content tells. Which modality a part belongs to is the modality's to say
+(`transformers_models`, `checkpoint_prefix`, `convert_encoder`), so nothing here names one.
 """
 
+import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from xblip import plugins
-from xblip.branch import Branch, BranchConfig, made_folder
-from xblip.checkpoint import Checkpoint
-from xblip.encoder import LOADING_ERRORS, first_line
-from xblip.errors import BundleError, suggest
-from xblip.llm import FrozenLLM, LLMConfig
-from xblip.model import XBlip
-from xblip.router import Bos
-
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
-    "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
-    "{% else %}{{ message.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+from xblip.branch import made_folder
+from xblip.checkpoint import Checkpoint, read
+from xblip.convert_qformer import Wanted, bert_weights, from_lavis, prefixes, save_initial
+from xblip.convert_transformers import from_transformers
+from xblip.errors import BundleError
 
 
 @dataclass
 class Report:
-    """What became of a source's weights.
+    """What a conversion wrote, and what became of the source's weights.
 
     Attributes:
+      made: what it wrote: "bundle", "branch", "encoder" or "initial weights", with the modality's name if it has one.
       loaded: number of tensors taken.
-      fresh: names of weights that the source lacks, initialised afresh.
-      left_out: what was left out, with the reason.
+      left_out: names of what was left out, with the reason.
     """
 
-    loaded: int = 0
-    fresh: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    made: str
+    loaded: int
+    left_out: dict[str, str]
+
+    def families(self) -> dict[str, tuple[int, str]]:
+        """What was left out by the beginning of its names: how many weights, and why."""
+        counted: dict[str, tuple[int, str]] = {}
+        for name, why in self.left_out.items():
+            family = name.split(".")[0]
+            counted[family] = (counted.get(family, (0, ""))[0] + 1, why)
+        return counted
 
 
-@dataclass
-class Parts:
-    """A foreign model taken apart.
-
-    Attributes:
-      vision: its media encoder, a transformers model.
-      bridge: settings of the bridge, `kind` among them.
-      weights: of the bridge, by our names.
-      encoder: settings of the modality that say how the encoder is used.
-      router: how it lays out prompts, beside what its tokenizer says.
-      template: a chat template to give its tokenizer, or "".
-    """
-
-    vision: nn.Module
-    bridge: dict[str, Any]
-    weights: dict[str, Tensor]
-    encoder: dict[str, Any] = field(default_factory=dict)
-    router: dict[str, Any] = field(default_factory=dict)
-    template: str = ""
-
-
-def modality_of(architecture: str) -> str:
-    """Returns the name of the installed modality that reads the media of a class of transformers.
+def convert(source: str | Path, folder: str | Path, wanted: Wanted | None = None) -> Report:
+    """Converts a folder or hub id of transformers, or a file of weights, into `folder`.
 
     Raises:
-      BundleError: none does.
+      BundleError: the source is damaged, of a kind that nobody knows, or does not fit what is wanted; or the folder
+        holds something already.
     """
-    known: dict[str, str] = {}
-    for name in plugins.names("modality"):
-        known.update(dict.fromkeys(plugins.get("modality", name).transformers_models, name))
-    if architecture not in known:
-        raise BundleError(
-            f'Models of the class "{architecture or "?"}" cannot be converted.{suggest(architecture, known)} Install '
-            "the modality's plugin if it lacks."
-        )
-    return known[architecture]
+    wanted = wanted or Wanted()
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BundleError(f"{folder} is there already: give a folder that is empty or new, so that nothing is lost.")
+    checkpoint = read(source)
+    made_folder(folder.parent)
+    # Beside its place, so that relative paths hold; moved there when all is well.
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True
+    ) as staging:
+        made = _convert(checkpoint, Path(staging), wanted)
+        checkpoint.check_all_used()
+        Path(staging).chmod(0o755)
+        os.replace(staging, folder)
+    return Report(made, len(checkpoint.taken), dict(checkpoint.left_out))
 
 
-def from_transformers(checkpoint: Checkpoint, folder: Path) -> tuple[XBlip, Report]:
-    """Makes a bundle in `folder` of a model of transformers.
-
-    Raises:
-      BundleError: its class is unknown, it lacks weights, or a processor or tokenizer beside them.
-    """
-    import transformers
-
-    modality = modality_of(checkpoint.architecture)
-    try:
-        model, info = getattr(transformers, checkpoint.architecture).from_pretrained(
-            checkpoint.path, dtype="auto", output_loading_info=True
-        )
-        processor = transformers.AutoProcessor.from_pretrained(checkpoint.path)
-    except LOADING_ERRORS as cause:
-        raise BundleError(f"Cannot load {checkpoint.path} by transformers: {first_line(cause)}") from cause
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            raise BundleError(
-                f"{checkpoint.path} is not a whole {checkpoint.architecture}: {len(info[what])} "
-                f"{what.replace('_keys', '')} weights, among them {min(map(str, info[what]))}."
-            )
-    model.eval()
-    made_folder(folder)
-    llm = _save_llm(model, processor, folder / "llm")
-    with tempfile.TemporaryDirectory(dir=folder) as staging:
-        parts = take_apart(model, processor, Path(staging))
-        if parts.template:
-            llm.tokenizer.chat_template = parts.template
-            llm.tokenizer.save_pretrained(folder / "llm")
-        branch = _branch(modality, parts, processor, Path(staging), llm)
-        router = {"cues": False, "bos": _bos(llm).value, **parts.router}
-        bundle = XBlip(llm=llm, branches={modality: branch}, router=router).eval()
-        bundle.save_pretrained(folder)
-    return XBlip.from_pretrained(folder), Report(loaded=len(checkpoint.tensors))
+def _convert(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
+    if checkpoint.architecture.startswith("Bert"):
+        return save_initial(checkpoint, bert_weights(checkpoint), folder)
+    if checkpoint.architecture:
+        return from_transformers(checkpoint, folder)
+    if found := prefixes(checkpoint):
+        return from_lavis(checkpoint, found, folder, wanted)
+    return _encoder(checkpoint, folder, wanted)
 
 
-def take_apart(model: nn.Module, processor: Any, staging: Path) -> Parts:
-    """Finds the parts of a model of transformers by how it is built; `staging` takes the Q-Former's tokenizer."""
-    if hasattr(model, "qformer"):
-        return _qformer_parts(model, getattr(processor, "qformer_tokenizer", None), staging)
-    return _llava_parts(model)
+def _encoder(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
+    """Lets the installed modalities look at a checkpoint that has no bridge."""
+    names = [wanted.only] if wanted.only else plugins.names("modality")
+    for name in names:
+        if plugins.get("modality", name).convert_encoder(checkpoint, folder):
+            return f"encoder: {name}"
+    families = sorted({name.split(".")[0] for name in checkpoint.tensors})
+    raise BundleError(
+        f"{checkpoint.path} is no checkpoint that {', '.join(names)} can convert: its weights begin with "
+        f"{', '.join(families[:6])}. It looks like {_looks_like(checkpoint)}."
+    )
 
 
-def _qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
-    config = model.config.qformer_config
-    if config.hidden_act != "gelu" or config.layer_norm_eps != 1e-12:
-        raise BundleError(f"Its Q-Former has {config.hidden_act} and layer_norm_eps {config.layer_norm_eps}.")
-    bridge = {
-        "kind": "qformer",
-        "instruction_aware": tokenizer is not None,
-        "num_query_tokens": model.config.num_query_tokens,
-        "features_layer_norm": False,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "cross_attention_frequency": config.cross_attention_frequency,
-        "max_segments": 0,
-    }
-    if tokenizer is not None:
-        tokenizer.save_pretrained(staging / "tokenizer")
-        bridge |= {"tokenizer": str(staging / "tokenizer"), "max_instruction_tokens": config.max_position_embeddings}
-    weights = {"query_tokens": model.query_tokens.data}
-    for name, value in model.qformer.state_dict().items():
-        weights["qformer." + ("embeddings." if name.startswith("layernorm.") else "") + name] = value
-    weights |= _prefixed("projector.", model.language_projection.state_dict())
-    return Parts(model.vision_model, bridge, weights)
-
-
-def _llava_parts(model: nn.Module) -> Parts:
-    config = model.config
-    projector = model.model.multi_modal_projector
-    weights = {
-        f"projector.{place}.{name}": value
-        for place, layer in ((0, projector.linear_1), (2, projector.linear_2))
-        for name, value in layer.state_dict().items()
-    }
-    encoder = {"layer": config.vision_feature_layer, "drop_cls": config.vision_feature_select_strategy == "default"}
-    router = {"separator": "\n", "chat_template": True}
-    return Parts(model.model.vision_tower, {"kind": "mlp"}, weights, encoder, router, LLAVA_TEMPLATE)
-
-
-def _image_processor(processor: Any) -> Any:
-    """What reads one picture or frame; of a processor of videos the same for single frames."""
-    from transformers import BlipImageProcessor
-
-    own = getattr(processor, "image_processor", None)
-    if own is not None:
-        return own
-    settings = processor.video_processor.to_dict()
-    names = BlipImageProcessor().to_dict().keys() - {"image_processor_type", "processor_class", "data_format", "device"}
-    return BlipImageProcessor(**{name: settings[name] for name in names if settings.get(name) is not None})
-
-
-def _bos(llm: FrozenLLM) -> Bos:
-    """Where the processors of transformers put it: before the text, after the media, if the tokenizer begins texts so."""
-    begins = llm.tokenizer("a").input_ids[:1] == [llm.tokenizer.bos_token_id]
-    return Bos.instruction if begins else Bos.none
-
-
-def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in weights.items()}
-
-
-def _save_llm(model: nn.Module, processor: Any, folder: Path) -> FrozenLLM:
-    from transformers import AutoModelForCausalLM
-
-    language_model = getattr(model, "language_model", None)
-    if language_model is None:  # LLaVA keeps its head apart
-        with torch.device("meta"):
-            language_model = AutoModelForCausalLM.from_config(model.config.text_config)
-        weights = _prefixed("model.", model.model.language_model.state_dict()) | _prefixed(
-            "lm_head.", model.lm_head.state_dict()
-        )
-        language_model.load_state_dict(weights, strict=True, assign=True)
-        language_model.generation_config = model.generation_config
-    language_model.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
-    return FrozenLLM.from_pretrained(LLMConfig(source=str(folder)))
-
-
-def _branch(modality: str, parts: Parts, processor: Any, staging: Path, llm: FrozenLLM) -> Branch:
-    encoder = staging / "encoder"
-    parts.vision.save_pretrained(encoder)
-    _image_processor(processor).save_pretrained(encoder)
-    config = BranchConfig(modality, config={"encoder": str(encoder), **parts.encoder}, bridge=parts.bridge, cue="")
-    branch = Branch.build(config, llm_width=llm.width)
-    branch.bridge.load_state_dict({name: value.float() for name, value in parts.weights.items()}, strict=True)
-    return branch
+def _looks_like(checkpoint: Checkpoint) -> str:
+    names = " ".join(checkpoint.tensors)
+    for part, guess in (
+        ("embed_tokens", "an LLM; llm.source takes the folder of one as transformers saves it"),
+        ("visual.", "a model of pictures and texts; give its folder as transformers saves it"),
+        ("bert.", "a BERT; give its folder as transformers saves it"),
+        ("projector.", "a bridge of xblip; compose takes the branch's folder"),
+    ):
+        if part in names:
+            return guess
+    return "nothing that is known"

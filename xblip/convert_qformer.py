@@ -5,12 +5,19 @@ which left a layer norm of its own 13B model at its initial values, unnoticed.
 """
 
 import re
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from torch import Tensor
 
+from xblip import plugins
+from xblip.branch import WEIGHTS, Branch, BranchConfig, made_folder
 from xblip.checkpoint import Checkpoint
+from xblip.encoder import LOADING_ERRORS, first_line
 from xblip.errors import BundleError
+from xblip.llm import FrozenLLM, LLMConfig
 
 PROJECTORS = ("llm_proj", "t5_proj", "opt_proj", "llama_proj")
 UNUSED = {
@@ -33,6 +40,23 @@ _RENAMED = (
     (".crossattention.self.", ".crossattention.attention."),
     ("embeddings.LayerNorm.", "embeddings.layernorm."),
 )
+
+
+@dataclass
+class Wanted:
+    """What a conversion is told beside its source.
+
+    Attributes:
+      only: name of the one modality to convert; "" for what the source says.
+      llm: folder or hub id of the LLM that a branch is for; "" for none.
+      encoder: folder or hub id of its encoder; "" for none.
+      tokenizer: folder or hub id of the Q-Former's tokenizer.
+    """
+
+    only: str = ""
+    llm: str = ""
+    encoder: str = ""
+    tokenizer: str = "bert-base-uncased"
 
 
 def prefixes(checkpoint: Checkpoint) -> set[str]:
@@ -99,7 +123,7 @@ def bert_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     weights = renamed(checkpoint.take(start))
     for name, value in list(weights.items()):
         copied = re.sub(r"^(encoder\.layer\.\d+\.)(intermediate|output)\.", r"\1\2_query.", name)
-        weights[copied] = value
+        weights[copied] = value.clone()
     return _named("qformer.", weights)
 
 
@@ -110,7 +134,9 @@ def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
       BundleError: it is no Q-Former's weights.
     """
     layers = {int(name.split(".")[3]) for name in weights if name.startswith("qformer.encoder.layer.")}
-    reading = sorted(int(name.split(".")[3]) for name in weights if name.endswith(".crossattention.attention.key.weight"))
+    reading = sorted(
+        int(name.split(".")[3]) for name in weights if name.endswith(".crossattention.attention.key.weight")
+    )
     try:
         hidden = weights["qformer.encoder.layer.0.attention.attention.query.weight"].shape[0]
         found = {
@@ -130,3 +156,96 @@ def sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _named(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in weights.items()}
+
+
+def from_lavis(checkpoint: Checkpoint, found: set[str], folder: Path, wanted: Wanted) -> str:
+    """Makes a branch of a Q-Former in LAVIS's layout, or initial weights where no LLM is given."""
+    if found == {""} and not wanted.llm:
+        return save_initial(checkpoint, bridge_weights(checkpoint, ""), folder)
+    known = {plugins.get("modality", name).checkpoint_prefix: name for name in plugins.names("modality")}
+    if wanted.only:
+        plugins.get("modality", wanted.only)
+    names = {known.get(prefix, "") if prefix else wanted.only: prefix for prefix in found}
+    chosen = [name for name in names if wanted.only in ("", name)]
+    if len(chosen) != 1 or not chosen[0]:
+        has = ", ".join(sorted(found - {""})) or "one bridge that names no modality"
+        raise BundleError(f"{checkpoint.path} holds {has}: say which modality it is for by --only NAME.")
+    prefix = names[chosen[0]]
+    for other in found - {prefix}:
+        checkpoint.leave_out(f"{other}_", f"of {known.get(other, other)}, which is converted by --only")
+    weights = bridge_weights(checkpoint, prefix)
+    if not wanted.llm:
+        return save_initial(checkpoint, weights, folder)
+    return _save_branch(chosen[0], weights, folder, wanted, cue=" " + plugins.get("modality", chosen[0]).cue)
+
+
+def _save_branch(modality: str, weights: dict[str, Tensor], folder: Path, wanted: Wanted, *, cue: str) -> str:
+    has_encoder = "encoder" in {field.name for field in fields(plugins.get("modality", modality).Config)}
+    if has_encoder and not wanted.encoder:
+        raise BundleError(f"A branch names its encoder: give the folder of the {modality} encoder by --encoder.")
+    llm = FrozenLLM.from_pretrained(LLMConfig(source=wanted.llm))
+    settings = {"kind": "qformer", "max_segments": 0, "join_segments": False, "features_layer_norm": True}
+    settings |= {"tokenizer": "", **sizes(weights)}
+    with tempfile.TemporaryDirectory() as staging:
+        settings["tokenizer"] = _save_qformer_tokenizer(wanted.tokenizer, Path(staging))
+        config = BranchConfig(
+            modality, config={"encoder": wanted.encoder} if has_encoder else {}, bridge=settings, cue=cue
+        )
+        branch = Branch.build(config, llm_width=llm.width)
+        _load(branch, weights, wanted)
+        branch.save(folder, llm=llm)
+    return f"branch: {modality}"
+
+
+def _load(branch: Branch, weights: dict[str, Tensor], wanted: Wanted) -> None:
+    """Loads a bridge's weights, every one, after a look at what commonly does not fit."""
+    for name, part, width in (
+        ("projector.weight", f'the LLM "{wanted.llm}"', branch.bridge.llm_width),
+        ("layer_norm.weight", f'the encoder "{wanted.encoder}"', branch.bridge.encoder_width),
+    ):
+        if name in weights and weights[name].shape[0] != width:
+            raise BundleError(
+                f"The checkpoint's bridge was made for a width of {weights[name].shape[0]}, and {part} has {width}: "
+                "give the one that it was trained with."
+            )
+    expected = branch.bridge.state_dict()
+    faults = [f"{name} is missing" for name in expected if name not in weights]
+    faults += [f"{name} has no place" for name in weights if name not in expected]
+    faults += [
+        f"{name} has shape {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
+        for name, value in weights.items()
+        if name in expected and value.shape != expected[name].shape
+    ]
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise BundleError(f"The checkpoint's weights are not a whole bridge: {'; '.join(faults[:3])}{more}.")
+    branch.bridge.load_state_dict({name: value.float() for name, value in weights.items()})
+
+
+def _save_qformer_tokenizer(source: str, folder: Path) -> str:
+    """BERT's tokenizer with the token `[DEC]` that BLIP-2 added as its beginning of sequence."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except LOADING_ERRORS as cause:
+        raise BundleError(
+            f'Cannot load the Q-Former\'s tokenizer from "{source}": {first_line(cause)} Give its folder by --tokenizer.'
+        ) from cause
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return str(folder / "tokenizer")
+
+
+def save_initial(checkpoint: Checkpoint, weights: dict[str, Tensor], folder: Path) -> str:
+    """Writes weights that any bridge of those sizes may start from."""
+    from safetensors.torch import save_file
+
+    found = sizes(weights)
+    save_file({name: value.float().contiguous() for name, value in weights.items()}, made_folder(folder) / WEIGHTS)
+    Path(folder, "README.md").write_text(
+        f"# Initial weights of a Q-Former\n\nFrom {checkpoint.path.name}: "
+        + ", ".join(f"{name} {value}" for name, value in found.items())
+        + ". A training config takes them by `init.folder`.\n"
+    )
+    return "initial weights"

@@ -6,7 +6,8 @@ import torch
 from families import QUERIES, build
 from transformers import set_seed
 
-from xblip import checkpoint, convert
+from xblip.convert import convert
+from xblip.model import XBlip
 from xblip.sample import Media, Sample
 
 INSTRUCTIONS = ["what is this ?", "describe it", "which one is the larger number , the input or this ?"]
@@ -26,8 +27,9 @@ def pair(request, tmp_path_factory):
     """The family's name, their model and processor, and ours, converted from the folder that theirs was saved in."""
     root = tmp_path_factory.mktemp(request.param)
     model, processor = build(request.param, root / "theirs")
-    ours, _ = convert.from_transformers(checkpoint.read(root / "theirs"), root / "ours")
-    return request.param, model, processor, ours
+    report = convert(root / "theirs", root / "ours")
+    assert report.made.startswith("bundle: ") and report.loaded > 100 and not report.left_out
+    return request.param, model, processor, XBlip.from_pretrained(root / "ours")
 
 
 def sources(ours) -> list[np.ndarray]:

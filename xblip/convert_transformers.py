@@ -1,0 +1,200 @@
+"""Models of `transformers` of the BLIP-2 and LLaVA families, taken apart into a bundle.
+
+transformers itself loads the source, so that its knowledge of old names, shards and tied weights is used; the parts then
+become an encoder folder, a bridge and an LLM folder.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xblip import plugins
+from xblip.branch import Branch, BranchConfig, made_folder
+from xblip.checkpoint import Checkpoint
+from xblip.encoder import LOADING_ERRORS, first_line
+from xblip.errors import BundleError, suggest
+from xblip.llm import FrozenLLM, LLMConfig
+from xblip.model import XBlip
+from xblip.router import Bos
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
+    "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
+    "{% else %}{{ message.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@dataclass
+class Parts:
+    """A foreign model taken apart.
+
+    Attributes:
+      vision: its media encoder, a transformers model.
+      bridge: settings of the bridge, `kind` among them.
+      weights: of the bridge, by our names.
+      encoder: settings of the modality that say how the encoder is used.
+      router: how it lays out prompts, beside what its tokenizer says.
+      template: a chat template to give its tokenizer, or "".
+    """
+
+    vision: nn.Module
+    bridge: dict[str, Any]
+    weights: dict[str, Tensor]
+    encoder: dict[str, Any] = field(default_factory=dict)
+    router: dict[str, Any] = field(default_factory=dict)
+    template: str = ""
+
+
+def modality_of(architecture: str) -> str:
+    """Returns the name of the installed modality that reads the media of a class of transformers.
+
+    Raises:
+      BundleError: none does.
+    """
+    known: dict[str, str] = {}
+    for name in plugins.names("modality"):
+        known.update(dict.fromkeys(plugins.get("modality", name).transformers_models, name))
+    if architecture not in known:
+        raise BundleError(
+            f'Models of the class "{architecture or "?"}" cannot be converted.{suggest(architecture, known)} Install '
+            "the modality's plugin if it lacks."
+        )
+    return known[architecture]
+
+
+def from_transformers(checkpoint: Checkpoint, folder: Path) -> str:
+    """Makes a bundle in `folder` of a model of transformers; returns what it made.
+
+    Raises:
+      BundleError: its class is unknown, it lacks weights, or a processor or tokenizer beside them.
+    """
+    import transformers
+
+    modality = modality_of(checkpoint.architecture)
+    try:
+        model, info = getattr(transformers, checkpoint.architecture).from_pretrained(
+            checkpoint.path, dtype="auto", output_loading_info=True
+        )
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint.path)
+    except LOADING_ERRORS as cause:
+        raise BundleError(f"Cannot load {checkpoint.path} by transformers: {first_line(cause)}") from cause
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise BundleError(
+                f"{checkpoint.path} is not a whole {checkpoint.architecture}: {len(info[what])} "
+                f"{what.replace('_keys', '')} weights, among them {min(map(str, info[what]))}."
+            )
+    model.eval()
+    made_folder(folder)
+    llm = _save_llm(model, processor, folder / "llm")
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        parts = take_apart(model, processor, Path(staging))
+        if parts.template:
+            llm.tokenizer.chat_template = parts.template
+            llm.tokenizer.save_pretrained(folder / "llm")
+        branch = _branch(modality, parts, processor, Path(staging), llm)
+        router = {"cues": False, "bos": _bos(llm).value, **parts.router}
+        bundle = XBlip(llm=llm, branches={modality: branch}, router=router).eval()
+        bundle.save_pretrained(folder)
+    checkpoint.taken.update(checkpoint.tensors)
+    return f"bundle: {modality}"
+
+
+def take_apart(model: nn.Module, processor: Any, staging: Path) -> Parts:
+    """Finds the parts of a model of transformers by how it is built; `staging` takes the Q-Former's tokenizer."""
+    if hasattr(model, "qformer"):
+        return _qformer_parts(model, getattr(processor, "qformer_tokenizer", None), staging)
+    return _llava_parts(model)
+
+
+def _qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
+    config = model.config.qformer_config
+    if config.hidden_act != "gelu" or config.layer_norm_eps != 1e-12:
+        raise BundleError(f"Its Q-Former has {config.hidden_act} and layer_norm_eps {config.layer_norm_eps}.")
+    bridge = {
+        "kind": "qformer",
+        "instruction_aware": tokenizer is not None,
+        "num_query_tokens": model.config.num_query_tokens,
+        "features_layer_norm": False,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "cross_attention_frequency": config.cross_attention_frequency,
+        "max_segments": 0,
+    }
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging / "tokenizer")
+        bridge |= {"tokenizer": str(staging / "tokenizer"), "max_instruction_tokens": config.max_position_embeddings}
+    weights = {"query_tokens": model.query_tokens.data}
+    for name, value in model.qformer.state_dict().items():
+        weights["qformer." + ("embeddings." if name.startswith("layernorm.") else "") + name] = value
+    weights |= _prefixed("projector.", model.language_projection.state_dict())
+    return Parts(model.vision_model, bridge, weights)
+
+
+def _llava_parts(model: nn.Module) -> Parts:
+    config = model.config
+    projector = model.model.multi_modal_projector
+    weights = {
+        f"projector.{place}.{name}": value
+        for place, layer in ((0, projector.linear_1), (2, projector.linear_2))
+        for name, value in layer.state_dict().items()
+    }
+    encoder = {"layer": config.vision_feature_layer, "drop_cls": config.vision_feature_select_strategy == "default"}
+    router = {"separator": "\n", "chat_template": True}
+    return Parts(model.model.vision_tower, {"kind": "mlp"}, weights, encoder, router, LLAVA_TEMPLATE)
+
+
+def _image_processor(processor: Any) -> Any:
+    """What reads one picture or frame; of a processor of videos the same for single frames."""
+    from transformers import BlipImageProcessor
+
+    own = getattr(processor, "image_processor", None)
+    if own is not None:
+        return own
+    settings = processor.video_processor.to_dict()
+    names = BlipImageProcessor().to_dict().keys() - {"image_processor_type", "processor_class", "data_format", "device"}
+    return BlipImageProcessor(**{name: settings[name] for name in names if settings.get(name) is not None})
+
+
+def _bos(llm: FrozenLLM) -> Bos:
+    """Where the processors of transformers put it: before the text, after the media, if the tokenizer begins texts so."""
+    begins = llm.tokenizer("a").input_ids[:1] == [llm.tokenizer.bos_token_id]
+    return Bos.instruction if begins else Bos.none
+
+
+def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def _save_llm(model: nn.Module, processor: Any, folder: Path) -> FrozenLLM:
+    from transformers import AutoModelForCausalLM
+
+    language_model = getattr(model, "language_model", None)
+    if language_model is None:  # LLaVA keeps its head apart
+        with torch.device("meta"):
+            language_model = AutoModelForCausalLM.from_config(model.config.text_config)
+        weights = _prefixed("model.", model.model.language_model.state_dict()) | _prefixed(
+            "lm_head.", model.lm_head.state_dict()
+        )
+        language_model.load_state_dict(weights, strict=True, assign=True)
+        language_model.generation_config = model.generation_config
+    language_model.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    return FrozenLLM.from_pretrained(LLMConfig(source=str(folder)))
+
+
+def _branch(modality: str, parts: Parts, processor: Any, staging: Path, llm: FrozenLLM) -> Branch:
+    encoder = staging / "encoder"
+    parts.vision.save_pretrained(encoder)
+    _image_processor(processor).save_pretrained(encoder)
+    config = BranchConfig(modality, config={"encoder": str(encoder), **parts.encoder}, bridge=parts.bridge, cue="")
+    branch = Branch.build(config, llm_width=llm.width)
+    branch.bridge.load_state_dict({name: value.float() for name, value in parts.weights.items()}, strict=True)
+    return branch
