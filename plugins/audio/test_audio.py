@@ -181,7 +181,7 @@ def test_foreign_encoders_are_named(ast, tmp_path):
     for name, message in {
         "nowhere": "Cannot load an encoder from",
         "bare": "Cannot load the feature extractor .*put it there by save_pretrained",
-        "other": "takes 128 frames of 64 mel bins, but the feature extractor beside it makes 256 of 64",
+        "other": "takes 128 frames of 64 mel bins, but the feature extractor beside it makes 256 frames of 64 mel bins",
         "vit": "is a vit model. Expected audio-spectrogram-transformer",
         "whisper": "is a WhisperFeatureExtractor. Expected an ASTFeatureExtractor",
     }.items():
