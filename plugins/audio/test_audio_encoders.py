@@ -1,5 +1,7 @@
 """The encoders of published systems: each hears what its own extractor makes, and its mask tells sound from padding."""
 
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -154,6 +156,23 @@ def test_the_mask_is_true_where_there_is_sound(folders, kind, samples, heard, ba
     moments = tokens.shape[1] // bands
     assert mask[0].tolist() == ([True] * heard + [False] * (moments - heard)) * bands
     assert tokens.isfinite().all()
+
+
+def test_a_clap_that_pads_in_another_way(folders, tmp_path):
+    for padding, heard in (("repeat", 16000), ("repeatpad", 15000), ("pad", 5000)):
+        make("clap")[0].save_pretrained(tmp_path)
+        ClapFeatureExtractor(truncation="rand_trunc", padding=padding, **MELS).save_pretrained(tmp_path)
+        loaded = Audio(Audio.Config(encoder=str(tmp_path))).load((noise(5000), 8000))
+        assert loaded["num_samples"].tolist() == [heard]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_travels_to_the_workers_of_a_data_loader(folders, kind):
+    modality = Audio(Audio.Config(encoder=str(folders / kind)))
+    source = (noise(3000), 16000)
+    expected = modality.load(source)
+    again = pickle.loads(pickle.dumps(modality)).load(source)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

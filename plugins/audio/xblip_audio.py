@@ -87,9 +87,10 @@ class Audio(xblip.Modality):
 
     def build_encoder(self) -> nn.Module:
         """Loads the encoder: what `load` gave, of M clips, to tokens (M, N, D_enc) and their mask."""
-        family = self._family
+        import xblip_beats  # noqa: F401  makes it known to transformers
+
         loaded = xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="input_values")
-        return family.encoder(loaded.model, self.config.encoder)
+        return self._family.encoder(loaded.model, self.config.encoder)
 
     @classmethod
     def convert_encoder(cls, checkpoint: Any, folder: Path) -> bool:

@@ -181,13 +181,14 @@ class Clap(Family):
         """Gives each clip to the extractor alone: it marks one of several, by chance, as longer than the window."""
         clips, counts = self.frames.cut(samples, max_clips)
         parts = [self._extract([clip]) for clip in clips]
-        times = self.frames.most // counts if self.extractor.padding == "repeatpad" else 1
+        repeated = {
+            "repeat": torch.full_like(counts, self.frames.most),
+            "repeatpad": self.frames.most // counts * counts,
+        }
         return {
             "input_features": torch.cat([part["input_features"] for part in parts]).float(),
             "is_longer": torch.cat([part["is_longer"] for part in parts]),
-            "num_samples": torch.full_like(counts, self.frames.most)
-            if self.extractor.padding == "repeat"
-            else counts * times,
+            "num_samples": repeated.get(self.extractor.padding, counts),
         }
 
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
