@@ -165,8 +165,8 @@ class Audio(xblip.Modality):
         family = next(known, SpectrogramPictures)
         if type(extractor).__name__ != family.extractor_name:
             raise xblip.BundleError(
-                f'The feature extractor of the audio encoder "{source}" is a {type(extractor).__name__}. Expected a '
-                f"{family.extractor_name}, which belongs to a {config.model_type} model."
+                f'The feature extractor of the audio encoder "{source}" is a {type(extractor).__name__}. '
+                f"Expected {family.extractor_name}, the one of {config.model_type} models: save it there."
             )
         return family(extractor, config)
 
