@@ -129,8 +129,8 @@ class TransformersEncoder(nn.Module):
     ) -> "TransformersEncoder":
         """Loads a folder or hub id through `AutoModel`; of a two-tower model (CLIP, SigLIP) its vision part.
 
-        A pooler that the weights lack (as in a classifier's) is set to zero: it is not used, and random weights would
-        give the same encoder another fingerprint each time.
+        A pooler or a mask for training that the weights lack (as in a classifier's) is set to zero: it is not used, and
+        random weights would give the same encoder another fingerprint each time.
 
         Raises:
           BundleError: nothing can be loaded from `source`, or weights are missing in it.
@@ -146,7 +146,7 @@ class TransformersEncoder(nn.Module):
                 "Expected the folder of a transformers model, or a hub id that is reachable or already downloaded."
             ) from cause
         missing = set(info["missing_keys"])
-        unused = {name for name in missing if "pooler" in name.split(".")}
+        unused = {name for name in missing if {"pooler", "masked_spec_embed"} & set(name.split("."))}
         if missing - unused:
             raise BundleError(
                 f'The encoder "{source}" lacks {len(missing - unused)} weights, among them {min(missing - unused)}: '

@@ -179,11 +179,11 @@ def test_foreign_encoders_are_named(ast, tmp_path):
         '{"feature_extractor_type": "WhisperFeatureExtractor"}'
     )
     for name, message in {
-        "nowhere": "Cannot load an encoder from",
+        "nowhere": "Cannot load an encoder from .* no such folder",
         "bare": "Cannot load the feature extractor .*put it there by save_pretrained",
-        "other": "takes 128 frames of 64 mel bins, but the feature extractor beside it makes 256 of 64",
+        "other": "takes 128 frames of 64 mel bins, but the feature extractor beside it makes 256 frames of 64 mel bins",
         "vit": "is a vit model. Expected audio-spectrogram-transformer",
-        "whisper": "is a WhisperFeatureExtractor. Expected an ASTFeatureExtractor",
+        "whisper": "is a WhisperFeatureExtractor. Expected ASTFeatureExtractor, the one of audio-spec",
     }.items():
         with pytest.raises(xblip.BundleError, match=message):
             Audio(Audio.Config(encoder=str(folders[name]))).build_encoder()

@@ -1,8 +1,8 @@
-"""The modality "audio": sound, cut into clips, encoded from its spectrogram by an AST or a convolutional network.
+"""The modality "audio": sound, cut into clips, each encoded by a network that the encoder's folder holds.
 
 Clips are windows as long as the encoder's, one after another, the last one padded and masked: no sound is
-squeezed or cut to a fixed length. The encoder's own feature extractor turns them into spectrograms, so that
-sampling rate, mel bins and normalisation cannot differ from what its weights were trained on.
+squeezed or cut to a fixed length. What the encoders are and how each is given its clips stands in
+`xblip_audio_encoders`.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from xblip_audio_encoders import FAMILIES, Family, SpectrogramPictures
 from xblip_audio_files import read_file, refuse_long
 
 import xblip
 
-AST = "audio-spectrogram-transformer"
-FRAME_MS, SHIFT_MS = 25.0, 10.0  # Kaldi's defaults, which AST's extractor keeps
 LOUDEST = 10  # samples beyond it cannot be meant as [-1, 1]; decoders of lossy formats overshoot 1 a little
 MAX_FILTER_SIZE = 2**26  # weights of the filter that changes the sampling rate: 256 MiB
 MAX_CHANNELS = 64
 
 
 class Audio(xblip.Modality):
-    """Sound. Each clip of `max_length` spectrogram frames (10.24 s for published ASTs) is a segment."""
+    """Sound. Each clip as long as the encoder's window (10.24 s for published ASTs) is a segment."""
 
     name = "audio"
     suffixes = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aiff", ".wma")
@@ -35,11 +34,11 @@ class Audio(xblip.Modality):
 
     @dataclass
     class Config:
-        """Settings; sampling rate, mel bins and the clips' length come from the encoder's feature extractor.
+        """Settings; sampling rate, features and the clips' length come from the encoder's folder.
 
         Attributes:
-          encoder: folder or hub id of an AST, or of a convolutional network over pictures of one channel, with an
-            ASTFeatureExtractor beside it.
+          encoder: folder or hub id of an AST, BEATs, CLAP, HuBERT, wav2vec 2.0 or Whisper with its feature extractor,
+            or of a convolutional network over pictures of one channel with an ASTFeatureExtractor beside it.
           max_clips: clips at most; of longer sound so many are taken, spread evenly over all of it.
           max_seconds: longer sound is refused.
         """
@@ -56,8 +55,8 @@ class Audio(xblip.Modality):
             of shape (samples,) or (channels, samples), float in [-1, 1] or int16. Channels are averaged.
 
         Returns:
-          "input_values": (S, max_length, mel bins) float32 log-mel spectrograms, normalised and padded;
-          "num_frames": (S,) how many of their frames are real.
+          What the encoder reads of S clips: for an AST "input_values" (S, max_length, mel bins), float32 log-mel
+          spectrograms, normalised and padded, and "num_frames" (S,), how many of their frames are real.
 
         Raises:
           MediaError: the source is damaged, empty, too long, holds NaN or infinity, or is not of these kinds.
@@ -83,26 +82,22 @@ class Audio(xblip.Modality):
                 "by 32768."
             )
         samples = samples.astype(np.float32)
-        return self._clips(resample(samples, rate_hz, self._extractor.sampling_rate, label))
+        samples = resample(samples, rate_hz, self._family.sampling_rate_hz, label)
+        return self._family.clips(samples, self.config.max_clips)
 
     def build_encoder(self) -> nn.Module:
-        """Loads the encoder: spectrograms to tokens (M, N, D_enc) and their mask."""
-        encoder = xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="input_values")
-        config, extractor = encoder.model.config, self._extractor
-        if config.model_type != AST:
-            if getattr(config, "num_channels", None) != 1 or encoder.model.main_input_name != "pixel_values":
-                raise xblip.BundleError(
-                    f'The audio encoder "{self.config.encoder}" is a {config.model_type} model. Expected {AST}, or a '
-                    "convolutional network over pictures of one channel, such as a ResNet with num_channels=1."
-                )
-            return SpectrogramPictureEncoder(encoder.model)
-        if (config.max_length, config.num_mel_bins) != (extractor.max_length, extractor.num_mel_bins):
-            raise xblip.BundleError(
-                f'The audio encoder "{self.config.encoder}" takes {config.max_length} frames of '
-                f"{config.num_mel_bins} mel bins, but the feature extractor beside it makes {extractor.max_length} "
-                f"of {extractor.num_mel_bins}. Save the extractor that belongs to it."
-            )
-        return SpectrogramEncoder(encoder.model, input_name="input_values")
+        """Loads the encoder: what `load` gave, of M clips, to tokens (M, N, D_enc) and their mask."""
+        import xblip_beats  # noqa: F401  makes it known to transformers
+
+        loaded = xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="input_values")
+        return self._family.encoder(loaded.model, self.config.encoder)
+
+    @classmethod
+    def convert_encoder(cls, checkpoint: Any, folder: Path) -> bool:
+        """Writes a published BEATs as a folder."""
+        from xblip_beats_convert import convert_beats
+
+        return convert_beats(checkpoint, folder)
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:
@@ -144,98 +139,40 @@ class Audio(xblip.Modality):
         refuse_long(len(samples) / rate_hz, label, self.config.max_seconds)
         return samples, int(rate_hz), label
 
-    def _clips(self, samples: np.ndarray) -> dict[str, Tensor]:
-        """Cuts samples at the encoder's rate into clips that meet without sharing or missing a frame."""
-        extractor = self._extractor
-        size, shift = (int(extractor.sampling_rate * length_ms * 0.001) for length_ms in (FRAME_MS, SHIFT_MS))
-        samples = np.pad(samples, (0, max(0, size - len(samples))))
-        num_frames = 1 + (len(samples) - size) // shift
-        count = -(-num_frames // extractor.max_length)
-        kept = min(count, self.config.max_clips)
-        firsts = [(2 * place + 1) * count // (2 * kept) * extractor.max_length for place in range(kept)]
-        length = (extractor.max_length - 1) * shift + size
-        clips = [samples[first * shift : first * shift + length] for first in firsts]
-        spectrograms = extractor(clips, sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        return {
-            "input_values": spectrograms["input_values"],
-            "num_frames": torch.tensor([min(extractor.max_length, num_frames - first) for first in firsts]),
-        }
-
     @cached_property
-    def _extractor(self):
+    def _family(self) -> Family:
+        """What the encoder's folder holds, by its config and its feature extractor."""
         import_torchaudio()
-        from transformers import ASTFeatureExtractor, AutoFeatureExtractor
+        import xblip_beats  # noqa: F401  makes it known to transformers
+        from transformers import AutoConfig, AutoFeatureExtractor
 
+        source = self.config.encoder
         try:
-            extractor = AutoFeatureExtractor.from_pretrained(self.config.encoder)
+            config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as cause:
             raise xblip.BundleError(
-                f'Cannot load the feature extractor of the audio encoder "{self.config.encoder}": '
-                f"{str(cause).strip().splitlines()[0].rstrip('.')}. Expected preprocessor_config.json beside its "
-                "weights: put it there by save_pretrained."
+                f'Cannot load an encoder from "{source}": {_first_line(cause)}. Expected the folder of a transformers '
+                "model, or a hub id that is reachable or already downloaded."
             ) from cause
-        if not isinstance(extractor, ASTFeatureExtractor):
+        try:
+            extractor = AutoFeatureExtractor.from_pretrained(source)
+        except (OSError, ValueError) as cause:
             raise xblip.BundleError(
-                f'The feature extractor of the audio encoder "{self.config.encoder}" is a {type(extractor).__name__}. '
-                "Expected an ASTFeatureExtractor."
-            )
-        return extractor
-
-
-class SpectrogramEncoder(xblip.TransformersEncoder):
-    """An AST, with a mask of the tokens that hear real frames.
-
-    The AST itself attends to padding as well, as it did when it was trained; the mask is for what reads its
-    tokens.
-    """
-
-    def forward(self, input_values: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes spectrograms.
-
-        Args:
-          input_values: (M, frames, mel bins).
-          num_frames: (M,) how many frames of each are real.
-
-        Returns: Tokens (M, 2 + F * T, D_enc): [CLS], the distillation token, then patches, frequency by
-          frequency; and their mask (M, 2 + F * T), False for patches of padding alone.
-        """
-        config = self.model.config
-        tokens = super().forward(input_values=input_values)
-        starts = torch.arange(0, config.max_length - config.patch_size + 1, config.time_stride, device=tokens.device)
-        bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-        patches = (starts < num_frames[:, None]).repeat(1, bands)
-        return tokens, torch.cat([patches.new_ones(len(patches), 2), patches], 1)
-
-
-class SpectrogramPictureEncoder(xblip.TransformersEncoder):
-    """A convolutional network that reads a spectrogram as a grey picture, time downwards.
-
-    Small networks learn speech from far fewer recordings this way than an AST does.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model, input_name="pixel_values")
-
-    def forward(self, input_values: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes spectrograms.
-
-        Args:
-          input_values: (M, frames, mel bins).
-          num_frames: (M,) how many frames of each are real.
-
-        Returns: Tokens (M, T * F, D_enc), moment by moment; and their mask (M, T * F), False where a moment begins
-          after the last real frame.
-        """
-        hidden = self.model(pixel_values=input_values[:, None]).last_hidden_state
-        if hidden.dim() != 4:
+                f'Cannot load the feature extractor of the audio encoder "{source}": {_first_line(cause)}. Expected '
+                "preprocessor_config.json beside its weights: put it there by save_pretrained."
+            ) from cause
+        known = (family for family in FAMILIES if config.model_type in family.model_types)
+        family = next(known, SpectrogramPictures)
+        if type(extractor).__name__ != family.extractor_name:
             raise xblip.BundleError(
-                f"The audio encoder, a {self.model.config.model_type} model, gives no grid of features "
-                f"({tuple(hidden.shape)}). Expected a convolutional network, such as a ResNet."
+                f'The feature extractor of the audio encoder "{source}" is a {type(extractor).__name__}. '
+                f"Expected {family.extractor_name}, the one of {config.model_type} models: save it there."
             )
-        moments, bands = hidden.shape[2:]
-        starts = torch.arange(moments, device=hidden.device) * input_values.shape[1] / moments
-        mask = (starts < num_frames[:, None]).repeat_interleave(bands, 1)
-        return hidden.flatten(2).transpose(1, 2), mask
+        return family(extractor, config)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def mono(samples: np.ndarray | Tensor, label: str) -> np.ndarray:
