@@ -240,7 +240,9 @@ def test_the_mlp_s_hidden_width_can_be_chosen():
 
 def test_every_kind_that_comes_with_xblip_is_tried():
     plugins._load_built_in()
-    assert {name for name in plugins.names("bridge") if plugins.get("bridge", name).__module__[:6] == "xblip."} == {*KINDS}
+    assert {name for name in plugins.names("bridge") if plugins.get("bridge", name).__module__[:6] == "xblip."} == {
+        *KINDS
+    }
 
 
 @every_kind

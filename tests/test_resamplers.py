@@ -117,8 +117,7 @@ def qwen(bridge: Resampler2DBridge, values: torch.Tensor) -> torch.Tensor:
     q = F.layer_norm(bridge.query, (LLM_WIDTH,), bridge.ln_q.weight, bridge.ln_q.bias, 1e-6) + table
     weights, biases = bridge.attn.in_proj_weight.chunk(3), bridge.attn.in_proj_bias.chunk(3)
     projected = [
-        F.linear(part, weight, bias)
-        for part, weight, bias in zip((q, x + keys_table, x), weights, biases, strict=True)
+        F.linear(part, weight, bias) for part, weight, bias in zip((q, x + keys_table, x), weights, biases, strict=True)
     ]
     q, k, v = (part.unflatten(-1, (-1, bridge.config.head_width)).transpose(0, 1) for part in projected)
     read = ((q @ k.transpose(1, 2)) / math.sqrt(bridge.config.head_width)).softmax(-1) @ v

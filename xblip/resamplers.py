@@ -45,9 +45,7 @@ class PerceiverBridge(Bridge):
 
     def __init__(self, config: Config, *, encoder_width: int, llm_width: int):
         super().__init__(config, encoder_width=encoder_width, llm_width=llm_width)
-        at_least(
-            config, num_latents=1, num_layers=1, num_attention_heads=1, head_width=1, ff_mult=1, max_segments=0
-        )
+        at_least(config, num_latents=1, num_layers=1, num_attention_heads=1, head_width=1, ff_mult=1, max_segments=0)
         if config.max_segments:
             self.segment_positions = SegmentPositions(config.max_segments, encoder_width)
         self.latents = nn.Parameter(torch.randn(config.num_latents, encoder_width))
