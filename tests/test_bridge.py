@@ -1,6 +1,7 @@
 """Bridges: rows stay aligned with their instructions, masks hold, and what is read once serves many instructions."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,11 +239,12 @@ def test_the_mlp_s_hidden_width_can_be_chosen():
     assert [part.out_features for part in bridge.projector if isinstance(part, nn.Linear)] == [5, LLM_WIDTH]
 
 
-def test_every_kind_that_comes_with_xblip_is_tried():
+def test_every_kind_that_comes_with_xblip_is_tried_and_documented():
     plugins._load_built_in()
-    assert {name for name in plugins.names("bridge") if plugins.get("bridge", name).__module__[:6] == "xblip."} == {
-        *KINDS
-    }
+    ours = {name for name in plugins.names("bridge") if plugins.get("bridge", name).__module__.startswith("xblip.")}
+    assert ours == {*KINDS}
+    reference = Path(__file__, "../../docs/reference.md").resolve().read_text()
+    assert all(f"\n| `{kind}` |" in reference for kind in KINDS)
 
 
 @every_kind
@@ -279,6 +281,19 @@ def test_an_instruction_reaches_its_own_item_or_none(kind, llm_folder):
     softs = bridge(media, INSTRUCTIONS)
     changed = bridge(media, [INSTRUCTIONS[0], "show the number", INSTRUCTIONS[2]])
     assert [far(left, right) for left, right in zip(softs, changed, strict=True)] == [False, hears, False]
+
+
+@every_kind
+@torch.no_grad()
+def test_half_precision_says_about_the_same(kind, llm_folder):
+    bridge, media = make_kind(kind, llm_folder), features(2, 1, tokens=4)
+    expected = torch.cat(bridge(media, INSTRUCTIONS[:2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = torch.cat(bridge(media, INSTRUCTIONS[:2]))
+    cast = torch.cat(bridge.to(torch.bfloat16)(media, INSTRUCTIONS[:2]))
+    assert cast.dtype == torch.bfloat16
+    for soft in (autocast, cast):
+        assert (soft.float() - expected).norm() < 0.05 * expected.norm()
 
 
 @every_kind
