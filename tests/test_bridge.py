@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import KINDS
 from torch import nn
 
 from xblip import plugins
@@ -16,18 +17,6 @@ from xblip.modality import Features
 from xblip.testing import small_qformer
 
 WIDTH, LLM_WIDTH = 8, 12
-QFORMER = {key: value for key, value in small_qformer("").items() if key not in ("kind", "tokenizer")}
-KINDS = {
-    "qformer": QFORMER,
-    "frozen_qformer": QFORMER,
-    "shared_qformer": {**QFORMER, "shared_width": 12},
-    "linear": {},
-    "mlp": {},
-    "pooled_linear": {"num_query_tokens": 3, "hidden_size": 10},
-    "perceiver": {"num_latents": 3, "num_layers": 2, "num_attention_heads": 2, "head_width": 4, "max_segments": 4},
-    "resampler_2d": {"num_query_tokens": 9, "head_width": 4},
-}
-"""Every kind that comes with xblip, small enough for tests."""
 every_kind = pytest.mark.parametrize("kind", KINDS)
 INSTRUCTIONS = ["what is this ?", "describe it", "is the input red or blue or green ? answer yes or no"]
 

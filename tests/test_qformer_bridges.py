@@ -25,10 +25,10 @@ SAMPLES = [Sample("what is this ?", [("toy", TOY)], "one"), Sample("describe it"
 def build(llm, toys):
     """Builds a branch for toys (or beads) with a small Q-Former."""
 
-    def build(kind: str, modality=ToyModality, seed: int = 0, config: dict | None = None, **settings) -> Branch:
+    def build(kind: str, modality=ToyModality, seed: int = 0, **settings) -> Branch:
         torch.manual_seed(seed)
-        bridge = small_qformer(llm.config.source, **{"dropout": 0.5, "max_segments": 0} | settings) | {"kind": kind}
-        branch = Branch.build(BranchConfig(modality.name, config=config or {}, bridge=bridge), llm_width=llm.width)
+        bridge = small_qformer(llm.config.source, dropout=0.5, max_segments=0) | settings | {"kind": kind}
+        branch = Branch.build(BranchConfig(modality.name, cue="show :", bridge=bridge), llm_width=llm.width)
         own = ("projector", "encoder_projection", "layer_norm") if settings.get("qformer") else ""
         for name, parameter in branch.bridge.named_parameters():
             if name.startswith(own) and parameter.dim() > 1:
