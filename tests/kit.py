@@ -25,6 +25,19 @@ LONG = ONE + TWO + THREE
 BEADS, MORE_BEADS = [[1.0, 2.0]], [[3.0], [1.0, -2.0, 0.5, 4.0, 2.0], [2.0, 2.0]]
 HISTORY = [Turn((Media("beads", BEADS), "what is this ?"), "two")]
 
+QFORMER = {key: value for key, value in small_qformer("").items() if key not in ("kind", "tokenizer")}
+KINDS = {
+    "qformer": QFORMER,
+    "frozen_qformer": QFORMER,
+    "shared_qformer": {**QFORMER, "shared_width": 12},
+    "linear": {},
+    "mlp": {},
+    "pooled_linear": {"num_query_tokens": 3, "hidden_size": 10},
+    "perceiver": {"num_latents": 3, "num_layers": 2, "num_attention_heads": 2, "head_width": 4, "max_segments": 4},
+    "resampler_2d": {"num_query_tokens": 9, "head_width": 4},
+}
+"""Every kind that comes with xblip, small enough for tests."""
+
 
 def eight() -> list[Sample]:
     """Different modalities, counts, segments, texts, instructions and answers, one with a conversation before it."""

@@ -1,16 +1,23 @@
 """Bridges: rows stay aligned with their instructions, masks hold, and what is read once serves many instructions."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
+from kit import KINDS
 from torch import nn
 
-from xblip.bridge import LinearBridge, MLPBridge, QFormerBridge
+from xblip import plugins
+from xblip.branch import Branch, BranchConfig
+from xblip.bridge import Bridge, LinearBridge, MLPBridge, QFormerBridge
 from xblip.config import build
 from xblip.errors import BundleError, ConfigError, InputError
 from xblip.modality import Features
 from xblip.testing import small_qformer
 
 WIDTH, LLM_WIDTH = 8, 12
+every_kind = pytest.mark.parametrize("kind", KINDS)
 INSTRUCTIONS = ["what is this ?", "describe it", "is the input red or blue or green ? answer yes or no"]
 
 
@@ -30,6 +37,21 @@ def make(llm_folder):
         return bridge.eval()
 
     return make
+
+
+def make_kind(kind: str, llm_folder, **settings) -> Bridge:
+    """A small bridge of any kind, loud enough for differences to show."""
+    torch.manual_seed(0)
+    bridge_class = plugins.get("bridge", kind)
+    settings = KINDS[kind] | settings
+    if "tokenizer" in {field.name for field in dataclasses.fields(bridge_class.Config)}:
+        settings.setdefault("tokenizer", str(llm_folder))
+    config = build(bridge_class.Config, settings, where="bridge")
+    bridge = bridge_class(config, encoder_width=WIDTH, llm_width=LLM_WIDTH)
+    for parameter in bridge.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return bridge.eval()
 
 
 def features(*segments: int, tokens: int = 5, seed: int = 0) -> Features:
@@ -204,3 +226,103 @@ def test_tokenwise_bridges_project_real_tokens_alone(kind):
 def test_the_mlp_s_hidden_width_can_be_chosen():
     bridge = MLPBridge(MLPBridge.Config(hidden_size=5), encoder_width=WIDTH, llm_width=LLM_WIDTH)
     assert [part.out_features for part in bridge.projector if isinstance(part, nn.Linear)] == [5, LLM_WIDTH]
+
+
+def test_every_kind_that_comes_with_xblip_is_tried_and_documented():
+    plugins._load_built_in()
+    ours = {name for name in plugins.names("bridge") if plugins.get("bridge", name).__module__.startswith("xblip.")}
+    assert ours == {*KINDS}
+    reference = Path(__file__, "../../docs/reference.md").resolve().read_text()
+    assert all(f"\n| `{kind}` |" in reference for kind in KINDS)
+
+
+@every_kind
+@torch.no_grad()
+def test_an_item_has_the_same_soft_prompt_in_a_batch_and_alone(kind, llm_folder):
+    bridge, media = make_kind(kind, llm_folder), features(2, 1, 3, tokens=4)
+    media.mask[0, 3] = media.mask[4, 2:] = False
+    softs = bridge(media, INSTRUCTIONS)
+    for part, instruction, soft in zip(media.split(), INSTRUCTIONS, softs, strict=True):
+        alone = bridge(part, [instruction])[0]
+        assert soft.shape == alone.shape and soft.shape[1] == LLM_WIDTH
+        assert torch.allclose(soft, alone, atol=1e-5)
+
+
+@every_kind
+@torch.no_grad()
+def test_what_is_masked_does_not_count_whatever_the_kind(kind, llm_folder):
+    bridge, media = make_kind(kind, llm_folder), features(2, 1, tokens=4)
+    media.mask[1, 2:] = media.mask[2, 0] = False
+    before = bridge(media, INSTRUCTIONS[:2])
+    media.values[~media.mask] = 1e4 * torch.randn(3, WIDTH)
+    for left, right in zip(before, bridge(media, INSTRUCTIONS[:2]), strict=True):
+        assert torch.allclose(left, right, atol=1e-5)
+    media.values[:, 1] *= torch.linspace(-3, 3, WIDTH)
+    assert all(far(left, right) for left, right in zip(before, bridge(media, INSTRUCTIONS[:2]), strict=True))
+
+
+@every_kind
+@torch.no_grad()
+def test_an_instruction_reaches_its_own_item_or_none(kind, llm_folder):
+    bridge, media = make_kind(kind, llm_folder), features(2, 1, 3, tokens=4)
+    hears = getattr(bridge.config, "instruction_aware", False)
+    assert hears == (kind in ("qformer", "shared_qformer"))
+    softs = bridge(media, INSTRUCTIONS)
+    changed = bridge(media, [INSTRUCTIONS[0], "show the number", INSTRUCTIONS[2]])
+    assert [far(left, right) for left, right in zip(softs, changed, strict=True)] == [False, hears, False]
+
+
+@every_kind
+@torch.no_grad()
+def test_half_precision_says_about_the_same(kind, llm_folder):
+    bridge, media = make_kind(kind, llm_folder), features(2, 1, tokens=4)
+    expected = torch.cat(bridge(media, INSTRUCTIONS[:2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = torch.cat(bridge(media, INSTRUCTIONS[:2]))
+    cast = torch.cat(bridge.to(torch.bfloat16)(media, INSTRUCTIONS[:2]))
+    assert cast.dtype == torch.bfloat16
+    for soft in (autocast, cast):
+        assert (soft.float() - expected).norm() < 0.05 * expected.norm()
+
+
+@every_kind
+def test_what_trains_gets_gradients_and_nothing_else_does(kind, llm_folder):
+    bridge = make_kind(kind, llm_folder)
+    bridge.load_state_dict(bridge.state_dict())  # a frozen Q-Former is not to be random
+    bridge.train()
+    sum(soft.square().sum() for soft in bridge(features(2, 1, tokens=4), INSTRUCTIONS[:2])).backward()
+    # The last layer's text positions are read by nobody.
+    still = {
+        name
+        for name, weight in bridge.named_parameters()
+        if weight.grad is None and not name.startswith("qformer.encoder.layer.1.")
+    }
+    own = {name for name, weight in bridge.named_parameters() if not weight.requires_grad}
+    assert still == {name for name in own if not name.startswith("qformer.encoder.layer.1.")}
+    assert {name.split(".")[0] for name in own} == (
+        {"query_tokens", "layer_norm", "qformer"} if kind == "frozen_qformer" else set()
+    )
+
+
+@every_kind
+def test_a_branch_with_it_is_saved_and_comes_back(kind, llm, toy, tmp_path):
+    settings = {**KINDS[kind], "kind": kind}
+    if "hidden_size" in settings and kind.endswith("qformer"):
+        settings["tokenizer"] = llm.config.source
+    branch = Branch.build(BranchConfig("toy", config={"width": 8}, bridge=settings), llm_width=llm.width).eval()
+    sources, instructions = [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0] * 3], INSTRUCTIONS[:2]
+    branch.save(tmp_path / "branch", llm=llm)
+    loaded = Branch.load(tmp_path / "branch", llm=llm).eval()
+    assert type(loaded.bridge) is type(branch.bridge)
+    with torch.no_grad():
+        for left, right in zip(branch(sources, instructions), loaded(sources, instructions), strict=True):
+            assert torch.allclose(left, right, atol=1e-5)
+
+
+@every_kind
+def test_a_number_below_its_limit_is_refused_whatever_the_kind(kind, llm_folder):
+    config = plugins.get("bridge", kind).Config
+    for field in dataclasses.fields(config):
+        if field.type in (int, "int"):
+            with pytest.raises(ConfigError, match=rf"^{field.name} must be at least [01], not -1\.$"):
+                make_kind(kind, llm_folder, **{field.name: -1})

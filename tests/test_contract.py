@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from kit import Beads, registered
+from kit import KINDS, Beads, registered
 from torch import Tensor, nn
 
 from xblip import plugins
+from xblip.branch import Branch, BranchConfig
 from xblip.errors import PluginError, XBlipError
 from xblip.modality import Example, Modality
 from xblip.testing import ModalityContract, ToyEncoder, ToyModality, run_contract
@@ -259,6 +260,23 @@ def test_a_broken_modality_fails_at_the_promise_it_breaks(modality, promise, fau
 @pytest.mark.parametrize("modality", [Neighbourly, Constant, Deaf, Forgiving, Mute], ids=lambda m: m.__name__)
 def test_a_single_fault_breaks_a_single_promise(modality):
     assert sum(bool(fault) for fault in faults(modality).values()) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_contract_holds_over_every_kind_of_bridge(kind, llm, tmp_path, monkeypatch):
+    """Kinds that do not hear the instruction break the one promise that is about it."""
+    monkeypatch.delattr(ModalityContract, LIGHT)
+    settings = {**KINDS[kind], "kind": kind}
+    if kind in ("qformer", "shared_qformer"):
+        settings["tokenizer"] = llm.config.source
+    if kind == "frozen_qformer":
+        given = {**settings, "kind": "qformer", "instruction_aware": False, "max_segments": 0}
+        Branch.build(BranchConfig("toy", {"width": 8}, given), llm_width=llm.width).save(tmp_path, llm=llm)
+        settings["qformer"] = str(tmp_path)
+    faults = {promise: fault for promise, fault in run_contract("toy", settings).items() if fault}
+    assert faults.keys() == ({"two instructions give two soft prompts"} if "tokenizer" not in settings else set()), (
+        faults
+    )
 
 
 def test_a_promise_broken_without_words_counts_as_broken(monkeypatch):

@@ -23,6 +23,7 @@ LAYERS = [
     {"pictures", "checkpoint"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router"},
+    {"qformer_bridges", "pooled", "resamplers"},
     {"plugins", "data"},
     {"branch"},
     {"bundle"},

@@ -87,6 +87,21 @@ def test_resuming_ends_where_an_unbroken_run_ends(config, tmp_path):
     assert all(torch.allclose(whole[name], resumed[name], atol=1e-5) for name in whole)
 
 
+def test_a_frozen_q_former_trains_its_projector_alone_and_resumes(config, tmp_path):
+    config.training |= {"max_steps": 1, "save_steps": 1}
+    config.data.eval = None
+    config.branch.bridge["max_segments"] = 0
+    train(config)
+    given = load_file(tmp_path / "run" / "bridge.safetensors")
+    config.branch.bridge |= {"kind": "frozen_qformer", "instruction_aware": True, "qformer": str(tmp_path / "run")}
+    config.training |= {"output_dir": str(tmp_path / "frozen"), "max_steps": 2}
+    train(config)
+    config.training["max_steps"] = 3
+    train(config, resume=True)
+    trained = load_file(tmp_path / "frozen" / "bridge.safetensors")
+    assert {name for name in given if not given[name].equal(trained[name])} == {"projector.weight", "projector.bias"}
+
+
 def test_words_the_llm_does_not_know_are_told_at_the_start(config):
     config.training["max_steps"] = 1
     config.data.eval = None

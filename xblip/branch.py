@@ -16,14 +16,13 @@ from torch import Tensor, nn
 import xblip
 from xblip import config as configs
 from xblip import plugins
-from xblip.bridge import Bridge
+from xblip.bridge import WEIGHTS, Bridge, load_bridge
 from xblip.encoder import FrozenEncoder
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
 from xblip.llm import FrozenLLM
 from xblip.modality import Features, Modality, collate
 
 FILE = "branch.yaml"
-WEIGHTS = "bridge.safetensors"
 DEFAULT_BRIDGE = "qformer"
 
 
@@ -257,27 +256,6 @@ def read_branch_file(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def load_bridge(bridge: Bridge, folder: str | Path) -> None:
-    """Loads a bridge's weights; every key must be there, and no other.
-
-    Raises:
-      BundleError: the file is missing or damaged, or its keys or shapes are another bridge's.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder, WEIGHTS)
-    if not path.is_file():
-        raise BundleError(f"The branch in {folder} lacks its weights, {WEIGHTS}.")
-    try:
-        bridge.load_state_dict(load_file(path), strict=True)
-    except SafetensorError as cause:
-        raise BundleError(f"{path} is damaged: {cause}. Copy it again, or train the branch again.") from cause
-    except RuntimeError as cause:
-        lines = [line.strip() for line in str(cause).splitlines()[1:4]]
-        raise BundleError(f"{path} does not fit its {FILE}: {' '.join(lines)}") from cause
-
-
 def _resolved(source: str, folder: Path) -> str:
     """A path that stands relative to the branch's folder, where it is one; else as it is (a hub id)."""
     inside = folder / source
@@ -285,13 +263,16 @@ def _resolved(source: str, folder: Path) -> str:
 
 
 def _card(branch: Branch, llm: FrozenLLM) -> str:
-    trained = sum(parameter.numel() for parameter in branch.bridge.parameters())
+    weights = list(branch.bridge.parameters())
+    total = sum(parameter.numel() for parameter in weights)
+    trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in branch.encoder.parameters())
+    share = "" if trained == total else f" ({trained:,} of them trained)"
     return (
         f"---\nlibrary_name: xblip\ntags: [xblip, {branch.modality.name}]\n---\n\n"
         f"# xblip branch: {branch.modality.name}\n\n"
-        f"A `{branch.bridge.name}` bridge of {trained:,} parameters between a frozen encoder of {frozen:,} "
-        f"(fingerprint `{branch.encoder.fingerprint}`) and the frozen LLM `{Path(llm.config.source).name}` "
+        f"A `{branch.bridge.name}` bridge of {total:,} parameters{share} between a frozen encoder of "
+        f"{frozen:,} (fingerprint `{branch.encoder.fingerprint}`) and the frozen LLM `{Path(llm.config.source).name}` "
         f"(fingerprint `{llm.fingerprint}`).\n\n"
         "```python\nimport xblip\n\n"
         f'model = xblip.XBlip.compose(llm="...", branches={{"{branch.modality.name}": "this folder"}})\n```\n'

@@ -5,7 +5,7 @@ per item, unpadded, since items differ in their number of segments and only the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ from xblip.qformer import KeysValues, QFormer, QFormerConfig
 
 TOKENIZER = "tokenizer"
 """Folder of the instructions' tokenizer in a branch's folder."""
+WEIGHTS = "bridge.safetensors"
+"""The bridge's weights in a branch's folder."""
 
 
 class Bridge(nn.Module, ABC):
@@ -30,9 +32,11 @@ class Bridge(nn.Module, ABC):
     Class attributes:
       name: what configs call it.
       Config: dataclass of its settings.
+      shared: parts that the branches of one model hold once where they are equal, see `share`.
     """
 
     name: ClassVar[str]
+    shared: ClassVar[tuple[str, ...]] = ()
 
     @dataclass
     class Config:
@@ -75,6 +79,35 @@ class Bridge(nn.Module, ABC):
     def resolve(cls, config: Any, folder: Path) -> Any:
         """Returns `config` with paths that `save_assets` made relative to `folder` made absolute."""
         return config
+
+
+class SegmentPositions(nn.Embedding):
+    """Learned positions of segments, added to their features, so that their order is knowable."""
+
+    def __init__(self, max_segments: int, width: int):
+        super().__init__(max_segments, width)
+        nn.init.normal_(self.weight, std=0.5)
+
+    def forward(self, values: Tensor, segments: list[int]) -> Tensor:
+        """Adds to each segment of values (M, N, width) its position among the segments of its item.
+
+        Raises:
+          InputError: an item has more segments than there are positions.
+        """
+        if max(segments) > self.num_embeddings:
+            raise InputError(
+                f"An input has {max(segments)} segments; this bridge has positions for {self.num_embeddings} "
+                "(max_segments). Sample fewer, or train a bridge with more."
+            )
+        order = torch.cat([torch.arange(count, device=values.device) for count in segments])
+        return values + super().forward(order)[:, None, :]
+
+
+def join_segments(values: Tensor, mask: Tensor, segments: list[int]) -> tuple[Tensor, Tensor]:
+    """Lays the tokens of all segments of an item into one row: (B, max(S) * N, D), padded, and its mask."""
+    joined = [part.flatten(0, 1) for part in values.split(segments)]
+    masks = [part.flatten() for part in mask.split(segments)]
+    return nn.utils.rnn.pad_sequence(joined, batch_first=True), nn.utils.rnn.pad_sequence(masks, batch_first=True)
 
 
 class QFormerBridge(Bridge):
@@ -143,8 +176,7 @@ class QFormerBridge(Bridge):
         self.tokenizer = _load_tokenizer(config.tokenizer) if config.instruction_aware else None
         self.layer_norm = nn.LayerNorm(encoder_width, eps=1e-5) if config.features_layer_norm else nn.Identity()
         if config.max_segments:
-            self.segment_positions = nn.Embedding(config.max_segments, encoder_width)
-            nn.init.normal_(self.segment_positions.weight, std=0.5)
+            self.segment_positions = SegmentPositions(config.max_segments, encoder_width)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size).normal_(std=0.02))
         self.qformer = QFormer(
             QFormerConfig(
@@ -160,28 +192,22 @@ class QFormerBridge(Bridge):
         )
         self.projector = nn.Linear(config.hidden_size, llm_width)
 
+    def normed(self, values: Tensor) -> Tensor:
+        """Brings features (M, N, D_enc) to what the Q-Former reads."""
+        return self.layer_norm(values.to(self.query_tokens.dtype))
+
     def read_media(self, features: Features) -> tuple[KeysValues, Tensor, list[int]]:
         """Does the part of the work that no instruction changes, to be kept and reused.
 
         Returns:
           Cross-attention keys and values, the mask that goes with them, and each item's number of rows.
         """
-        values = self.layer_norm(features.values.to(self.query_tokens.dtype))
+        values = self.normed(features.values)
         if self.config.max_segments:
-            longest = max(features.segments)
-            if longest > self.config.max_segments:
-                raise InputError(
-                    f"An input has {longest} segments; this bridge has positions for {self.config.max_segments} "
-                    "(max_segments). Sample fewer, or train a bridge with more."
-                )
-            order = torch.cat([torch.arange(count, device=values.device) for count in features.segments])
-            values = values + self.segment_positions(order)[:, None, :]
+            values = self.segment_positions(values, features.segments)
         mask, rows = features.mask, features.segments
         if self.config.join_segments:
-            joined = [part.flatten(0, 1) for part in values.split(features.segments)]
-            masks = [part.flatten() for part in mask.split(features.segments)]
-            values = nn.utils.rnn.pad_sequence(joined, batch_first=True)
-            mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)
+            values, mask = join_segments(values, mask, rows)
             rows = [1] * len(rows)
         return self.qformer.read_media(values), mask, rows
 
@@ -266,6 +292,63 @@ class MLPBridge(_TokenwiseBridge):
         at_least(self.config, hidden_size=0)
         hidden = self.config.hidden_size or self.llm_width
         return nn.Sequential(nn.Linear(self.encoder_width, hidden), nn.GELU(), nn.Linear(hidden, self.llm_width))
+
+
+def share(bridges: Iterable[Bridge]) -> None:
+    """Lets bridges of one kind hold their `shared` parts once in memory, where all of their weights are equal."""
+    kept: list[Bridge] = []
+    for bridge in bridges:
+        same = next((other for other in kept if other.name == bridge.name and _share_weights(bridge, other)), None)
+        if same is None:
+            kept.append(bridge)
+        else:
+            for name in bridge.shared:
+                setattr(bridge, name, getattr(same, name))
+
+
+def _share_weights(left: Bridge, right: Bridge) -> bool:
+    ours, theirs = (
+        {name: weight for name, weight in bridge.named_parameters() if name.split(".")[0] in bridge.shared}
+        for bridge in (left, right)
+    )
+    configs = [[getattr(getattr(bridge, name), "config", None) for name in bridge.shared] for bridge in (left, right)]
+    alike = ours.keys() == theirs.keys() and configs[0] == configs[1]
+    return alike and all(_are_equal(ours[name], theirs[name]) for name in ours)
+
+
+def _are_equal(left: Tensor, right: Tensor) -> bool:
+    facts = [(weight.dtype, weight.device, weight.requires_grad) for weight in (left, right)]
+    return facts[0] == facts[1] and torch.equal(left, right)
+
+
+def load_bridge(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = ()) -> None:
+    """Loads a bridge's weights; every key must be there, and no other.
+
+    Args:
+      bridge: to load into.
+      folder: of a branch.
+      without: parts that keep the weights they have, whatever the folder holds.
+
+    Raises:
+      BundleError: the file is missing or damaged, or its keys or shapes are another bridge's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder, WEIGHTS)
+    if not path.is_file():
+        raise BundleError(f"The branch in {folder} lacks its weights, {WEIGHTS}.")
+    try:
+        loaded = load_file(path)
+        kept = {name: value for name, value in bridge.state_dict().items() if name.split(".")[0] in without}
+        loaded = {name: value for name, value in loaded.items() if name.split(".")[0] not in without}
+        bridge.load_state_dict(kept | loaded, strict=True)
+    except SafetensorError as cause:
+        raise BundleError(f"{path} is damaged: {cause}. Copy it again, or train the branch again.") from cause
+    except RuntimeError as cause:
+        lines = [line.strip() for line in str(cause).splitlines()[1:4]]
+        settings = "the settings of this bridge" if without else "its branch.yaml"
+        raise BundleError(f"{path} does not fit {settings}: {' '.join(lines)}") from cause
 
 
 def _load_tokenizer(source: str):

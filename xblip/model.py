@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xblip import bundle, plugins
 from xblip import config as configs
 from xblip.branch import Branch
+from xblip.bridge import share
 from xblip.errors import ConfigError, InputError, PluginError, nearest, suggest
 from xblip.llm import FrozenLLM, LLMConfig, check_generation_options, generation_option_names
 from xblip.router import Router, RouterConfig
@@ -64,6 +65,7 @@ class XBlip(nn.Module):
         super().__init__()
         self.llm = llm
         self.branches = nn.ModuleDict(branches)
+        share(branch.bridge for branch in branches.values())
         cues = {name: branch.cue for name, branch in branches.items()}
         settings = vars(router) if isinstance(router, RouterConfig) else router
         self.router = Router(configs.build(RouterConfig, settings, where="router"), llm=llm, cues=cues)

@@ -21,7 +21,7 @@ GROUP = "xblip"
 RESTRICT = "XBLIP_PLUGINS"
 KINDS = ("modality", "bridge", "model")
 CORE = "xblip"
-BUILT_IN = ("xblip.bridge",)
+BUILT_IN = ("xblip.bridge", "xblip.qformer_bridges", "xblip.pooled", "xblip.resamplers")
 BY_HAND = "registered by hand"
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -143,11 +143,11 @@ class ModalityContract:
 
     Attributes:
       name: the modality's.
-      bridge: settings of the bridge that is tried, beside a small Q-Former's.
+      bridge: settings of the bridge that is tried, beside a small Q-Former's; all of them when they name another kind.
     """
 
     name: ClassVar[str]
-    bridge: ClassVar[dict[str, Any]] = {}
+    bridge: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -289,7 +289,7 @@ class ModalityContract:
 class _Subject:
     """A modality with a tiny random bridge and LLM around it."""
 
-    def __init__(self, modality_class: type[Modality], bridge: dict[str, Any]):
+    def __init__(self, modality_class: type[Modality], bridge: Mapping[str, Any]):
         self.modality_class = modality_class
         self.folder = tempfile.TemporaryDirectory()
         root = Path(self.folder.name)
@@ -304,7 +304,7 @@ class _Subject:
             config = BranchConfig(
                 modality=modality_class.name,
                 config=self.example.config,
-                bridge=small_qformer(llm_folder, **bridge),
+                bridge=bridge if "kind" in bridge else small_qformer(llm_folder, **bridge),
             )
             self.branch = Branch.build(config, llm_width=self.llm.width).eval()
             for parameter in self.branch.bridge.parameters():
@@ -320,13 +320,17 @@ class _Subject:
             return self.branch(sources, instructions)
 
 
-def run_contract(name: str) -> dict[str, str]:
+def run_contract(name: str, bridge: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Runs the contract for an installed or registered modality.
+
+    Args:
+      name: the modality's.
+      bridge: as in `ModalityContract`.
 
     Returns:
       Every promise in words, with what is wrong about it, or "" if it is kept.
     """
-    suite = type("Contract", (ModalityContract,), {"name": name})()
+    suite = type("Contract", (ModalityContract,), {"name": name, "bridge": bridge or {}})()
     results = {}
     for test in [test for test in vars(ModalityContract) if test.startswith("test_")]:
         try:
