@@ -25,7 +25,7 @@ LAYERS = [
     {"bridge", "router"},
     {"plugins", "data"},
     {"branch"},
-    {"bundle"},
+    {"bundle", "features"},
     {"model"},
     {"train"},
     {"testing", "scaffold"},
