@@ -26,7 +26,7 @@ LAYERS = [
     {"qformer_bridges", "pooled", "resamplers"},
     {"plugins", "data"},
     {"branch"},
-    {"bundle"},
+    {"bundle", "features"},
     {"model"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert", "testing", "scaffold"},

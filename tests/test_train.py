@@ -1,9 +1,11 @@
 """Training of one branch: what learns, what is saved, resuming, and the errors of a config."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from kit import registered
 from safetensors.torch import load_file
 
 from xblip import config as configs
@@ -13,7 +15,7 @@ from xblip.errors import BundleError, ConfigError, InputError, MediaError, Unkno
 from xblip.llm import LLMConfig
 from xblip.model import XBlip
 from xblip.testing import ToyModality, small_qformer
-from xblip.train import DataConfig, TrainConfig, load_train_config, train, training_arguments
+from xblip.train import BranchTrainer, DataConfig, TrainConfig, load_train_config, train, training_arguments
 
 
 @pytest.fixture
@@ -58,6 +60,22 @@ def test_a_branch_learns_and_is_composed(config, llm_folder, tmp_path, capsys):
     assert answers == ["yes", "no"]
 
 
+@pytest.mark.parametrize(("eval_steps", "times"), [(10, 2), (15, 2), (40, 1)])
+def test_the_last_weights_are_evaluated_once(config, monkeypatch, eval_steps, times):
+    evaluated = []
+    evaluate = BranchTrainer.evaluate
+
+    def counted(self, *args, **kwargs):
+        evaluated.append(1)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(BranchTrainer, "evaluate", counted)
+    config.training |= {"max_steps": 20, "save_steps": 20, "eval_strategy": "steps", "eval_steps": eval_steps}
+    metrics = train(config)
+    assert len(evaluated) == times and {"eval_loss", "eval_accuracy", "train_loss"} <= set(metrics)
+    assert json.loads(Path(config.training["output_dir"], "metrics.json").read_text()) == metrics
+
+
 def test_a_checkpoint_is_a_branch_and_holds_only_the_bridge(config, tmp_path):
     config.training["max_steps"] = 30
     train(config)
@@ -67,6 +85,64 @@ def test_a_checkpoint_is_a_branch_and_holds_only_the_bridge(config, tmp_path):
     assert (checkpoint / "branch.yaml").is_file() and (checkpoint / "optimizer.pt").is_file()
     assert not list(checkpoint.glob("model*"))
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+class FileToy(ToyModality):
+    """Toys from text files; counts what its encoder reads."""
+
+    name = "file_toy"
+    cue = "input : "
+    encoded = 0
+
+    def load(self, source):
+        return super().load([float(word) for word in Path(source).read_text().split()])
+
+    def build_encoder(self):
+        encoder = super().build_encoder()
+        encoder.register_forward_pre_hook(lambda _, args, taken: self.count(taken["values"]), with_kwargs=True)
+        return encoder
+
+    @classmethod
+    def count(cls, values):
+        cls.encoded += len(values)
+
+
+@pytest.fixture
+def files(config, manifest):
+    """The manifest's rows as files, four rows a file; and a config that trains on them."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for number in range(0, len(rows), 4):
+        values = rows[number].pop("toy")
+        (manifest.parent / f"{number}.txt").write_text(" ".join(map(str, values)))
+        for row in rows[number : number + 4]:
+            row.pop("toy", None)
+            row["file_toy"], row["answer"] = f"{number}.txt", rows[number]["answer"]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.branch.modality = "file_toy"
+    config.training["max_steps"] = 12
+    with registered(FileToy):
+        yield config
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_kept_features_are_computed_once_and_train_the_same(files, workers):
+    weights = []
+    for kept in (False, True):
+        files.data.keep_features = kept
+        files.training |= {"output_dir": f"{files.training['output_dir']}-{kept}", "dataloader_num_workers": workers}
+        FileToy.encoded = 0
+        metrics = train(files)
+        assert FileToy.encoded == 16 if kept else FileToy.encoded > 12 * 16
+        weights.append(load_file(Path(files.training["output_dir"], "bridge.safetensors")))
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+    assert metrics["eval_loss"] < 5
+
+
+def test_a_file_that_cannot_be_kept_is_named(files, manifest):
+    (manifest.parent / "32.txt").write_text("1 2 3")
+    files.data.keep_features = True
+    with pytest.raises(MediaError, match=r"train\.jsonl, line 33: A toy input must be rows of four numbers"):
+        train(files)
 
 
 def test_resuming_ends_where_an_unbroken_run_ends(config, tmp_path):

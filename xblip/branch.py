@@ -132,13 +132,16 @@ class Branch(nn.Module):
         items = [self.read(source) for source in sources]
         fresh = [item for item in items if not isinstance(item, Features)]
         encoded = iter(self._encode(fresh).split() if fresh else [])
-        return Features.join([item if isinstance(item, Features) else next(encoded) for item in items])
+        features = Features.join([item if isinstance(item, Features) else next(encoded) for item in items])
+        weights = next(self.bridge.parameters())
+        return Features(features.values.to(weights), features.mask.to(weights.device), features.segments)
 
     def _encode(self, items: Sequence[dict[str, Tensor]]) -> Features:
         tensors, segments = collate(items)
         weights = next(self.bridge.parameters())
-        values, mask = self.encoder(**{name: tensor.to(weights.device) for name, tensor in tensors.items()})
-        return Features(values.to(weights.dtype), mask, segments)
+        return Features(
+            *self.encoder(**{name: tensor.to(weights.device) for name, tensor in tensors.items()}), segments
+        )
 
     def forward(self, sources: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
         """Makes the soft prompt (L, D_llm) of each source in the light of its own instruction."""

@@ -13,12 +13,16 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from xblip.errors import ConfigError, InputError, XBlipError
-from xblip.modality import Modality
+from xblip.modality import Features, Modality
 from xblip.sample import Media, Sample, Turn, from_row
 
 
 class Manifest(Dataset):
-    """The samples of a JSONL file, their media read when they are fetched."""
+    """The samples of a JSONL file, their media read when they are fetched.
+
+    Attributes:
+      features: frozen features that stand in for files, by path; see `xblip.features`.
+    """
 
     def __init__(self, path: str | Path, *, modalities: Mapping[str, Modality]):
         """Reads the file's lines.
@@ -32,6 +36,7 @@ class Manifest(Dataset):
         """
         self.path = Path(path)
         self.modalities = dict(modalities)
+        self.features: dict[str, Features] = {}
         if not self.path.is_file():
             raise ConfigError(f'No manifest at "{self.path}". Expected a JSONL file with one sample a row.')
         try:
@@ -104,7 +109,13 @@ class Manifest(Dataset):
     def _read(self, part: str | Media) -> str | Media:
         if isinstance(part, str):
             return part
-        return Media(part.modality, self.modalities[part.modality].load(part.source))
+        kept = self.features.get(file_of(part))
+        return Media(part.modality, self.modalities[part.modality].load(part.source) if kept is None else kept)
+
+
+def file_of(media: Media) -> str:
+    """Returns the path of an input that is a file of a manifest; "" for any other."""
+    return str(media.source) if isinstance(media.source, (str, Path)) else ""
 
 
 def collate_samples(samples: Sequence[Sample | XBlipError]) -> dict[str, Any]:

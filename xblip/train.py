@@ -28,6 +28,7 @@ from xblip.branch import Branch, BranchConfig, build_modality, load_bridge, made
 from xblip.data import Manifest, collate_samples
 from xblip.encoder import first_line
 from xblip.errors import BundleError, ConfigError, XBlipError, suggest
+from xblip.features import keep_features
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.model import XBlip
 from xblip.router import RouterConfig
@@ -53,11 +54,13 @@ class DataConfig:
       train: manifest to learn from.
       eval: manifest to evaluate on while training; none if None.
       eval_answers: of how many of its rows answers are generated and compared with the truth; 0 for none.
+      keep_features: encode every file once, before training, and keep its features in memory.
     """
 
     train: str
     eval: str | None = None
     eval_answers: int = 200
+    keep_features: bool = False
 
 
 @dataclass
@@ -111,6 +114,12 @@ class BranchTrainer(Trainer):
             self.log(accuracy)
             metrics |= accuracy
         return metrics
+
+    def evaluated(self) -> dict[str, float]:
+        """Returns the metrics of the weights as they are, measuring them only if the last step did not."""
+        entries = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
+        found = {name: value for entry in entries for name, value in entry.items() if name.startswith("eval_")}
+        return found if found and not self.args.load_best_model_at_end else self.evaluate()
 
     def _batches(self, count: int) -> list[range]:
         size = self.args.per_device_eval_batch_size
@@ -182,7 +191,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     model = XBlip(
         llm=llm, branches={config.branch.modality: branch}, router=config.router, generation=config.generation
     )
-    (console or Console()).print(parts_table(model))
+    console = console or Console()
+    console.print(parts_table(model))
     with _refusing():
         trainer = BranchTrainer(
             model=model,
@@ -191,12 +201,21 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             eval_dataset=manifests[1] if config.data.eval else None,
             eval_answers=config.data.eval_answers,
         )
+    if config.data.keep_features:
+        size = keep_features(
+            manifests,
+            trainer.branch,
+            batch_size=arguments.per_device_eval_batch_size,
+            num_workers=arguments.dataloader_num_workers,
+            show_progress=not arguments.disable_tqdm,
+        )
+        console.print(f"The features of all files take {size / 2**20:.0f} MiB of memory.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     metrics = dict(result.metrics)
     if config.data.eval:
-        metrics |= trainer.evaluate()
+        metrics |= trainer.evaluated()
     Path(arguments.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
