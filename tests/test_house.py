@@ -23,7 +23,7 @@ LAYERS = [
     {"pictures", "checkpoint"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router"},
-    {"qformer_bridges", "pooled", "resamplers"},
+    {"qformer_bridges", "pooled", "resamplers", "initial"},
     {"plugins", "data"},
     {"branch"},
     {"bundle", "features"},

@@ -143,6 +143,15 @@ class TestOrder:
         assert laid_out(router, Sample("what is this ?")) == "what is this ?"
 
 
+def test_bos_may_stand_before_every_text(make):
+    sample = Sample("which one ?", ["what", ("toy", 1), ("beads", 0)], history=HISTORY)
+    router = make(bos=Bos.every, prefix="show", postfix="yes")
+    assert laid_out(router, sample) == (
+        "<s> show <s> blue : *0 *0 <s> what is it ? yes <s> green </s> "
+        "<s> show <s> what <s> red : *1 *1 *1 <s> blue : *2 *2 *2 *2 <s> which one ? yes"
+    )
+
+
 class TestChatTemplate:
     def test_media_stand_where_the_user_put_them(self, talking):
         expected = f"<s> user : {INPUTS} which one is larger ? </s> <s> answer :".replace("user", "<unk>")

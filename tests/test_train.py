@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from kit import registered
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from xblip import config as configs
 from xblip.branch import BranchConfig
 from xblip.data import Manifest
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, UnknownWordsWarning, XBlipError
+from xblip.initial import InitConfig
 from xblip.llm import LLMConfig
 from xblip.model import XBlip
 from xblip.testing import ToyModality, small_qformer
@@ -143,6 +144,43 @@ def test_a_file_that_cannot_be_kept_is_named(files, manifest):
     files.data.keep_features = True
     with pytest.raises(MediaError, match=r"train\.jsonl, line 33: A toy input must be rows of four numbers"):
         train(files)
+
+
+def test_a_bridge_starts_from_another_branch_and_tells_what_it_took(config, tmp_path, capsys):
+    config.training |= {"max_steps": 2, "learning_rate": 0.0}
+    train(config)
+    first = load_file(tmp_path / "run" / "bridge.safetensors")
+    config.training["output_dir"] = str(tmp_path / "second")
+    config.training["seed"] = 9
+    config.init = InitConfig(str(tmp_path / "run"), without=["projector"])
+    config.branch.bridge["num_query_tokens"] += 1
+    train(config)
+    second = load_file(tmp_path / "second" / "bridge.safetensors")
+    same = {
+        name for name in first if first[name].shape == second[name].shape and torch.equal(first[name], second[name])
+    }
+    assert set(first) - same == {"query_tokens", "projector.weight", "projector.bias"}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{len(first) - 3} weights taken; fresh: query_tokens (1), projector (2)" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"no initial weights in .*start: it lacks bridge\.safetensors"),
+        (b"rubbish", r"bridge\.safetensors is damaged"),
+        ({"x": torch.ones(2)}, "Not one weight of .* fits this bridge"),
+    ],
+)
+def test_initial_weights_that_cannot_be_taken(config, tmp_path, content, message):
+    (tmp_path / "start").mkdir()
+    if isinstance(content, bytes):
+        (tmp_path / "start" / "bridge.safetensors").write_bytes(content)
+    elif content:
+        save_file(content, tmp_path / "start" / "bridge.safetensors")
+    config.init.folder = str(tmp_path / "start")
+    with pytest.raises(BundleError, match=message):
+        train(config)
 
 
 def test_resuming_ends_where_an_unbroken_run_ends(config, tmp_path):

@@ -29,6 +29,7 @@ class Bos(Enum):
 
     start = "start"
     instruction = "instruction"
+    every = "every"
     none = "none"
 
 
@@ -41,7 +42,8 @@ class RouterConfig:
       prefix: text that begins a turn.
       postfix: text after the instruction.
       separator: text after each soft prompt.
-      bos: `start` of the prompt; before the last `instruction` (as transformers' InstructBLIP does); `none`.
+      bos: `start` of the prompt; before the last `instruction` (as transformers' InstructBLIP does); before `every` text
+        (prefix, cue, user's text, instruction), as X-InstructBLIP does; `none`.
       earlier_turns: the LLM sees the texts of earlier turns; if not, it sees their media and the last question alone.
       chat_template: lay turns out by the tokenizer's chat template; prefix, postfix and bos are then its own.
       system: system message for the chat template.
@@ -103,11 +105,16 @@ class Router:
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         pieces: list[Piece] = bos if self.config.bos is Bos.start else []
         for content, answer in turns:
-            turn = [self.config.prefix, *self._cued(content), self.config.postfix, answer, tokenizer.eos_token_id]
-            pieces = [*pieces, *turn]
+            *before, last = self._cued(content) or [""]
+            after = [last + self.config.postfix] if isinstance(last, str) else [last, self.config.postfix]
+            pieces = [*pieces, self.config.prefix, *before, *after, answer, tokenizer.eos_token_id]
         pieces = [*pieces, self.config.prefix, *self._cued(current)]
         pieces += bos if self.config.bos is Bos.instruction else []
-        return [*pieces, sample.instruction, self.config.postfix, *self.llm.prompt_end()]
+        pieces += [sample.instruction + self.config.postfix, *self.llm.prompt_end()]
+        if self.config.bos is Bos.every:
+            begun = [[*bos, piece] if isinstance(piece, str) and piece else [piece] for piece in pieces]
+            pieces = [piece for part in begun for piece in part]
+        return pieces
 
     def _cued(self, content: Sequence[str | Media]) -> list[str | Media]:
         pieces: list[str | Media] = []

@@ -29,6 +29,7 @@ from xblip.data import Manifest, collate_samples
 from xblip.encoder import first_line
 from xblip.errors import BundleError, ConfigError, XBlipError, suggest
 from xblip.features import keep_features
+from xblip.initial import InitConfig, initialise
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.model import XBlip
 from xblip.router import RouterConfig
@@ -70,6 +71,7 @@ class TrainConfig:
     Attributes:
       llm: the frozen LLM.
       branch: the branch to train.
+      init: where its bridge starts from.
       data: what it learns from.
       router: how prompts are laid out.
       training: fields of transformers' `TrainingArguments`.
@@ -79,6 +81,7 @@ class TrainConfig:
     llm: LLMConfig
     branch: BranchConfig
     data: DataConfig
+    init: InitConfig = field(default_factory=InitConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     training: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
@@ -193,6 +196,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     )
     console = console or Console()
     console.print(parts_table(model))
+    if config.init.folder:
+        taken = initialise(branch.bridge, config.init.folder, without=config.init.without)
+        console.print(f"From {config.init.folder}: {taken}.")
     with _refusing():
         trainer = BranchTrainer(
             model=model,

@@ -1,0 +1,89 @@
+"""Initial weights: what a fresh bridge takes from a trained branch or a converted checkpoint, and what it does not.
+
+Only weights of one name and shape are taken, so that another modality's bridge, or BERT, may be started from; what was not
+taken is told, since a bridge that silently starts from nothing looks like one that learns slowly.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xblip.bridge import WEIGHTS, Bridge
+from xblip.errors import BundleError
+
+
+@dataclass
+class InitConfig:
+    """Where a bridge starts from.
+
+    Attributes:
+      folder: of a branch, or what `xblip convert` made of a checkpoint; "" for fresh weights.
+      without: parts of names of weights that start afresh all the same, e.g. ["attention", "projector"].
+    """
+
+    folder: str = ""
+    without: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Taken:
+    """What became of initial weights, by name.
+
+    Attributes:
+      loaded: taken.
+      fresh: the bridge's, which the folder lacks or has in another shape, or that were to start afresh.
+      left_out: the folder's, which the bridge has not.
+    """
+
+    loaded: list[str]
+    fresh: list[str]
+    left_out: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} weights taken"]
+        lines += [
+            f"{what}: {_families(names)}"
+            for what, names in (("fresh", self.fresh), ("left out", self.left_out))
+            if names
+        ]
+        return "; ".join(lines)
+
+
+def initialise(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = ()) -> Taken:
+    """Gives a bridge the weights of a folder that fit it.
+
+    Raises:
+      BundleError: there are none in the folder, they are damaged, or not one fits.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder, WEIGHTS)
+    if not path.is_file():
+        raise BundleError(
+            f"There are no initial weights in {folder}: it lacks {WEIGHTS}. Give a branch's folder, or one that `xblip "
+            "convert` wrote."
+        )
+    try:
+        found = load_file(path)
+    except SafetensorError as cause:
+        raise BundleError(f"{path} is damaged: {cause}. Copy it again.") from cause
+    own = bridge.state_dict()
+    fitting = {
+        name: value
+        for name, value in found.items()
+        if name in own and own[name].shape == value.shape and not any(part in name for part in without)
+    }
+    if not fitting:
+        raise BundleError(f"Not one weight of {path} fits this bridge: it is of other sizes, or of another kind.")
+    bridge.load_state_dict(fitting, strict=False)
+    return Taken(
+        sorted(fitting), [name for name in own if name not in fitting], [name for name in found if name not in own]
+    )
+
+
+def _families(names: Sequence[str]) -> str:
+    """Names counted by what they are part of, layers of one network taken together."""
+    counted = Counter(".".join(part for part in name.split(".")[:-1] if not part.isdigit()) or name for name in names)
+    return ", ".join(f"{family} ({count})" for family, count in counted.items())
