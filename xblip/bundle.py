@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from xblip import config as configs
 from xblip.branch import Branch, made_folder, read_branch_file
+from xblip.encoder import Encoders
 from xblip.errors import BundleError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.router import RouterConfig
@@ -101,29 +100,13 @@ def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[
       BundleError: see `Branch.load`; or a branch of another modality than its key says.
     """
     branches: dict[str, Branch] = {}
-    encoders: dict[tuple, Any] = {}
+    encoders = Encoders()
     for name, folder in folders.items():
-        branch = Branch.load(folder, llm=llm)
+        branch = Branch.load(folder, llm=llm, encoders=encoders)
         if branch.modality.name != name:
             raise BundleError(f'{folder} holds a branch of "{branch.modality.name}", not of "{name}".')
-        key = (branch.encoder.fingerprint, branch.config.encoder_dtype, _settings(branch.encoder.module))
-        branch.encoder = encoders.setdefault(key, branch.encoder)
         branches[name] = branch.to(llm.device)
     return branches
-
-
-def _settings(module: nn.Module) -> str:
-    """What makes a network behave as it does beside its weights: its parts' classes and plain attributes."""
-    return repr(
-        [
-            (
-                name,
-                type(part),
-                {key: value for key, value in vars(part).items() if isinstance(value, (str, float, int, tuple))},
-            )
-            for name, part in module.named_modules()
-        ]
-    )
 
 
 def write(model: "XBlip", folder: Path) -> None:
