@@ -7,15 +7,12 @@ beside the encoder.
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 import xblip
-
-if TYPE_CHECKING:
-    from xblip.checkpoint import Checkpoint
 
 READERS = {"input_values": "audio", "input_features": "audio", "pixel_values_videos": "video"}
 """Which modality reads what an encoder takes."""
@@ -93,7 +90,7 @@ class Image(xblip.Modality):
         return encoder
 
     @classmethod
-    def convert_encoder(cls, checkpoint: "Checkpoint", folder: Path) -> bool:
+    def convert_encoder(cls, checkpoint: Any, folder: Path) -> bool:
         """Converts EVA-CLIP-g, of its own file or a LAVIS checkpoint; use it with `layer: -1`, as it has no final norm.
 
         Raises:

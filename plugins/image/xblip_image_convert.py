@@ -6,16 +6,13 @@ and the setting `layer: -1` reads what comes before it.
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import xblip
-
-if TYPE_CHECKING:
-    from xblip.checkpoint import Checkpoint
 
 PREFIXES = ("visual_encoder.", "")
 MARKS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight")
@@ -34,8 +31,8 @@ NAMES = (
 )
 
 
-def convert(checkpoint: "Checkpoint", folder: Path) -> bool:
-    """Writes the EVA-CLIP of a checkpoint and its processor; see `Modality.convert_encoder`.
+def convert(checkpoint: Any, folder: Path) -> bool:
+    """Writes the EVA-CLIP of a checkpoint and its processor; see `Modality.convert_encoder` for the arguments.
 
     Position embeddings of another resolution than 224 x 224 are interpolated, as the original does.
     """

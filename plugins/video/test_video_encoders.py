@@ -11,7 +11,10 @@ from numbered_videos import fails, numbered, write
 from xblip_video import Video, spread
 
 import xblip
+from xblip.branch import Branch, BranchConfig
 from xblip.encoder import FrozenEncoder
+from xblip.llm import FrozenLLM, LLMConfig
+from xblip.testing import save_toy_llm
 
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32)
 SIZES |= dict(patch_size=8, num_frames=4)
@@ -125,3 +128,20 @@ def test_an_encoder_of_sounds_is_refused(tmp_path):
     hf.ASTModel(hf.ASTConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(xblip.BundleError, match=r"an? audio-.* model, which reads input_values \(it belongs to the"):
         Video(Video.Config(encoder=str(tmp_path))).build_encoder()
+
+
+def test_pictures_and_videos_share_one_encoder(tmp_path):
+    pytest.importorskip("xblip_image")
+    encoder, bundle = tmp_path / "encoder", tmp_path / "bundle"
+    sizes = {name: size for name, size in SIZES.items() if name != "num_frames"}
+    hf.CLIPVisionModel(hf.CLIPVisionConfig(**sizes)).save_pretrained(encoder)
+    hf.CLIPImageProcessor(**SQUARE).save_pretrained(encoder)
+    llm = FrozenLLM.from_pretrained(LLMConfig(source=str(save_toy_llm(tmp_path / "llm"))))
+    settings = {"config": {"encoder": str(encoder), "layer": -2, "drop_cls": True}, "bridge": {"kind": "linear"}}
+    branches = {name: Branch.build(BranchConfig(name, **settings), llm_width=llm.width) for name in ("image", "video")}
+    xblip.XBlip(llm=llm, branches=branches).save_pretrained(bundle)
+    model = xblip.load(bundle)
+    image, video = (model.branches[name].encoder.module for name in ("image", "video"))
+    assert image is video and len(list((bundle / "encoders").iterdir())) == 1
+    assert {branch.modality.config.layer for branch in model.branches.values()} == {-2}
+    assert model.branches["video"].encode([numbered(3)]).values.shape == (3, 16, 24)
