@@ -184,6 +184,17 @@ class TestEncoderFolders:
         model.save_pretrained(tmp_path)
         assert_alike(model, self.loaded(monkeypatch, tmp_path)[0], self.sample("touch", "grip"))
 
+    def test_equal_encoders_keep_their_own_processors(self, llm, vit, tmp_path):
+        folders = {modality: shutil.copytree(vit(0), tmp_path / modality.name) for modality in (Touch, Feel)}
+        for modality, folder in folders.items():
+            (folder / "preprocessor_config.json").write_text(modality.name)
+        branches = {modality.name: self.branch(modality, llm, folder) for modality, folder in folders.items()}
+        XBlip(llm=llm, branches=branches).save_pretrained(tmp_path / "bundle")
+        loaded = XBlip.from_pretrained(tmp_path / "bundle").branches
+        assert loaded["touch"].encoder is loaded["feel"].encoder
+        for name, branch in loaded.items():
+            assert (branch.encoder_folder / "preprocessor_config.json").read_text() == name
+
     def test_other_encoders_are_not(self, llm, vit, tmp_path):
         branches = {"touch": self.branch(Touch, llm, vit(0)), "feel": self.branch(Feel, llm, vit(1))}
         XBlip(llm=llm, branches=branches).save_pretrained(tmp_path)

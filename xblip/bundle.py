@@ -2,7 +2,8 @@
 
 config.yaml          the LLM, the router, generation defaults, and the branches' names
 llm/                 the LLM, unless config.yaml names a hub id
-encoders/<print>/    each encoder once, by fingerprint, unless its branch names a hub id
+encoders/<print>/    each encoder once, by fingerprint, unless its branch names a hub id; one beside another processor
+                     as <print>-<modality>/
 <modality>/          one branch each
 """
 
@@ -116,11 +117,15 @@ def write(model: "XBlip", folder: Path) -> None:
     source = Path(llm.source)
     if source.is_dir():
         _copy(source, folder / LLM)
+    encoders: dict[str, Path] = {}
     for name, branch in model.branches.items():
-        place = None
-        if branch.encoder_folder is not None:
-            place = f"../encoders/{branch.encoder.fingerprint}"
-            _copy(branch.encoder_folder, folder / "encoders" / branch.encoder.fingerprint)
+        place, own = None, branch.encoder_folder
+        if own is not None:
+            inside = branch.encoder.fingerprint
+            if _processors(encoders.setdefault(inside, own)) != _processors(own):
+                inside = f"{inside}-{name}"
+            place = f"../encoders/{inside}"
+            _copy(own, folder / "encoders" / inside)
         branch.save(folder / name, llm=model.llm, encoder=place)
     configs.save_yaml(
         folder / FILE,
@@ -141,6 +146,11 @@ def write(model: "XBlip", folder: Path) -> None:
         f"Modalities: {', '.join(model.branches) or 'none'}.\n\n"
         '```python\nimport xblip\n\nmodel = xblip.load("this folder")\n```\n'
     )
+
+
+def _processors(folder: Path) -> dict[str, bytes]:
+    """What lies beside an encoder's weights and says how media are brought to it."""
+    return {file.name: file.read_bytes() for file in folder.glob("*processor_config.json")}
 
 
 def _copy(source: Path, target: Path) -> None:

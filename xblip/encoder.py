@@ -150,14 +150,15 @@ def _settings(module: nn.Module) -> str:
     """What makes a network behave as it does beside its weights: its parts' classes and plain attributes."""
     return repr(
         [
-            (
-                name,
-                type(part),
-                {key: value for key, value in vars(part).items() if isinstance(value, (str, float, int, tuple))},
-            )
+            (name, type(part), {key: value for key, value in vars(part).items() if _is_setting(key, value)})
             for name, part in module.named_modules()
         ]
     )
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    """Whether an attribute is a plain value; transformers also notes where a model came from, which is none."""
+    return isinstance(value, (str, float, int, tuple)) and key != "name_or_path"
 
 
 class TransformersEncoder(nn.Module):
@@ -205,8 +206,8 @@ class TransformersEncoder(nn.Module):
     ) -> "TransformersEncoder":
         """Loads a folder or hub id through `AutoModel`; of a two-tower model (CLIP, SigLIP) its vision part.
 
-        A pooler that the weights lack (as in a classifier's) is set to zero: it is not used, and random weights would
-        give the same encoder another fingerprint each time.
+        A pooler or a mask for training that the weights lack (as in a classifier's) is set to zero: it is not used, and
+        random weights would give the same encoder another fingerprint each time.
 
         Args:
           source: folder or hub id.
@@ -300,7 +301,7 @@ def _load(source: str) -> nn.Module:
             "Expected the folder of a transformers model, or a hub id that is reachable or already downloaded."
         ) from cause
     missing = set(info["missing_keys"])
-    unused = {name for name in missing if "pooler" in name.split(".")}
+    unused = {name for name in missing if {"pooler", "masked_spec_embed"} & set(name.split("."))}
     if missing - unused:
         raise BundleError(
             f'The encoder "{source}" lacks {len(missing - unused)} weights, among them {min(missing - unused)}: '
