@@ -207,7 +207,8 @@ class TransformersEncoder(nn.Module):
         """Loads a folder or hub id through `AutoModel`; of a two-tower model (CLIP, SigLIP) its vision part.
 
         A pooler or a mask for training that the weights lack (as in a classifier's) is set to zero: it is not used, and
-        random weights would give the same encoder another fingerprint each time.
+        random weights would give the same encoder another fingerprint each time. Other branches may hold the same
+        model: wrap it, but do not change it.
 
         Args:
           source: folder or hub id.
