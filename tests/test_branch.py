@@ -14,6 +14,7 @@ from kit import assert_alike, make_branch, registered
 from torch import Tensor, nn
 
 import xblip
+from xblip import encoder as encoders
 from xblip import plugins
 from xblip.branch import Branch, BranchConfig
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, PluginError
@@ -52,6 +53,27 @@ class Feel(Touch):
     name = "feel"
 
 
+class Graze(Touch):
+    """The same, before the last layer."""
+
+    name = "graze"
+
+    def build_encoder(self) -> nn.Module:
+        return xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="pixel_values", layer=0)
+
+
+class Grip(Touch):
+    """The same inside a network of its own."""
+
+    name = "grip"
+
+    def build_encoder(self) -> nn.Module:
+        inner = super().build_encoder()
+        outer = nn.Sequential(inner)
+        outer.width, outer.forward = inner.width, inner.forward
+        return outer
+
+
 class Own(ToyModality):
     """A toy whose encoder may come from a folder, or be its own."""
 
@@ -82,7 +104,7 @@ def vit(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _registered(toys):
-    with registered(Touch, Feel, Own):
+    with registered(Touch, Feel, Graze, Grip, Own):
         yield
 
 
@@ -116,6 +138,62 @@ class TestEncoderFolders:
         loaded = XBlip.from_pretrained(tmp_path / "bundle")
         assert loaded.branches["touch"].encoder is loaded.branches["feel"].encoder
         assert_alike(model, loaded, self.sample("touch", "feel"))
+
+    def loaded(self, monkeypatch, folder: Path) -> tuple[XBlip, list[str]]:
+        """A bundle, and which encoders were loaded for it."""
+        sources, load = [], encoders._load
+        monkeypatch.setattr(encoders, "_load", lambda source: sources.append(source) or load(source))
+        return XBlip.from_pretrained(folder), sources
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_folder_named_twice_is_loaded_once(self, llm, vit, tmp_path, monkeypatch, dtype):
+        touch, feel = (self.branch(modality, llm, vit(0), encoder_dtype=dtype) for modality in (Touch, Feel))
+        model = XBlip(llm=llm, branches={"touch": touch, "feel": feel}).eval()
+        model.save_pretrained(tmp_path)
+        loaded, sources = self.loaded(monkeypatch, tmp_path)
+        assert len(sources) == 1
+        assert loaded.branches["touch"].encoder.module is loaded.branches["feel"].encoder.module
+        counts = [sum(weight.numel() for weight in each.parameters()) for each in (model, loaded, touch.encoder)]
+        assert counts[0] - counts[1] == counts[2] > 0
+        assert_alike(model, loaded, self.sample("touch", "feel"))
+        loaded.to(torch.float64)
+        assert {weight.dtype for weight in loaded.branches["feel"].encoder.parameters()} == {torch.float64}
+
+    def test_encoders_of_other_dtypes_are_held_apart(self, llm, vit, tmp_path, monkeypatch):
+        branches = {"touch": self.branch(Touch, llm, vit(0))}
+        branches["feel"] = self.branch(Feel, llm, vit(0), encoder_dtype="bfloat16")
+        XBlip(llm=llm, branches=branches).save_pretrained(tmp_path)
+        loaded, sources = self.loaded(monkeypatch, tmp_path)
+        dtypes = [next(loaded.branches[name].encoder.parameters()).dtype for name in ("touch", "feel")]
+        assert len(sources) == 2 and dtypes == [torch.float32, torch.bfloat16]
+
+    def test_other_layers_of_one_encoder_share_its_weights(self, llm, vit, tmp_path, monkeypatch):
+        branches = {"touch": self.branch(Touch, llm, vit(0), encoder_dtype="bfloat16")}
+        branches["graze"] = self.branch(Graze, llm, vit(0), encoder_dtype="bfloat16")
+        model = XBlip(llm=llm, branches=branches).eval()
+        model.save_pretrained(tmp_path)
+        loaded, sources = self.loaded(monkeypatch, tmp_path)
+        touch, graze = (loaded.branches[name].encoder for name in ("touch", "graze"))
+        assert len(sources) == 1 and touch.module.model is graze.module.model and touch is not graze
+        assert_alike(model, loaded, self.sample("touch", "graze"))
+
+    def test_what_wraps_an_encoder_keeps_its_fingerprint(self, llm, vit, tmp_path, monkeypatch):
+        branches = {"touch": self.branch(Touch, llm, vit(0), encoder_dtype="bfloat16")}
+        branches["grip"] = self.branch(Grip, llm, vit(0), encoder_dtype="bfloat16")
+        model = XBlip(llm=llm, branches=branches).eval()
+        model.save_pretrained(tmp_path)
+        assert_alike(model, self.loaded(monkeypatch, tmp_path)[0], self.sample("touch", "grip"))
+
+    def test_equal_encoders_keep_their_own_processors(self, llm, vit, tmp_path):
+        folders = {modality: shutil.copytree(vit(0), tmp_path / modality.name) for modality in (Touch, Feel)}
+        for modality, folder in folders.items():
+            (folder / "preprocessor_config.json").write_text(modality.name)
+        branches = {modality.name: self.branch(modality, llm, folder) for modality, folder in folders.items()}
+        XBlip(llm=llm, branches=branches).save_pretrained(tmp_path / "bundle")
+        loaded = XBlip.from_pretrained(tmp_path / "bundle").branches
+        assert loaded["touch"].encoder is loaded["feel"].encoder
+        for name, branch in loaded.items():
+            assert (branch.encoder_folder / "preprocessor_config.json").read_text() == name
 
     def test_other_encoders_are_not(self, llm, vit, tmp_path):
         branches = {"touch": self.branch(Touch, llm, vit(0)), "feel": self.branch(Feel, llm, vit(1))}

@@ -17,7 +17,7 @@ import xblip
 from xblip import config as configs
 from xblip import plugins
 from xblip.bridge import WEIGHTS, Bridge, load_bridge
-from xblip.encoder import FrozenEncoder
+from xblip.encoder import Encoders, FrozenEncoder
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
 from xblip.llm import FrozenLLM
 from xblip.modality import Features, Modality, collate
@@ -65,13 +65,16 @@ class Branch(nn.Module):
         self.cue = modality.cue if config.cue is None else config.cue
 
     @classmethod
-    def build(cls, config: BranchConfig, *, llm_width: int, folder: Path | None = None) -> "Branch":
+    def build(
+        cls, config: BranchConfig, *, llm_width: int, folder: Path | None = None, encoders: Encoders | None = None
+    ) -> "Branch":
         """Builds a branch with a fresh bridge.
 
         Args:
           config: what to build.
           llm_width: D_llm.
           folder: what relative paths in the configs start from; None for the working directory.
+          encoders: those of the model's other branches, to share; None for an encoder of its own.
 
         Raises:
           PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
@@ -81,7 +84,8 @@ class Branch(nn.Module):
         modality_class = type(modality)
         if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
-        encoder = FrozenEncoder(modality.build_encoder(), name=name).to(getattr(torch, config.encoder_dtype))
+        dtype = getattr(torch, config.encoder_dtype)
+        encoder = (encoders or Encoders()).build(modality.build_encoder, name=name, dtype=dtype)
         own_kind = modality_class.bridge.get("kind", DEFAULT_BRIDGE)
         kind = config.bridge.get("kind", own_kind)
         if not isinstance(kind, str):
@@ -180,8 +184,8 @@ class Branch(nn.Module):
         Path(folder, "README.md").write_text(_card(self, llm))
 
     @classmethod
-    def load(cls, folder: str | Path, *, llm: FrozenLLM) -> "Branch":
-        """Loads a branch for an LLM.
+    def load(cls, folder: str | Path, *, llm: FrozenLLM, encoders: Encoders | None = None) -> "Branch":
+        """Loads a branch for an LLM; `encoders` are those of the model's other branches, to share.
 
         Raises:
           BundleError: no branch there, damaged weights, or a branch trained for another LLM or encoder.
@@ -200,7 +204,7 @@ class Branch(nn.Module):
         saved.pop("xblip", None)
         config = configs.build(BranchConfig, saved, where=str(folder / FILE))
         try:
-            branch = cls.build(config, llm_width=llm.width, folder=folder)
+            branch = cls.build(config, llm_width=llm.width, folder=folder, encoders=encoders)
         except XBlipError as error:
             raise type(error)(f"The branch in {folder} cannot be built. {error}") from error
         if branch.encoder.fingerprint != trained["fingerprint"]:

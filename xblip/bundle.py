@@ -2,7 +2,8 @@
 
 config.yaml          the LLM, the router, generation defaults, and the branches' names
 llm/                 the LLM, unless config.yaml names a hub id
-encoders/<print>/    each encoder once, by fingerprint, unless its branch names a hub id
+encoders/<print>/    each encoder once, by fingerprint, unless its branch names a hub id; one beside another processor
+                     as <print>-<modality>/
 <modality>/          one branch each
 """
 
@@ -13,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from xblip import config as configs
 from xblip.branch import Branch, made_folder, read_branch_file
+from xblip.encoder import Encoders
 from xblip.errors import BundleError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.router import RouterConfig
@@ -101,29 +101,13 @@ def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[
       BundleError: see `Branch.load`; or a branch of another modality than its key says.
     """
     branches: dict[str, Branch] = {}
-    encoders: dict[tuple, Any] = {}
+    encoders = Encoders()
     for name, folder in folders.items():
-        branch = Branch.load(folder, llm=llm)
+        branch = Branch.load(folder, llm=llm, encoders=encoders)
         if branch.modality.name != name:
             raise BundleError(f'{folder} holds a branch of "{branch.modality.name}", not of "{name}".')
-        key = (branch.encoder.fingerprint, branch.config.encoder_dtype, _settings(branch.encoder.module))
-        branch.encoder = encoders.setdefault(key, branch.encoder)
         branches[name] = branch.to(llm.device)
     return branches
-
-
-def _settings(module: nn.Module) -> str:
-    """What makes a network behave as it does beside its weights: its parts' classes and plain attributes."""
-    return repr(
-        [
-            (
-                name,
-                type(part),
-                {key: value for key, value in vars(part).items() if isinstance(value, (str, float, int, tuple))},
-            )
-            for name, part in module.named_modules()
-        ]
-    )
 
 
 def write(model: "XBlip", folder: Path) -> None:
@@ -133,11 +117,15 @@ def write(model: "XBlip", folder: Path) -> None:
     source = Path(llm.source)
     if source.is_dir():
         _copy(source, folder / LLM)
+    encoders: dict[str, Path] = {}
     for name, branch in model.branches.items():
-        place = None
-        if branch.encoder_folder is not None:
-            place = f"../encoders/{branch.encoder.fingerprint}"
-            _copy(branch.encoder_folder, folder / "encoders" / branch.encoder.fingerprint)
+        place, own = None, branch.encoder_folder
+        if own is not None:
+            inside = branch.encoder.fingerprint
+            if _processors(encoders.setdefault(inside, own)) != _processors(own):
+                inside = f"{inside}-{name}"
+            place = f"../encoders/{inside}"
+            _copy(own, folder / "encoders" / inside)
         branch.save(folder / name, llm=model.llm, encoder=place)
     configs.save_yaml(
         folder / FILE,
@@ -158,6 +146,11 @@ def write(model: "XBlip", folder: Path) -> None:
         f"Modalities: {', '.join(model.branches) or 'none'}.\n\n"
         '```python\nimport xblip\n\nmodel = xblip.load("this folder")\n```\n'
     )
+
+
+def _processors(folder: Path) -> dict[str, bytes]:
+    """What lies beside an encoder's weights and says how media are brought to it."""
+    return {file.name: file.read_bytes() for file in folder.glob("*processor_config.json")}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -202,9 +202,9 @@ def test_an_encoder_without_image_processor_is_one_clear_error(tmp_path):
 
 
 def test_a_processor_that_gives_no_picture_is_one_clear_error(tmp_path):
-    from transformers import Siglip2ImageProcessor
+    from transformers import LlavaNextImageProcessor
 
-    Siglip2ImageProcessor().save_pretrained(tmp_path)
+    LlavaNextImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(xblip.BundleError, match=r"gives pixel_values of shape .*; expected \(1, 3, H, W\)"):
         Image(Image.Config(encoder=str(tmp_path))).load(noise())
 

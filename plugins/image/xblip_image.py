@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 import xblip
 
+READERS = {"input_values": "audio", "input_features": "audio", "pixel_values_videos": "video"}
+"""Which modality reads what an encoder takes."""
+
 
 class Image(xblip.Modality):
     """Pictures as one segment each; what a source may be and what it becomes, `Modality.as_picture` tells."""
@@ -43,11 +46,16 @@ class Image(xblip.Modality):
 
         Attributes:
           encoder: folder or hub id of a `transformers` vision model, its image processor beside the weights.
+          layer: which of the model's `hidden_states` to read, as LLaVA counts them (-2: the last but one); None for its
+            last hidden state.
+          drop_cls: leaves out [CLS], and register tokens beside it.
           max_pixels: pixels (width times height) above which a picture is refused: by its header, before
             decoding.
         """
 
         encoder: str
+        layer: int | None = None
+        drop_cls: bool = False
         max_pixels: int = 100_000_000
 
     def load(self, source: Any) -> dict[str, Tensor]:
@@ -57,18 +65,46 @@ class Image(xblip.Modality):
           source: path, bytes, open binary file, PIL image, numpy array or torch tensor.
 
         Returns:
-          `pixel_values` (1, 3, H, W) float, exactly what the encoder's image processor gives for the picture.
+          `pixel_values` (1, 3, H, W) float, exactly what the encoder's image processor gives for the picture; of one
+          for pictures of any size (SigLIP 2 NaFlex) patches, their mask, and the shape of their grid.
 
         Raises:
           MediaError: the source is missing, damaged, too large, too thin, or not a picture.
           BundleError: the encoder has no image processor, or one that gives something else.
         """
         picture = self.as_picture(source, kind=self.name, max_pixels=self.config.max_pixels)
-        return {"pixel_values": self._processor(picture)}
+        return self._processor(picture)
 
     def build_encoder(self) -> nn.Module:
-        """Loads the vision model; of a two-tower model (CLIP, SigLIP) its vision part."""
-        return xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="pixel_values")
+        """Loads the vision model; of a two-tower model (CLIP, SigLIP) its vision part.
+
+        Raises:
+          BundleError: it cannot be loaded, or reads something else than pictures.
+          ConfigError: it has no such `layer`, or no [CLS] to drop.
+        """
+        encoder = xblip.TransformersEncoder.from_pretrained(
+            self.config.encoder, input_name="pixel_values", layer=self.config.layer, drop_cls=self.config.drop_cls
+        )
+        config, takes = encoder.model.config, encoder.model.main_input_name
+        if takes != "pixel_values" or hasattr(config, "num_frames"):
+            owner = READERS.get(takes, "video" if takes == "pixel_values" else "that reads these")
+            raise xblip.BundleError(
+                f'The image encoder "{self.config.encoder}" is a {config.model_type} model, which does not read '
+                f"pictures but {'videos' if owner == 'video' else takes}: it belongs to the modality {owner}. "
+                "Choose an encoder of pictures."
+            )
+        return encoder
+
+    @classmethod
+    def convert_encoder(cls, checkpoint: Any, folder: Path) -> bool:
+        """Converts EVA-CLIP-g, of its own file or a LAVIS checkpoint; use it with `layer: -1`, as it has no final norm.
+
+        Raises:
+          BundleError: weights are missing, or of other shapes.
+        """
+        from xblip_image_convert import convert
+
+        return convert(checkpoint, folder)
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:

@@ -2,7 +2,7 @@
 
 import pytest
 from numbered_videos import numbered, write
-from transformers import ViTImageProcessor
+from transformers import ViTConfig, ViTImageProcessor
 from xblip_video import Video
 
 
@@ -10,6 +10,7 @@ from xblip_video import Video
 def plain(tmp_path_factory):
     """Makes modalities whose processor neither resizes nor normalises: pixel_values are frames over 255."""
     folder = tmp_path_factory.mktemp("plain")
+    ViTConfig().save_pretrained(folder)
     ViTImageProcessor(do_resize=False, do_normalize=False).save_pretrained(folder)
     return lambda **config: Video(Video.Config(encoder=str(folder), **config))
 

@@ -10,7 +10,14 @@ import PIL.Image
 import pytest
 import torch
 from numbered_videos import READERS, fails, numbered, numbers, rgb, write
-from transformers import AutoImageProcessor, CLIPImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 from xblip_video import Video, middles
 
 import xblip
@@ -38,6 +45,7 @@ def test_short_videos_give_all_their_frames_once(plain, tmp_path, reader, count)
 
 
 def test_pixel_values_are_those_of_the_encoders_own_processor(tmp_path):
+    CLIPVisionConfig().save_pretrained(tmp_path)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     frames = numbered(2)
     frames = [PIL.Image.fromarray(frame) for frame in frames]
@@ -184,14 +192,18 @@ def test_other_objects_are_refused(plain):
 
 
 def test_an_encoder_without_image_processor_is_one_clear_error(tmp_path):
+    with pytest.raises(xblip.BundleError, match=r"Cannot read what the video encoder .* is: .*Expected the folder"):
+        Video(Video.Config(encoder=str(tmp_path))).load(numbered(1))
+    ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(xblip.BundleError, match=r"Cannot load the image processor of .*Expected preprocessor_config"):
         Video(Video.Config(encoder=str(tmp_path))).load(numbered(1))
 
 
 def test_a_processor_that_gives_no_picture_is_one_clear_error(tmp_path):
-    from transformers import Siglip2ImageProcessor
+    from transformers import LlavaNextImageProcessor
 
-    Siglip2ImageProcessor().save_pretrained(tmp_path)
+    ViTConfig().save_pretrained(tmp_path)
+    LlavaNextImageProcessor().save_pretrained(tmp_path)
     with pytest.raises(xblip.BundleError, match=r"gives pixel_values of shape .*; expected \(1, 3, H, W\)"):
         Video(Video.Config(encoder=str(tmp_path))).load(numbered(1))
 

@@ -1,10 +1,11 @@
-"""Videos as a few of their frames, each one segment for a vision encoder of `transformers`.
+"""Videos as a few of their frames, each one segment for a vision encoder of `transformers`, or all one for a video's.
 
 Frames are chosen by their place among all frames, in the middles of equal parts, and read exactly: one file
 gives the same pictures in training and in use, and with either reader.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 class Video(xblip.Modality):
     """Videos, S = min(num_frames, number of frames) segments in the order in which they are shown.
+
+    An encoder of whole videos (VideoMAE, ViViT, TimeSformer) has one segment, of as many frames as its config says; of
+    shorter videos it sees frames several times, as evenly as possible.
 
     Of T frames, those at floor((i + 1/2) T / S) for i = 0 .. S - 1 are read: the middles of S equal parts. A
     video with fewer frames than asked for gives all of them, none twice. Places are counted in frames, not
@@ -50,14 +54,19 @@ class Video(xblip.Modality):
         """Settings of the video modality.
 
         Attributes:
-          encoder: folder or hub id of a `transformers` vision model, its image processor beside the weights.
-          num_frames: frames read of a video, at most.
+          encoder: folder or hub id of a `transformers` model of pictures or videos, its processor beside the weights.
+          layer: which of the model's `hidden_states` to read, as LLaVA counts them (-2: the last but one); None for its
+            last hidden state.
+          drop_cls: leaves out [CLS], and register tokens beside it.
+          num_frames: frames read of a video, at most; an encoder of whole videos takes as many as its config says.
           reader: "pyav", "decord", or "auto" for the first of these that can be imported.
           max_pixels: pixels of a frame (width times height) above which a video is refused.
           max_seconds: length above which a video file is refused.
         """
 
         encoder: str
+        layer: int | None = None
+        drop_cls: bool = False
         num_frames: int = 8
         reader: str = "auto"
         max_pixels: int = 100_000_000
@@ -83,20 +92,39 @@ class Video(xblip.Modality):
           source: path, bytes, open binary file, list of pictures, array or tensor; the class has the rules.
 
         Returns:
-          `pixel_values` (S, 3, H, W) float, each frame as the encoder's image processor gives it.
+          `pixel_values` (S, 3, H, W) float, each frame as the encoder's image processor gives it; of an encoder of whole
+          videos (1, T, 3, H, W), as its video processor gives them.
 
         Raises:
           MediaError: the source is missing, damaged, cut short, too large, too long, or not a video.
           PluginError: no reader can be imported.
-          BundleError: the encoder has no image processor, or one that gives something else.
+          BundleError: the encoder has no processor, or one that gives something else.
         """
         file = xblip.media_file(source, kind=self.name)
         frames = self._frames_of_file(file) if file else self._frames_of_pictures(source)
-        return {"pixel_values": torch.cat([self._processor(frame) for frame in frames])}
+        if self._frames_of_encoder:
+            return self._one_segment(list(frames))
+        segments = [self._processor(frame) for frame in frames]
+        return {name: torch.cat([segment[name] for segment in segments]) for name in segments[0]}
 
     def build_encoder(self) -> nn.Module:
-        """Loads the vision model; of a two-tower model (CLIP, SigLIP) its vision part."""
-        return xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="pixel_values")
+        """Loads the model; of a two-tower model (CLIP, SigLIP) its vision part.
+
+        Raises:
+          BundleError: it cannot be loaded, or reads neither pictures nor videos.
+          ConfigError: it has no such `layer`, or no [CLS] to drop.
+        """
+        encoder = xblip.TransformersEncoder.from_pretrained(
+            self.config.encoder, input_name="pixel_values", layer=self.config.layer, drop_cls=self.config.drop_cls
+        )
+        takes = encoder.model.main_input_name
+        if takes != "pixel_values":
+            owner = " (it belongs to the modality audio)" if takes in ("input_values", "input_features") else ""
+            raise xblip.BundleError(
+                f'The video encoder "{self.config.encoder}" is a {encoder.model.config.model_type} model, which reads '
+                f"{takes}{owner}. Choose a VideoMAE, ViViT or TimeSformer, or any encoder of pictures."
+            )
+        return encoder
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:
@@ -124,6 +152,48 @@ class Video(xblip.Modality):
     def _processor(self):
         return xblip.TransformersEncoder.image_processor(self.config.encoder)
 
+    @functools.cached_property
+    def _frames_of_encoder(self) -> int | None:
+        """How many frames an encoder of whole videos takes; None for one of pictures."""
+        from transformers import AutoConfig
+
+        try:
+            return getattr(AutoConfig.from_pretrained(self.config.encoder), "num_frames", None)
+        except (OSError, ValueError) as cause:
+            raise xblip.BundleError(
+                f'Cannot read what the video encoder "{self.config.encoder}" is: {str(cause).splitlines()[0]} Expected '
+                "the folder of a transformers model, or a hub id that is reachable or already downloaded."
+            ) from cause
+
+    @functools.cached_property
+    def _video_processor(self):
+        from transformers import AutoVideoProcessor
+
+        try:
+            return AutoVideoProcessor.from_pretrained(self.config.encoder)
+        except (OSError, ValueError) as cause:
+            raise xblip.BundleError(
+                f'Cannot load the processor of the video encoder "{self.config.encoder}": '
+                f"{str(cause).splitlines()[0]} Expected video_preprocessor_config.json or preprocessor_config.json beside "
+                "its weights: put it there by save_pretrained."
+            ) from cause
+
+    def _one_segment(self, frames: "list[PIL.Image.Image]") -> dict[str, Tensor]:
+        sizes = {frame.size for frame in frames}
+        if len(sizes) > 1:
+            raise xblip.MediaError(
+                f"Cannot read the {self.name}: its pictures are of {len(sizes)} sizes, {min(sizes)} and {max(sizes)} among "
+                "them, and an encoder of whole videos takes one. Resize them."
+            )
+        values = self._video_processor(frames, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values}
+
+    def _counts(self, total: int) -> Counter[int]:
+        """Which of `total` frames are read, in order, and how often each is given."""
+        if self._frames_of_encoder:
+            return Counter(spread(total, self._frames_of_encoder))
+        return Counter(middles(total, self.config.num_frames))
+
     def _frames_of_file(self, file: xblip.MediaFile) -> Iterator["PIL.Image.Image"]:
         import PIL.Image
 
@@ -134,8 +204,9 @@ class Video(xblip.Modality):
             reader = reader_class(path, label)
             self.check_picture_size(*reader.size, label=label, max_pixels=self.config.max_pixels)
             self._check_length(reader, label)
-            for frame in reader.frames(middles(len(reader.times_s), self.config.num_frames)):
-                yield PIL.Image.fromarray(frame)
+            counts = self._counts(len(reader.times_s))
+            for frame, count in zip(reader.frames(list(counts)), counts.values(), strict=True):
+                yield from [PIL.Image.fromarray(frame)] * count
 
     def _frames_of_pictures(self, source: Any) -> Iterator["PIL.Image.Image"]:
         if isinstance(source, (np.ndarray, Tensor)):
@@ -147,9 +218,9 @@ class Video(xblip.Modality):
             )
         if len(source) == 0:
             raise xblip.MediaError(f"Cannot read the {self.name}: the list of pictures is empty.")
-        for index in middles(len(source), self.config.num_frames):
+        for index, count in self._counts(len(source)).items():
             kind = f"frame {index} of the {self.name}"
-            yield self.as_picture(source[index], kind=kind, max_pixels=self.config.max_pixels)
+            yield from [self.as_picture(source[index], kind=kind, max_pixels=self.config.max_pixels)] * count
 
     def _check_length(self, reader: Reader, label: str) -> None:
         if reader.seconds > self.config.max_seconds:
@@ -161,8 +232,12 @@ class Video(xblip.Modality):
 
 def middles(total: int, wanted: int) -> list[int]:
     """Returns the places in the middles of `wanted` equal parts of `total`; all places if they are fewer."""
-    count = min(total, wanted)
-    return [(2 * part + 1) * total // (2 * count) for part in range(count)]
+    return spread(total, min(total, wanted))
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """Returns the places in the middles of `wanted` equal parts of `total`; some several times if they are fewer."""
+    return [(2 * part + 1) * total // (2 * wanted) for part in range(wanted)]
 
 
 def _write_video(path: Path, frames: np.ndarray) -> None:
