@@ -134,6 +134,7 @@ def write(model: "XBlip", folder: Path) -> None:
                 "source": LLM if source.is_dir() else llm.source,
                 "revision": llm.revision,
                 "dtype": llm.dtype,
+                "tokens": llm.tokens,
                 "options": {name: value for name, value in llm.options.items() if name in KEPT_OPTIONS},
             },
             "branches": list(model.branches),

@@ -23,6 +23,7 @@ from xblip.encoder import LOADING_ERRORS, Frozen, fingerprint, first_line, why_n
 from xblip.errors import BundleError, ConfigError, suggest
 
 IGNORE = -100
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
 MISPLACED = {
@@ -41,12 +42,15 @@ class LLMConfig:
       source: folder or hub id.
       revision: of a hub id.
       dtype: "float32", "bfloat16", "float16", or "auto" for the one its weights are stored in.
+      tokens: special tokens in the place of the tokenizer's own, such as {"bos_token": "</s>"}, which InstructBLIP gives
+        Vicuna; a wrong one gives silent rubbish.
       options: passed on to `from_pretrained` (device_map, attn_implementation, quantization_config, ...).
     """
 
     source: str
     revision: str | None = None
     dtype: str = "auto"
+    tokens: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,8 +124,10 @@ class FrozenLLM(Frozen):
 
         if config.dtype not in DTYPES:
             raise ConfigError(f'Unknown dtype "{config.dtype}" of the LLM.{suggest(str(config.dtype), DTYPES)}')
+        for name in set(config.tokens) - set(TOKENS):
+            raise ConfigError(f'Unknown special token "llm.tokens.{name}".{suggest(name, TOKENS)}')
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision)
+            tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision, **config.tokens)
             architecture = AutoConfig.from_pretrained(config.source, revision=config.revision)
             auto_class = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
             model, info = auto_class.from_pretrained(
