@@ -118,7 +118,7 @@ class XBlip(nn.Module):
         return self.llm.device
 
     def sample(self, value: Sample | Mapping[str, Any]) -> Sample:
-        """Makes a checked `Sample` of a sample or a dictionary such as `{"image": "a.png", "instruction": "..."}`."""
+        """Makes a checked `Sample` of a sample or a dictionary, `{<modality>: source, "instruction": ...}`."""
         if isinstance(value, Mapping):
             value = from_row(value, modalities=self.branches.keys())
         value = dataclasses.replace(value)  # checks it again, since its lists may have changed
@@ -254,8 +254,8 @@ class XBlip(nn.Module):
         """Answers the last message of a conversation; every input is read in the light of that message.
 
         Args:
-          messages: as `transformers` has them; a part of another type than text is an input, e.g.
-            `{"type": "image", "path": "a.png"}`.
+          messages: as `transformers` has them; a part of another type than text is an input,
+            `{"type": <modality>, "path": ...}`.
           options: transformers' generation options.
         """
         sample = from_messages(messages, modalities=self.branches.keys())

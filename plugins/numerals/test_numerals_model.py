@@ -20,8 +20,6 @@ SETS = ROOT.parent / "shared" / "data" / "numerals"
 MOST_BYTES = 25_000_000
 FILES = {"image": 80, "video": 40, "audio": 60, "point_cloud": 60}
 
-pytestmark = pytest.mark.skipif(not (BUNDLE / "config.yaml").is_file(), reason="the bundle is not built")
-
 
 @pytest.fixture(scope="module")
 def model():
