@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from xblip.encoder import FrozenEncoder, TransformersEncoder, fingerprint
+from xblip.encoder import TransformersEncoder
 from xblip.errors import BundleError
+from xblip.frozen import FrozenEncoder, fingerprint
 from xblip.testing import ToyEncoder
 
 

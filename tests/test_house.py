@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs"},
-    {"config", "encoder", "media"},
-    {"pictures", "checkpoint"},
+    {"config", "loading", "media"},
+    {"pictures", "checkpoint", "frozen", "encoder"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router"},
     {"qformer_bridges", "pooled", "resamplers", "initial"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"branch"},
     {"bundle", "features"},
     {"model"},
+    {"export"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert", "testing", "scaffold"},
     {"cli"},

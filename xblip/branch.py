@@ -17,8 +17,8 @@ import xblip
 from xblip import config as configs
 from xblip import plugins
 from xblip.bridge import WEIGHTS, Bridge, load_bridge
-from xblip.encoder import Encoders, FrozenEncoder
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
+from xblip.frozen import Encoders, FrozenEncoder
 from xblip.llm import FrozenLLM
 from xblip.modality import Features, Modality, collate
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from xblip.config import at_least
-from xblip.encoder import LOADING_ERRORS, why_not_loaded
 from xblip.errors import BundleError, ConfigError, InputError
 from xblip.hookspecs import hookimpl
+from xblip.loading import LOADING_ERRORS, why_not_loaded
 from xblip.modality import Features
 from xblip.qformer import KeysValues, QFormer, QFormerConfig
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from xblip import config as configs
 from xblip.branch import Branch, made_folder, read_branch_file
-from xblip.encoder import Encoders
 from xblip.errors import BundleError
+from xblip.frozen import Encoders
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.router import RouterConfig
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xblip.encoder import first_line
 from xblip.errors import BundleError
+from xblip.loading import first_line
 
 INDEX = "model.safetensors.index.json"
 HARMLESS = [argparse.Namespace]

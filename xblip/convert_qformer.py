@@ -15,9 +15,9 @@ from torch import Tensor
 from xblip import plugins
 from xblip.branch import WEIGHTS, Branch, BranchConfig, made_folder
 from xblip.checkpoint import Checkpoint
-from xblip.encoder import LOADING_ERRORS, first_line
 from xblip.errors import BundleError
 from xblip.llm import FrozenLLM, LLMConfig
+from xblip.loading import LOADING_ERRORS, first_line
 
 PROJECTORS = ("llm_proj", "t5_proj", "opt_proj", "llama_proj")
 UNUSED = {

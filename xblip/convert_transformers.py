@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from xblip import plugins
 from xblip.branch import Branch, BranchConfig, made_folder
 from xblip.checkpoint import Checkpoint
-from xblip.encoder import LOADING_ERRORS, first_line
 from xblip.errors import BundleError, suggest
 from xblip.llm import FrozenLLM, LLMConfig
+from xblip.loading import LOADING_ERRORS, first_line
 from xblip.model import XBlip
 from xblip.router import Bos
 

@@ -1,164 +1,18 @@
-"""Frozen networks: the wrapper that keeps them frozen, and encoders that come from `transformers`.
+"""Encoders that come from `transformers`, as modalities use them, with the processors beside them."""
 
-`Frozen` hides its weights from `state_dict` and ignores `train()`, so that neither a checkpoint nor a training loop can
-touch them; gradients may still flow through its activations (the LLM needs that), its weights never receive any.
-"""
-
-import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from xblip.errors import BundleError, ConfigError
+from xblip.loading import LOADING_ERRORS, first_line, kept_models, load_model, why_not_loaded
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
-"""What transformers raises for files that are damaged or missing, and for options it does not know."""
 SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 """Parameters of transformers' vision models that stand before the patches."""
-_LOADED: ContextVar[dict[str, nn.Module] | None] = ContextVar("_LOADED", default=None)
-"""While `Encoders` builds one, the models that were loaded, by their source."""
-
-
-class Frozen(nn.Module):
-    """Base of modules that never train: eval mode for ever, no gradients kept, absent from checkpoints."""
-
-    def freeze(self) -> None:
-        """Freezes all weights below; call it at the end of a subclass' constructor."""
-        self.requires_grad_(False)
-        super().train(False)
-        self.register_load_state_dict_post_hook(_expect_nothing)
-
-    def train(self, mode: bool = True) -> "Frozen":
-        """Stays in eval mode whatever `mode` says."""
-        return self
-
-    def state_dict(self, *args, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
-        """Is empty: what is frozen is saved by reference or copied as files, never inside a checkpoint."""
-        return {} if destination is None else destination
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        self._prefix = prefix
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _expect_nothing(frozen: Frozen, keys) -> None:
-    """Takes what is frozen off the missing keys, so that a checkpoint without it loads with `strict=True`."""
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(frozen._prefix)]
-
-
-class FrozenEncoder(Frozen):
-    """A plugin's encoder, frozen, with its output checked.
-
-    Attributes:
-      width: D_enc.
-      fingerprint: identifies architecture and weights, whatever dtype they are later cast to.
-    """
-
-    def __init__(self, module: nn.Module, *, name: str, known_as: str | None = None):
-        """Wraps `module`; `name` is the modality's, for messages; `known_as` its fingerprint, if it was cast since."""
-        super().__init__()
-        self.module = module
-        self.name = name
-        self.width = int(module.width)
-        self.fingerprint = known_as or fingerprint(module)
-        self.freeze()
-
-    def takes(self, tensors: dict[str, Any]) -> bool:
-        """Whether these are tensors, named as the arguments of the encoder."""
-        known = inspect.signature(self.module.forward).parameters
-        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        names = set(getattr(self.module, "input_names", tensors) if any_name else known)
-        return bool(tensors) and set(tensors) <= names and all(isinstance(part, Tensor) for part in tensors.values())
-
-    @torch.no_grad()
-    def forward(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns features (M, N, D_enc) and their boolean mask (M, N).
-
-        Args:
-          tensors: of M rows; floats among them are cast to the encoder's `input_dtype` where it has one, and else to
-            that of its weights.
-
-        Raises:
-          BundleError: the encoder's output has not that shape.
-        """
-        dtype = getattr(self.module, "input_dtype", None) or _dtype(self.module)
-        output = self.module(
-            **{name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        )
-        values, mask = output if isinstance(output, tuple) else (output, None)
-        rows = next(iter(tensors.values())).shape[0]
-        if values.dim() != 3 or values.shape[0] != rows or values.shape[2] != self.width:
-            raise BundleError(
-                f'The encoder of "{self.name}" returned features of shape {tuple(values.shape)}; '
-                f"expected ({rows}, N, {self.width}): one row a segment, its `width` last."
-            )
-        if mask is None:
-            mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
-        if mask.shape != values.shape[:2]:
-            raise BundleError(
-                f'The encoder of "{self.name}" returned a mask of shape {tuple(mask.shape)}; expected '
-                f"{tuple(values.shape[:2])}, True for each real token of its features."
-            )
-        return values, mask.bool()
-
-
-class Encoders:
-    """Frozen encoders, each held once: a source named twice is loaded once, and equal encoders are kept once."""
-
-    def __init__(self):
-        self._loaded: dict[torch.dtype, dict[str, nn.Module]] = {}
-        self._built: list[FrozenEncoder] = []
-        self._kept: dict[tuple, FrozenEncoder] = {}
-
-    def build(self, make: Callable[[], nn.Module], *, name: str, dtype: torch.dtype) -> FrozenEncoder:
-        """Freezes what `make` builds, in `dtype`; gives an earlier one if its weights and settings are the same."""
-        with _loading_into(self._loaded.setdefault(dtype, {})):
-            module = make()
-        weights, others = _weights(module), [(known, _weights(known.module)) for known in self._built]
-        twin = next((known for known, held in others if held == weights), None)
-        if twin is None and any(set(held.values()) & set(weights.values()) for _, held in others):
-            module = make()  # holds weights that were cast already, and a fingerprint is of weights as stored
-        frozen = FrozenEncoder(module, name=name, known_as=twin and twin.fingerprint).to(dtype)
-        self._built.append(frozen)
-        return self._kept.setdefault((frozen.fingerprint, dtype, _settings(module)), frozen)
-
-
-@contextmanager
-def _loading_into(loaded: dict[str, nn.Module]) -> Iterator[None]:
-    token = _LOADED.set(loaded)
-    try:
-        yield
-    finally:
-        _LOADED.reset(token)
-
-
-def _weights(module: nn.Module) -> dict[str, int]:
-    """Which tensors a network holds, by name; equal for two that share them all."""
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {name: id(tensor) for name, tensor in named}
-
-
-def _settings(module: nn.Module) -> str:
-    """What makes a network behave as it does beside its weights: its parts' classes and plain attributes."""
-    return repr(
-        [
-            (name, type(part), {key: value for key, value in vars(part).items() if _is_setting(key, value)})
-            for name, part in module.named_modules()
-        ]
-    )
-
-
-def _is_setting(key: str, value: Any) -> bool:
-    """Whether an attribute is a plain value; transformers also notes where a model came from, which is none."""
-    return isinstance(value, (str, float, int, tuple)) and key != "name_or_path"
 
 
 class TransformersEncoder(nn.Module):
@@ -222,12 +76,11 @@ class TransformersEncoder(nn.Module):
           BundleError: nothing can be loaded from `source`, or weights are missing in it.
           ConfigError: the model has no such layer, or no [CLS] token to drop.
         """
-        loaded = _LOADED.get()
+        models = kept_models()
         place = os.path.realpath(source) if os.path.isdir(source) else source
-        model = _load(source) if loaded is None or place not in loaded else loaded[place]
-        if loaded is not None:
-            loaded[place] = model
-        return cls(model, input_name=input_name, input_dtype=input_dtype, layer=layer, drop_cls=drop_cls)
+        if place not in models:
+            models[place] = _load(source)
+        return cls(models[place], input_name=input_name, input_dtype=input_dtype, layer=layer, drop_cls=drop_cls)
 
     @staticmethod
     def image_processor(source: str) -> Callable[[Any], dict[str, Tensor]]:
@@ -295,13 +148,12 @@ def _load(source: str) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(source)
-        model, info = _model_class(config).from_pretrained(source, dtype="auto", output_loading_info=True)
+        model, missing = load_model(_model_class(config), source, config, dtype="auto")
     except LOADING_ERRORS as cause:
         raise BundleError(
             f'Cannot load an encoder from "{source}": {why_not_loaded(source, cause)} '
             "Expected the folder of a transformers model, or a hub id that is reachable or already downloaded."
         ) from cause
-    missing = set(info["missing_keys"])
     unused = {name for name in missing if {"pooler", "masked_spec_embed"} & set(name.split("."))}
     if missing - unused:
         raise BundleError(
@@ -321,11 +173,6 @@ def _model_class(config) -> type:
     if type(config) in transformers.MODEL_MAPPING:
         return transformers.AutoModel
     return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
-
-
-def _dtype(module: nn.Module) -> torch.dtype | None:
-    """Dtype of the first floating weights; None where a module has none, and tensors pass as they are."""
-    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None)
 
 
 def _width(config) -> int:
@@ -363,32 +210,3 @@ def _count_special_tokens(model: nn.Module) -> int:
     if not count:
         raise ConfigError(f"drop_cls cannot be: a {model.config.model_type} model has no [CLS] token. Leave it out.")
     return count
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Identifies a network by its tensors' names, shapes and values, 16 hexadecimal digits.
-
-    Large tensors contribute 512 evenly spaced values each, so that gigabytes take no time; any training changes them.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // 512)
-        values = flat[::step].cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, ended by a full stop, for use inside a longer message."""
-    lines = str(error).strip().splitlines()
-    return (lines[0].rstrip(". ") if lines else type(error).__name__) + "."
-
-
-def why_not_loaded(source: str, error: BaseException) -> str:
-    """Why transformers cannot load a folder or hub id; a path that leads nowhere is called that."""
-    looks_like_a_path = source.count("/") > 1 or source.startswith((".", "/"))
-    if looks_like_a_path and not os.path.isdir(source):
-        return f"no such folder; relative ones start at {Path.cwd()}."
-    return first_line(error)

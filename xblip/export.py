@@ -76,7 +76,13 @@ def _check(branch: Branch) -> None:
 
 def _qformer_config(branch: Branch, *, vocab_size: int | None) -> dict[str, Any]:
     bridge = branch.bridge.config
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "cross_attention_frequency")
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "cross_attention_frequency",
+    )
     sizes = {name: getattr(bridge, name) for name in names}
     sizes |= {"encoder_hidden_size": branch.encoder.width, "layer_norm_eps": 1e-12}
     return sizes | ({"vocab_size": vocab_size} if vocab_size else {})
@@ -94,10 +100,11 @@ def _weights(model: XBlip, branch: Branch, theirs: nn.Module) -> dict[str, Tenso
     weights = {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
     static = "qformer.layernorm.weight" in theirs.state_dict()
     if static:
-        weights = {name.replace("qformer.embeddings.layernorm.", "qformer.layernorm."): value for name, value in weights.items()}
-    return {
-        name: value.to(model.llm.dtype) if value.is_floating_point() else value for name, value in weights.items()
-    }
+        weights = {
+            name.replace("qformer.embeddings.layernorm.", "qformer.layernorm."): value
+            for name, value in weights.items()
+        }
+    return {name: value.to(model.llm.dtype) if value.is_floating_point() else value for name, value in weights.items()}
 
 
 def _processor(branch: Branch, tokenizer: Any, name: str) -> Any:

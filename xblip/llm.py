@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xblip.encoder import LOADING_ERRORS, Frozen, fingerprint, first_line, why_not_loaded
+from xblip.frozen import Frozen, fingerprint
+from xblip.loading import LOADING_ERRORS, first_line, load_model, why_not_loaded
 from xblip.errors import BundleError, ConfigError, suggest
 
 IGNORE = -100
@@ -130,11 +131,12 @@ class FrozenLLM(Frozen):
             tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision, **config.tokens)
             architecture = AutoConfig.from_pretrained(config.source, revision=config.revision)
             auto_class = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
-            model, info = auto_class.from_pretrained(
+            model, missing = load_model(
+                auto_class,
                 config.source,
+                architecture,
                 revision=config.revision,
                 dtype=config.dtype,
-                output_loading_info=True,
                 **config.options,
             )
         except LOADING_ERRORS as cause:
@@ -145,10 +147,10 @@ class FrozenLLM(Frozen):
                 "Expected the folder of a decoder-only or encoder-decoder "
                 "transformers model with its tokenizer, or a hub id that is reachable or already downloaded."
             ) from cause
-        if info["missing_keys"]:
+        if missing:
             raise BundleError(
-                f'The LLM "{config.source}" lacks {len(info["missing_keys"])} weights, among them '
-                f"{min(info['missing_keys'])}: they are not a {type(model).__name__}'s. Save it again, whole."
+                f'The LLM "{config.source}" lacks {len(missing)} weights, among them {min(missing)}: '
+                f"they are not a {type(model).__name__}'s. Save it again, whole."
             )
         return cls(model, tokenizer, config=config)
 

@@ -26,11 +26,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from xblip import config as configs
 from xblip.branch import Branch, BranchConfig, build_modality, load_bridge, made_folder
 from xblip.data import Manifest, collate_samples
-from xblip.encoder import first_line
 from xblip.errors import BundleError, ConfigError, XBlipError, suggest
 from xblip.features import keep_features
 from xblip.initial import InitConfig, initialise
 from xblip.llm import FrozenLLM, LLMConfig
+from xblip.loading import first_line
 from xblip.model import XBlip
 from xblip.router import RouterConfig
 

@@ -8,7 +8,7 @@ from test_image import ENCODERS, SHORT_SIDE, SQUARE, TEXT, VISION, noise
 from xblip_image import Image
 
 import xblip
-from xblip.encoder import FrozenEncoder
+from xblip.frozen import FrozenEncoder
 
 DEEP = VISION | {"num_hidden_layers": 3, "intermediate_size": 48}
 EVA = DEEP | {"initializer_range": 0.02, "layer_norm_eps": 1e-3}

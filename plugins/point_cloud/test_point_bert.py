@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 from xblip_point_bert import PointBertConfig, PointBertModel, farthest_point_sampling, nearest_neighbours
 
-from xblip.encoder import fingerprint
+from xblip.frozen import fingerprint
 
 TINY = dict(
     hidden_size=24,

@@ -13,7 +13,7 @@ from xblip_point_cloud import TETRAHEDRON
 from xblip_point_files import _read_ply
 
 import xblip.testing
-from xblip.encoder import FrozenEncoder
+from xblip.frozen import FrozenEncoder
 
 
 class TestClouds:

@@ -11,7 +11,7 @@ from xblip_point_cloud import PointCloud
 
 import xblip
 from xblip.checkpoint import read
-from xblip.encoder import fingerprint
+from xblip.frozen import fingerprint
 
 LINEAR = ("weight", "bias")
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")

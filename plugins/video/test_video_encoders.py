@@ -12,7 +12,7 @@ from xblip_video import Video, spread
 
 import xblip
 from xblip.branch import Branch, BranchConfig
-from xblip.encoder import FrozenEncoder
+from xblip.frozen import FrozenEncoder
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.testing import save_toy_llm
 

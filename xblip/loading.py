@@ -1,0 +1,80 @@
+"""Loading models of `transformers`: what can go wrong, models that are kept to be shared, and skeletons without weights."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
+"""What transformers raises for files that are damaged or missing, and for options it does not know."""
+_KEPT: ContextVar[dict[str, nn.Module] | None] = ContextVar("_KEPT", default=None)
+_SKELETONS: ContextVar[bool] = ContextVar("_SKELETONS", default=False)
+
+
+@contextmanager
+def keeping_models(models: dict[str, nn.Module]) -> Iterator[None]:
+    """Lets `kept_models` give this dictionary of models by their source."""
+    token = _KEPT.set(models)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def kept_models() -> dict[str, nn.Module]:
+    """Models that were loaded already, by source; an empty dictionary outside of `keeping_models`."""
+    models = _KEPT.get()
+    return {} if models is None else models
+
+
+@contextmanager
+def skeletons() -> Iterator[None]:
+    """Lets `load_model` read configs alone: its models have all shapes and no weights, on the meta device."""
+    token = _SKELETONS.set(True)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _SKELETONS.reset(token)
+
+
+def load_model(model_class: Any, source: str, config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
+    """Loads a model of transformers.
+
+    Args:
+      model_class: an Auto class, or a model's own.
+      source: folder or hub id.
+      config: of the model there.
+      options: passed on to `from_pretrained`.
+
+    Returns:
+      The model, and the names of its weights that the source lacks.
+
+    Raises:
+      LOADING_ERRORS: whatever is wrong there.
+    """
+    if _SKELETONS.get():
+        build = getattr(model_class, "from_config", None) or model_class._from_config
+        return build(config), set()
+    model, info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    return model, set(info["missing_keys"])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, ended by a full stop, for use inside a longer message."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(". ") if lines else type(error).__name__) + "."
+
+
+def why_not_loaded(source: str, error: BaseException) -> str:
+    """Why transformers cannot load a folder or hub id; a path that leads nowhere is called that."""
+    looks_like_a_path = source.count("/") > 1 or source.startswith((".", "/"))
+    if looks_like_a_path and not os.path.isdir(source):
+        return f"no such folder; relative ones start at {Path.cwd()}."
+    return first_line(error)
