@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint
 from xblip.loading import LOADING_ERRORS, first_line, load_model, why_not_loaded
-from xblip.errors import BundleError, ConfigError, suggest
 
 IGNORE = -100
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
