@@ -190,6 +190,10 @@ class QFormerBridge(Bridge):
                 dropout=config.dropout,
             )
         )
+        self.build_heads(config, llm_width)
+
+    def build_heads(self, config: Config, llm_width: int) -> None:
+        """Builds what follows the Q-Former; it is built last."""
         self.projector = nn.Linear(config.hidden_size, llm_width)
 
     def normed(self, values: Tensor) -> Tensor:
@@ -211,25 +215,33 @@ class QFormerBridge(Bridge):
             rows = [1] * len(rows)
         return self.qformer.read_media(values), mask, rows
 
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Gives `input_ids` and `attention_mask` (B, T) of texts, cut to `max_instruction_tokens`."""
+        encoded = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.config.max_instruction_tokens,
+            return_tensors="pt",
+        ).to(self.query_tokens.device)
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def read_queries(self, media: tuple[KeysValues, Tensor, list[int]], texts: Sequence[str] | None = None) -> Tensor:
+        """Lets the query tokens read what `read_media` gave, (M, Q, D_q), in the light of B texts where there are some."""
+        keys_values, mask, rows = media
+        text = {}
+        if texts is not None:
+            counts = torch.tensor(rows, device=mask.device)
+            text = {name: part.repeat_interleave(counts, 0) for name, part in self.tokenize(texts).items()}
+        queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, **text)
+        return queries[:, : self.config.num_query_tokens]
+
     def read_instructions(
         self, media: tuple[KeysValues, Tensor, list[int]], instructions: Sequence[str]
     ) -> list[Tensor]:
         """Finishes what `read_media` began: B instructions to B soft prompts."""
-        keys_values, mask, rows = media
-        text = {}
-        if self.tokenizer is not None:
-            encoded = self.tokenizer(
-                list(instructions),
-                padding=True,
-                truncation=True,
-                max_length=self.config.max_instruction_tokens,
-                return_tensors="pt",
-            ).to(mask.device)
-            counts = torch.tensor(rows, device=mask.device)
-            text = {name: encoded[name].repeat_interleave(counts, 0) for name in ("input_ids", "attention_mask")}
-        queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, **text)
-        soft = self.projector(queries[:, : self.config.num_query_tokens])
-        return [part.flatten(0, 1) for part in soft.split(rows)]
+        soft = self.projector(self.read_queries(media, None if self.tokenizer is None else instructions))
+        return [part.flatten(0, 1) for part in soft.split(media[2])]
 
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
         return self.read_instructions(self.read_media(features), instructions)

@@ -118,6 +118,22 @@ class QFormer(nn.Module):
             )
         return hidden
 
+    def read_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Reads texts alone: no query tokens, no media (BLIP-2's uni-modal pass).
+
+        Args:
+          input_ids: (M, T).
+          attention_mask: (M, T), 1 for real tokens; None when all are.
+
+        Returns:
+          (M, T, D_q).
+        """
+        hidden = self.embeddings(None, input_ids)
+        mask = _to_attention_mask(attention_mask)
+        for layer in self.encoder.layer:
+            hidden = layer.read_text(hidden, mask)
+        return hidden
+
 
 def _to_attention_mask(mask: Tensor | None) -> Tensor | None:
     """(M, K) with 1 or True for what may be attended to, as the boolean (M, 1, 1, K) that SDPA takes."""
@@ -133,12 +149,12 @@ class _Embeddings(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, query_tokens: Tensor, input_ids: Tensor | None) -> Tensor:
-        hidden = query_tokens
+    def forward(self, query_tokens: Tensor | None, input_ids: Tensor | None) -> Tensor:
+        parts = [] if query_tokens is None else [query_tokens]
         if input_ids is not None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            text = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-            hidden = torch.cat([query_tokens, text], dim=1)
+            parts.append(self.word_embeddings(input_ids) + self.position_embeddings(positions))
+        hidden = torch.cat(parts, dim=1)
         return self.dropout(self.layernorm(hidden.to(self.layernorm.weight.dtype)))
 
 
@@ -231,3 +247,7 @@ class _Layer(nn.Module):
         if text.shape[1] == 0:
             return queries
         return torch.cat([queries, self.output(self.intermediate(text), text)], dim=1)
+
+    def read_text(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        text = self.attention(text, mask=mask)
+        return self.output(self.intermediate(text), text)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, InstructBlipQFormerConfig, InstructBlipQFormerModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from xblip.qformer import QFormer, QFormerConfig
 
@@ -83,3 +84,24 @@ def test_static_q_former_has_no_text_part():
     names = set(static.state_dict())
     assert not any(".intermediate." in name or "word_embeddings" in name for name in names)
     assert static(torch.randn(1, 3, 16), static.read_media(torch.randn(2, 5, 8))).shape == (2, 3, 16)
+
+
+def test_texts_alone_equal_those_of_blip_2():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    config = Blip2QFormerConfig(**sizes, vocab_size=101, initializer_range=0.2, use_qformer_text_input=True)
+    theirs, embeddings = Blip2QFormerModel(config).eval(), Blip2TextEmbeddings(config).eval()
+    ours = QFormer(QFormerConfig(encoder_width=config.encoder_hidden_size, vocab_size=101, **sizes)).eval()
+    weights = theirs.state_dict() | embeddings.state_dict()
+    loose = ("layernorm.", "word_embeddings.", "position_embeddings.")
+    ours.load_state_dict(
+        {"embeddings." * name.startswith(loose) + name: value for name, value in weights.items()}, strict=True
+    )
+    input_ids = torch.randint(1, 101, (3, 7))
+    mask = (torch.arange(7) < torch.tensor([[7], [1], [4]])).long()
+    with torch.no_grad():
+        expected = theirs(embeddings(input_ids), query_length=0, attention_mask=mask).last_hidden_state
+        actual = ours.read_text(input_ids, mask)
+        alone = ours.read_text(input_ids[2:, :4])
+    assert (actual - expected)[mask.bool()].abs().max() <= 1e-5
+    assert (actual[2, :4] - alone).abs().max() <= 1e-5
