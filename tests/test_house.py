@@ -27,9 +27,10 @@ LAYERS = [
     {"plugins", "data"},
     {"branch"},
     {"bundle", "features"},
-    {"model"},
+    {"model", "retrieval"},
     {"export"},
     {"train", "convert_qformer", "convert_transformers"},
+    {"convert_retrieval"},
     {"convert", "testing", "scaffold"},
     {"cli"},
 ]

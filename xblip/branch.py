@@ -66,7 +66,13 @@ class Branch(nn.Module):
 
     @classmethod
     def build(
-        cls, config: BranchConfig, *, llm_width: int, folder: Path | None = None, encoders: Encoders | None = None
+        cls,
+        config: BranchConfig,
+        *,
+        llm_width: int,
+        folder: Path | None = None,
+        encoders: Encoders | None = None,
+        bridge_class: type[Bridge] | None = None,
     ) -> "Branch":
         """Builds a branch with a fresh bridge.
 
@@ -75,6 +81,7 @@ class Branch(nn.Module):
           llm_width: D_llm.
           folder: what relative paths in the configs start from; None for the working directory.
           encoders: those of the model's other branches, to share; None for an encoder of its own.
+          bridge_class: in the place of the class that is registered for the bridge's kind.
 
         Raises:
           PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
@@ -92,7 +99,7 @@ class Branch(nn.Module):
             raise ConfigError(f"{name}.bridge.kind must be the name of a bridge, not {kind!r}.")
         wanted = {**(modality_class.bridge if kind == own_kind else {}), **config.bridge}
         wanted.pop("kind", None)
-        bridge_class = plugins.get("bridge", kind)
+        bridge_class = bridge_class or plugins.get("bridge", kind)
         bridge_settings = configs.build(bridge_class.Config, wanted, where=f"{name}.bridge")
         if folder is not None:
             bridge_settings = bridge_class.resolve(bridge_settings, folder)
@@ -159,29 +166,43 @@ class Branch(nn.Module):
           llm: the LLM that it was trained for.
           encoder: where the encoder will be found from `folder`; None keeps the place it was loaded from.
         """
+        folder = made_folder(folder)
+        configs.save_yaml(
+            folder / FILE,
+            {
+                **self.save_parts(folder, encoder=encoder),
+                "cue": self.cue,
+                "llm": {"source": Path(llm.config.source).name, "width": llm.width, "fingerprint": llm.fingerprint},
+                "xblip": xblip.__version__,
+            },
+        )
+        Path(folder, "README.md").write_text(_card(self, llm))
+
+    def save_parts(self, folder: Path, *, encoder: str | None = None) -> dict[str, Any]:
+        """Writes the bridge into a folder that is there.
+
+        Args:
+          folder: to write into.
+          encoder: as for `save`.
+
+        Returns:
+          What `load_parts` needs beside it.
+        """
         from safetensors.torch import save_file
 
-        folder = made_folder(folder)
         settings = configs.plain(self.modality.config)
         if self.encoder_folder is not None:
             # Resolved, since ".." after a link leads elsewhere than the path says.
             settings["encoder"] = encoder or os.path.relpath(self.encoder_folder.resolve(), folder.resolve())
         bridge = {"kind": self.bridge.name, **configs.plain(self.bridge.config), **self.bridge.save_assets(folder)}
         save_file({name: value.contiguous() for name, value in self.bridge.state_dict().items()}, folder / WEIGHTS)
-        configs.save_yaml(
-            folder / FILE,
-            {
-                "modality": self.modality.name,
-                "config": settings,
-                "bridge": bridge,
-                "cue": self.cue,
-                "encoder_dtype": self.config.encoder_dtype,
-                "encoder": {"width": self.encoder.width, "fingerprint": self.encoder.fingerprint},
-                "llm": {"source": Path(llm.config.source).name, "width": llm.width, "fingerprint": llm.fingerprint},
-                "xblip": xblip.__version__,
-            },
-        )
-        Path(folder, "README.md").write_text(_card(self, llm))
+        return {
+            "modality": self.modality.name,
+            "config": settings,
+            "bridge": bridge,
+            "encoder_dtype": self.config.encoder_dtype,
+            "encoder": {"width": self.encoder.width, "fingerprint": self.encoder.fingerprint},
+        }
 
     @classmethod
     def load(cls, folder: str | Path, *, llm: FrozenLLM, encoders: Encoders | None = None) -> "Branch":
@@ -200,20 +221,38 @@ class Branch(nn.Module):
                 f"{llm.fingerprint} (width {llm.width}). Compose it with the LLM it was trained for, or train it for "
                 "this one."
             )
+        return cls.load_parts(folder / FILE, saved, llm_width=llm.width, encoders=encoders)
+
+    @classmethod
+    def load_parts(
+        cls,
+        file: Path,
+        saved: dict[str, Any],
+        *,
+        llm_width: int,
+        encoders: Encoders | None = None,
+        bridge_class: type[Bridge] | None = None,
+    ) -> "Branch":
+        """Builds what `save_parts` wrote beside `file`, which holds `saved`; the others are as for `build`.
+
+        Raises:
+          BundleError: damaged weights, or another encoder than it was trained on.
+        """
+        what, folder = file.stem, file.parent
         trained = saved.pop("encoder")
         saved.pop("xblip", None)
-        config = configs.build(BranchConfig, saved, where=str(folder / FILE))
+        config = configs.build(BranchConfig, saved, where=str(file))
         try:
-            branch = cls.build(config, llm_width=llm.width, folder=folder, encoders=encoders)
+            branch = cls.build(config, llm_width=llm_width, folder=folder, encoders=encoders, bridge_class=bridge_class)
         except XBlipError as error:
-            raise type(error)(f"The branch in {folder} cannot be built. {error}") from error
+            raise type(error)(f"The {what} in {folder} cannot be built. {error}") from error
         if branch.encoder.fingerprint != trained["fingerprint"]:
             raise BundleError(
-                f"The branch in {folder} was trained on an encoder with fingerprint {trained['fingerprint']} (width "
+                f"The {what} in {folder} was trained on an encoder with fingerprint {trained['fingerprint']} (width "
                 f"{trained['width']}); the one found has {branch.encoder.fingerprint} (width {branch.encoder.width}). "
-                "Put the encoder it was trained on in its place, or train the branch for this one."
+                f"Put the encoder it was trained on in its place, or train the {what} for this one."
             )
-        load_bridge(branch.bridge, folder)
+        load_bridge(branch.bridge, folder, what=what)
         return branch
 
 
@@ -251,15 +290,26 @@ def read_branch_file(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"There is no branch in {folder.resolve()}: it lacks {FILE}. Give the folder that training wrote."
         )
-    saved = configs.load_yaml(folder / FILE)
-    missing = {"modality", "bridge", "encoder", "llm"} - set(saved)
-    for part, keys in (("encoder", {"fingerprint", "width"}), ("llm", {"fingerprint", "width", "source"})):
+    return read_parts(folder / FILE, llm={"fingerprint", "width", "source"})
+
+
+def read_parts(file: Path, **needed: set[str]) -> dict[str, Any]:
+    """Reads what describes a branch or the like; a `BundleError` says what is missing.
+
+    Args:
+      file: a YAML that holds what `Branch.save_parts` gave.
+      needed: other parts that must be there, each with the keys that must be in it.
+    """
+    saved = configs.load_yaml(file)
+    needed = {"encoder": {"fingerprint", "width"}, **needed}
+    missing = {"modality", "bridge", *needed} - set(saved)
+    for part, keys in needed.items():
         found = saved.get(part)
         missing |= {f"{part}.{key}" for key in keys - set(found if isinstance(found, dict) else ()) if part in saved}
     if missing:
-        raise BundleError(f"{folder / FILE} is damaged: it lacks {', '.join(sorted(missing))}.")
+        raise BundleError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}.")
     if not isinstance(saved["modality"], str):
-        raise BundleError(f"{folder / FILE} is damaged: its modality must be a name, not {saved['modality']!r:.80}.")
+        raise BundleError(f"{file} is damaged: its modality must be a name, not {saved['modality']!r:.80}.")
     return saved
 
 

@@ -333,13 +333,14 @@ def _are_equal(left: Tensor, right: Tensor) -> bool:
     return facts[0] == facts[1] and torch.equal(left, right)
 
 
-def load_bridge(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = ()) -> None:
+def load_bridge(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = (), what: str = "branch") -> None:
     """Loads a bridge's weights; every key must be there, and no other.
 
     Args:
       bridge: to load into.
       folder: of a branch.
       without: parts that keep the weights they have, whatever the folder holds.
+      what: what the folder holds, for messages; its file of settings is called so too.
 
     Raises:
       BundleError: the file is missing or damaged, or its keys or shapes are another bridge's.
@@ -349,17 +350,17 @@ def load_bridge(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = 
 
     path = Path(folder, WEIGHTS)
     if not path.is_file():
-        raise BundleError(f"The branch in {folder} lacks its weights, {WEIGHTS}.")
+        raise BundleError(f"The {what} in {folder} lacks its weights, {WEIGHTS}.")
     try:
         loaded = load_file(path)
         kept = {name: value for name, value in bridge.state_dict().items() if name.split(".")[0] in without}
         loaded = {name: value for name, value in loaded.items() if name.split(".")[0] not in without}
         bridge.load_state_dict(kept | loaded, strict=True)
     except SafetensorError as cause:
-        raise BundleError(f"{path} is damaged: {cause}. Copy it again, or train the branch again.") from cause
+        raise BundleError(f"{path} is damaged: {cause}. Copy it again, or train the {what} again.") from cause
     except RuntimeError as cause:
         lines = [line.strip() for line in str(cause).splitlines()[1:4]]
-        settings = "the settings of this bridge" if without else "its branch.yaml"
+        settings = "the settings of this bridge" if without else f"its {what}.yaml"
         raise BundleError(f"{path} does not fit {settings}: {' '.join(lines)}") from cause
 
 

@@ -116,7 +116,7 @@ def write(model: "XBlip", folder: Path) -> None:
     llm = model.llm.config
     source = Path(llm.source)
     if source.is_dir():
-        _copy(source, folder / LLM)
+        copy_folder(source, folder / LLM)
     encoders: dict[str, Path] = {}
     for name, branch in model.branches.items():
         place, own = None, branch.encoder_folder
@@ -125,7 +125,7 @@ def write(model: "XBlip", folder: Path) -> None:
             if _processors(encoders.setdefault(inside, own)) != _processors(own):
                 inside = f"{inside}-{name}"
             place = f"../encoders/{inside}"
-            _copy(own, folder / "encoders" / inside)
+            copy_folder(own, folder / "encoders" / inside)
         branch.save(folder / name, llm=model.llm, encoder=place)
     configs.save_yaml(
         folder / FILE,
@@ -154,6 +154,7 @@ def _processors(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*processor_config.json")}
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder's content into another one, unless that is the same."""
     if source.resolve() != target.resolve():
         shutil.copytree(source, target, dirs_exist_ok=True)
