@@ -1,4 +1,4 @@
-"""Converting published models: into bundles, branches, encoders and initial weights.
+"""Converting published models: into bundles, branches, retrievers, encoders and initial weights.
 
 What a source is, its own content tells. Which modality a part belongs to is the modality's to say
 (`transformers_models`, `checkpoint_prefix`, `convert_encoder`), so nothing here names one.
@@ -13,6 +13,7 @@ from xblip import plugins
 from xblip.branch import made_folder
 from xblip.checkpoint import Checkpoint, read
 from xblip.convert_qformer import Wanted, bert_weights, from_lavis, prefixes, save_initial
+from xblip.convert_retrieval import RETRIEVERS, from_retriever
 from xblip.convert_transformers import from_transformers
 from xblip.errors import BundleError
 
@@ -22,7 +23,8 @@ class Report:
     """What a conversion wrote, and what became of the source's weights.
 
     Attributes:
-      made: what it wrote: "bundle", "branch", "encoder" or "initial weights", with the modality's name if it has one.
+      made: what it wrote: "bundle", "branch", "retriever", "encoder" or "initial weights", with the modality's name if
+        it has one.
       loaded: number of tensors taken.
       left_out: names of what was left out, with the reason.
     """
@@ -67,6 +69,8 @@ def convert(source: str | Path, folder: str | Path, wanted: Wanted | None = None
 def _convert(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
     if checkpoint.architecture.startswith("Bert"):
         return save_initial(checkpoint, bert_weights(checkpoint), folder)
+    if checkpoint.architecture in RETRIEVERS:
+        return from_retriever(checkpoint, folder, wanted)
     if checkpoint.architecture:
         return from_transformers(checkpoint, folder)
     if found := prefixes(checkpoint):

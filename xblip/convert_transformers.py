@@ -73,23 +73,8 @@ def from_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     Raises:
       BundleError: its class is unknown, it lacks weights, or a processor or tokenizer beside them.
     """
-    import transformers
-
     modality = modality_of(checkpoint.architecture)
-    try:
-        model, info = getattr(transformers, checkpoint.architecture).from_pretrained(
-            checkpoint.path, dtype="auto", output_loading_info=True
-        )
-        processor = transformers.AutoProcessor.from_pretrained(checkpoint.path)
-    except LOADING_ERRORS as cause:
-        raise BundleError(f"Cannot load {checkpoint.path} by transformers: {first_line(cause)}") from cause
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            raise BundleError(
-                f"{checkpoint.path} is not a whole {checkpoint.architecture}: {len(info[what])} "
-                f"{what.replace('_keys', '')} weights, among them {min(map(str, info[what]))}."
-            )
-    model.eval()
+    model, processor = load_whole(checkpoint)
     made_folder(folder)
     llm = _save_llm(model, processor, folder / "llm")
     with tempfile.TemporaryDirectory(dir=folder) as staging:
@@ -105,14 +90,39 @@ def from_transformers(checkpoint: Checkpoint, folder: Path) -> str:
     return f"bundle: {modality}"
 
 
+def load_whole(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
+    """Loads a model of transformers and the processor beside it.
+
+    Raises:
+      BundleError: one of them cannot be loaded, or the model lacks weights, or has others.
+    """
+    import transformers
+
+    try:
+        model, info = getattr(transformers, checkpoint.architecture).from_pretrained(
+            checkpoint.path, dtype="auto", output_loading_info=True
+        )
+        processor = transformers.AutoProcessor.from_pretrained(checkpoint.path)
+    except LOADING_ERRORS as cause:
+        raise BundleError(f"Cannot load {checkpoint.path} by transformers: {first_line(cause)}") from cause
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise BundleError(
+                f"{checkpoint.path} is not a whole {checkpoint.architecture}: {len(info[what])} "
+                f"{what.replace('_keys', '')} weights, among them {min(map(str, info[what]))}."
+            )
+    return model.eval(), processor
+
+
 def take_apart(model: nn.Module, processor: Any, staging: Path) -> Parts:
     """Finds the parts of a model of transformers by how it is built; `staging` takes the Q-Former's tokenizer."""
     if hasattr(model, "qformer"):
-        return _qformer_parts(model, getattr(processor, "qformer_tokenizer", None), staging)
+        return qformer_parts(model, getattr(processor, "qformer_tokenizer", None), staging)
     return _llava_parts(model)
 
 
-def _qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
+def qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
+    """Finds the parts of a model with a Q-Former; `tokenizer` is the Q-Former's, None for one that reads no texts."""
     config = model.config.qformer_config
     if config.hidden_act != "gelu" or config.layer_norm_eps != 1e-12:
         raise BundleError(f"Its Q-Former has {config.hidden_act} and layer_norm_eps {config.layer_norm_eps}.")
@@ -134,7 +144,8 @@ def _qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
     weights = {"query_tokens": model.query_tokens.data}
     for name, value in model.qformer.state_dict().items():
         weights["qformer." + ("embeddings." if name.startswith("layernorm.") else "") + name] = value
-    weights |= _prefixed("projector.", model.language_projection.state_dict())
+    if hasattr(model, "language_projection"):
+        weights |= _prefixed("projector.", model.language_projection.state_dict())
     return Parts(model.vision_model, bridge, weights)
 
 

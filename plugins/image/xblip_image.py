@@ -37,6 +37,7 @@ class Image(xblip.Modality):
     transformers_models = (
         "InstructBlipForConditionalGeneration",
         "Blip2ForConditionalGeneration",
+        "Blip2ForImageTextRetrieval",
         "LlavaForConditionalGeneration",
     )
 

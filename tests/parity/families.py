@@ -7,6 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
     Blip2Processor,
     BlipImageProcessor,
     CLIPImageProcessor,
@@ -125,3 +126,28 @@ def _llava(llm: str):
     return LlavaForConditionalGeneration(config), LlavaProcessor(
         pictures, text, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
+
+
+def build_retrieval(folder: Path, *, prefixed: bool, **qformer):
+    """Saves a random retrieval model of BLIP-2 with its processor; returns both.
+
+    Args:
+      folder: to save into.
+      prefixed: the processor puts a token for each query before the text, which the model cuts off again.
+      qformer: other settings of its Q-Former.
+    """
+    torch.manual_seed(0)
+    text = tokenizer("<image>", bos=True)
+    config = Blip2Config(
+        vision_config=VISION, qformer_config=QFORMER | {"use_qformer_text_input": True} | qformer,
+        num_query_tokens=QUERIES, image_text_hidden_size=24,
+        image_token_index=text.convert_tokens_to_ids("<image>") if prefixed else None,
+    )  # fmt: skip
+    model = Blip2ForImageTextRetrieval(config).eval()
+    torch.nn.init.normal_(model.query_tokens)
+    for part in (model.embeddings.word_embeddings, model.vision_projection, model.text_projection, model.itm_head):
+        torch.nn.init.normal_(part.weight, std=0.3)
+    processor = Blip2Processor(BlipImageProcessor(size=SQUARE), text, num_query_tokens=QUERIES if prefixed else None)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
