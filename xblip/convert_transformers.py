@@ -23,7 +23,7 @@ from xblip.model import XBlip
 from xblip.router import Bos
 
 LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
     "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
     "{% else %}{{ message.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -140,6 +140,11 @@ def _qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
 
 def _llava_parts(model: nn.Module) -> Parts:
     config = model.config
+    if not isinstance(config.vision_feature_layer, int) or config.projector_hidden_act != "gelu":
+        raise BundleError(
+            f"Its projector reads the layers {config.vision_feature_layer} with {config.projector_hidden_act}; expected "
+            "one layer and gelu, as in LLaVA-1.5."
+        )
     projector = model.model.multi_modal_projector
     weights = {
         f"projector.{place}.{name}": value
