@@ -98,7 +98,8 @@ def from_transformers(checkpoint: Checkpoint, folder: Path) -> str:
             llm.tokenizer.chat_template = parts.template
             llm.tokenizer.save_pretrained(folder / "llm")
         branch = _branch(modality, parts, processor, Path(staging), llm)
-        router = {"cues": False, "bos": _bos(llm).value, **parts.router}
+        bos = Bos.instruction if llm.begins_with_bos() else Bos.none  # as their processors: after the media
+        router = {"cues": False, "bos": bos.value, **parts.router}
         bundle = XBlip(llm=llm, branches={modality: branch}, router=router).eval()
         bundle.save_pretrained(folder)
     checkpoint.taken.update(checkpoint.tensors)
@@ -166,12 +167,6 @@ def _image_processor(processor: Any) -> Any:
     settings = processor.video_processor.to_dict()
     names = BlipImageProcessor().to_dict().keys() - {"image_processor_type", "processor_class", "data_format", "device"}
     return BlipImageProcessor(**{name: settings[name] for name in names if settings.get(name) is not None})
-
-
-def _bos(llm: FrozenLLM) -> Bos:
-    """Where the processors of transformers put it: before the text, after the media, if the tokenizer begins texts so."""
-    begins = llm.tokenizer("a").input_ids[:1] == [llm.tokenizer.bos_token_id]
-    return Bos.instruction if begins else Bos.none
 
 
 def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

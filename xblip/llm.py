@@ -168,6 +168,11 @@ class FrozenLLM(Frozen):
         """Returns the ids of a piece of text, without any special token that is not spelt out in it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer begins every text with its beginning-of-sequence token."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+
     def prompt_end(self) -> list[int]:
         """Returns the ids that an encoder's tokenizer ends every text with (T5: its end of sequence)."""
         if not self.is_encoder_decoder:

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("features", "q-former", "soft prompt", "logits", "greedy", "beam 5", "sampled")
+COLUMNS = ("features", "q-former", "soft prompt", "logits", "greedy", "beam 5", "sampled", "round trip")
 MEASURED: dict[str, dict[str, object]] = {}
 
 
