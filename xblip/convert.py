@@ -99,7 +99,7 @@ def _convert(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
     if checkpoint.architecture.startswith("Bert"):
         return save_initial(checkpoint, bert_weights(checkpoint), folder)
     if checkpoint.architecture:
-        return from_transformers(checkpoint, folder)
+        return from_transformers(checkpoint, folder, only=wanted.only, llm=wanted.llm)
     if found := prefixes(checkpoint):
         return from_lavis(checkpoint, found, folder, wanted)
     return _encoder(checkpoint, folder, wanted)

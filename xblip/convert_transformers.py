@@ -67,15 +67,27 @@ def modality_of(architecture: str) -> str:
     return known[architecture]
 
 
-def from_transformers(checkpoint: Checkpoint, folder: Path) -> str:
-    """Makes a bundle in `folder` of a model of transformers; returns what it made.
+def from_transformers(checkpoint: Checkpoint, folder: Path, *, only: str = "", llm: str = "") -> str:
+    """Makes a bundle of a model of transformers.
+
+    Args:
+      checkpoint: its folder.
+      folder: to write into.
+      only: the modality that is wanted; "" for the one it has.
+      llm: hub id or folder of the same LLM, to be taken from there (a hub id is named, not copied); "" takes the source's.
+
+    Returns:
+      What it made.
 
     Raises:
-      BundleError: its class is unknown, it lacks weights, or a processor or tokenizer beside them.
+      BundleError: its class is unknown, it reads another modality, it lacks weights, or a processor or tokenizer beside
+        them, or its LLM is not the one that `llm` names.
     """
     import transformers
 
     modality = modality_of(checkpoint.architecture)
+    if only not in ("", modality):
+        raise BundleError(f"{checkpoint.path} reads the modality {modality} alone, not {only}.")
     try:
         model, info = getattr(transformers, checkpoint.architecture).from_pretrained(
             checkpoint.path, dtype="auto", output_loading_info=True
@@ -91,16 +103,17 @@ def from_transformers(checkpoint: Checkpoint, folder: Path) -> str:
             )
     model.eval()
     made_folder(folder)
-    llm = _save_llm(model, processor, folder / "llm")
+    tokenizer = processor.tokenizer
+    reader = _named_llm(model, tokenizer, llm) if llm else _saved_llm(model, tokenizer, folder / "llm")
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         parts = take_apart(model, processor, Path(staging))
-        if parts.template:
-            llm.tokenizer.chat_template = parts.template
-            llm.tokenizer.save_pretrained(folder / "llm")
-        branch = _branch(modality, parts, processor, Path(staging), llm)
-        bos = Bos.instruction if llm.begins_with_bos() else Bos.none  # as their processors: after the media
+        if parts.template and not llm:
+            reader.tokenizer.chat_template = parts.template
+            reader.tokenizer.save_pretrained(folder / "llm")
+        branch = _branch(modality, parts, processor, Path(staging), reader)
+        bos = Bos.instruction if reader.begins_with_bos() else Bos.none  # as their processors: after the media
         router = {"cues": False, "bos": bos.value, **parts.router}
-        bundle = XBlip(llm=llm, branches={modality: branch}, router=router).eval()
+        bundle = XBlip(llm=reader, branches={modality: branch}, router=router).eval()
         bundle.save_pretrained(folder)
     checkpoint.taken.update(checkpoint.tensors)
     return f"bundle: {modality}"
@@ -173,21 +186,37 @@ def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in weights.items()}
 
 
-def _save_llm(model: nn.Module, processor: Any, folder: Path) -> FrozenLLM:
+def _language_model(model: nn.Module) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    language_model = getattr(model, "language_model", None)
-    if language_model is None:  # LLaVA keeps its head apart
-        with torch.device("meta"):
-            language_model = AutoModelForCausalLM.from_config(model.config.text_config)
-        weights = _prefixed("model.", model.model.language_model.state_dict()) | _prefixed(
-            "lm_head.", model.lm_head.state_dict()
-        )
-        language_model.load_state_dict(weights, strict=True, assign=True)
-        language_model.generation_config = model.generation_config
-    language_model.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
+    if hasattr(model, "language_model"):
+        return model.language_model
+    with torch.device("meta"):  # LLaVA keeps its head apart
+        language_model = AutoModelForCausalLM.from_config(model.config.text_config)
+    weights = _prefixed("model.", model.model.language_model.state_dict())
+    weights |= _prefixed("lm_head.", model.lm_head.state_dict())
+    language_model.load_state_dict(weights, strict=True, assign=True)
+    language_model.generation_config = model.generation_config
+    return language_model
+
+
+def _saved_llm(model: nn.Module, tokenizer: Any, folder: Path) -> FrozenLLM:
+    _language_model(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return FrozenLLM.from_pretrained(LLMConfig(source=str(folder)))
+
+
+def _named_llm(model: nn.Module, tokenizer: Any, source: str) -> FrozenLLM:
+    """Loads the LLM that is to stand for the model's own, after a look whether it is the same."""
+    llm = FrozenLLM.from_pretrained(LLMConfig(source=source))
+    own, named = _language_model(model).state_dict(), llm.model.state_dict()
+    same = own.keys() == named.keys() and all(torch.equal(own[name], named[name]) for name in own)
+    if not same or tokenizer.get_vocab() != llm.tokenizer.get_vocab():
+        raise BundleError(
+            f'The LLM "{source}" is not the one of this model: its {"vocabulary" if same else "weights"} differ. Leave '
+            "--llm out to copy the model's own."
+        )
+    return llm
 
 
 def _branch(modality: str, parts: Parts, processor: Any, staging: Path, llm: FrozenLLM) -> Branch:

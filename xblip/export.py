@@ -42,11 +42,8 @@ def to_transformers(model: XBlip, folder: Path, *, only: str = "") -> tuple[str,
             f"({', '.join(model.branches)}): choose one of them by --only."
         )
     branch = model.branches[only or next(iter(model.branches))]
-    _check_bridge(branch)
-    llm, aware = model.llm, branch.bridge.config.instruction_aware
-    name = "InstructBlip" if aware else "Blip2"
-    _check_encoder(branch, f"{name}ForConditionalGeneration")
-    tokenizer = llm.tokenizer
+    name = _family(branch)
+    llm, tokenizer = model.llm, model.llm.tokenizer
     if MEDIA_TOKEN not in tokenizer.get_vocab():
         raise BundleError(
             f"The LLM's tokenizer lacks the token {MEDIA_TOKEN}, in whose place transformers puts soft tokens: add it, and "
@@ -55,7 +52,7 @@ def to_transformers(model: XBlip, folder: Path, *, only: str = "") -> tuple[str,
     vision = getattr(transformers, f"{name}VisionConfig")
     config = getattr(transformers, f"{name}Config")(
         vision_config={**branch.encoder.module.model.config.to_dict(), "model_type": vision.model_type},
-        qformer_config=_qformer_config(branch, vocab_size=len(branch.bridge.tokenizer) if aware else None),
+        qformer_config=_qformer_config(branch, vocab_size=len(branch.bridge.tokenizer or ())),
         text_config=llm.model.config.to_dict(),
         num_query_tokens=branch.bridge.config.num_query_tokens,
         image_token_index=tokenizer.convert_tokens_to_ids(MEDIA_TOKEN),
@@ -70,21 +67,20 @@ def to_transformers(model: XBlip, folder: Path, *, only: str = "") -> tuple[str,
     return type(theirs).__name__, _differences(model.router, branch)
 
 
-def _check_bridge(branch: Branch) -> None:
-    bridge = branch.bridge
+def _family(branch: Branch) -> str:
+    """Tells which family a branch can join; features must come out of the end of the vision model that both have."""
+    bridge, encoder = branch.bridge, branch.encoder.module
     _refuse(branch, bridge.name != "qformer", f"its bridge is a {bridge.name}")
+    family = "InstructBlip" if bridge.config.instruction_aware else "Blip2"
+    goal = f"{family}ForConditionalGeneration"
+    _refuse(branch, goal not in branch.modality.transformers_models, f"{goal} does not read its media")
     _refuse(branch, bridge.config.max_segments > 0, "its bridge has positions of segments")
-
-
-def _check_encoder(branch: Branch, goal: str) -> None:
-    """Checks that features come out of the end of the vision model that both families have."""
-    encoder = branch.encoder.module
     kind = type(getattr(encoder, "model", encoder)).__name__
-    _refuse(branch, goal not in branch.modality.transformers_models, f"a {goal} does not read its media")
     _refuse(branch, kind not in ("InstructBlipVisionModel", "Blip2VisionModel"), f"its encoder is a {kind}")
-    own_norm = branch.bridge.config.features_layer_norm
+    own_norm = bridge.config.features_layer_norm
     at_end = encoder.layer in (None, -1) and encoder.num_dropped == 0 and own_norm == (encoder.layer == -1)
     _refuse(branch, not at_end, "between its encoder's last layer and its Q-Former stands not one layer norm")
+    return family
 
 
 def _refuse(branch: Branch, is_fault: bool, what: str) -> None:
@@ -114,7 +110,7 @@ def _differences(router: Router, branch: Branch) -> list[str]:
     return notes
 
 
-def _qformer_config(branch: Branch, *, vocab_size: int | None) -> dict[str, Any]:
+def _qformer_config(branch: Branch, *, vocab_size: int) -> dict[str, Any]:
     bridge = branch.bridge.config
     names = "hidden_size num_hidden_layers num_attention_heads intermediate_size cross_attention_frequency".split()
     sizes = {name: getattr(bridge, name) for name in names}

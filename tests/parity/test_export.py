@@ -6,7 +6,10 @@ from families import build
 from safetensors.torch import load_file
 from test_transformers_families import INSTRUCTIONS, inputs, samples
 
+from xblip.branch import Branch, BranchConfig
 from xblip.convert import convert, export
+from xblip.convert_qformer import Wanted
+from xblip.errors import BundleError
 from xblip.model import XBlip
 
 FAMILIES = ["instructblip-llama", "instructblip-t5", "blip2-opt", "blip2-t5"]
@@ -48,3 +51,93 @@ def test_transformers_loads_it_and_answers_the_same(trip):
     expected = [text.strip() for text in processor.tokenizer.batch_decode(rows[:, start:], skip_special_tokens=True)]
     assert [answer.text for answer in ours.generate(samples(ours), **options)] == expected
     assert len(set(expected)) > 1 and len(expected) == len(INSTRUCTIONS)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bundle")
+    build("instructblip-llama", root / "theirs")
+    convert(root / "theirs", root / "ours")
+    return root / "ours"
+
+
+def rebuilt(bundle, encoder: dict, bridge: dict) -> XBlip:
+    """The bundle with other settings of its branch, and a fresh bridge."""
+    model = XBlip.from_pretrained(bundle)
+    old = model.branches["image"].config
+    config = BranchConfig("image", config={**old.config, **encoder}, bridge={**old.bridge, **bridge}, cue="red : ")
+    folder = bundle / "image"
+    torch.manual_seed(0)
+    branch = Branch.build(config, llm_width=model.llm.width, folder=folder).eval()
+    for parameter in branch.bridge.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return XBlip(llm=model.llm, branches={"image": branch}, router={"postfix": " ?"}).eval()
+
+
+@torch.no_grad()
+def test_what_differs_there_is_told(bundle, tmp_path):
+    from transformers import InstructBlipForConditionalGeneration
+
+    ours = rebuilt(bundle, {"layer": -1}, {"features_layer_norm": True})
+    ours.save_pretrained(tmp_path / "ours")
+    report = export(tmp_path / "ours", tmp_path / "theirs")
+    layout, epsilon = report.notes
+    assert "lay out input_ids as this model's prompts are: '<s>red : <image>INSTRUCTION ?'" in layout
+    assert "epsilon of 1e-6 there, and of 1e-5 here" in epsilon
+
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "theirs")
+    tokenize, branch = ours.llm.tokenizer, ours.branches["image"]
+    [sample, *_] = samples(ours)
+    media = [theirs.config.image_token_id] * theirs.config.num_query_tokens
+    ids = [1, *tokenize("red : ").input_ids[1:], *media, *tokenize(f"{sample.instruction} ?").input_ids[1:]]
+    logits = theirs(
+        pixel_values=branch.read(sample.media[0].source)["pixel_values"],
+        qformer_input_ids=branch.bridge.tokenizer(sample.instruction, return_tensors="pt").input_ids,
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+    ).logits
+    batch = ours.router.assemble([ours.router.pieces(sample)], ours.soft_prompts([sample]))
+    assert (ours.llm.logits(batch) - logits).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("encoder", "bridge", "why"),
+    [
+        ({}, {"features_layer_norm": True}, "stands not one layer norm"),
+        ({"layer": -2}, {}, "stands not one layer norm"),
+        ({"drop_cls": True}, {}, "stands not one layer norm"),
+        ({}, {"max_segments": 4}, "its bridge has positions of segments"),
+    ],
+)
+def test_a_branch_that_transformers_has_no_model_for_is_refused(bundle, tmp_path, encoder, bridge, why):
+    rebuilt(bundle, encoder, bridge).save_pretrained(tmp_path / "ours")
+    with pytest.raises(BundleError, match=f"The image branch cannot become a model of transformers, since .*{why}"):
+        export(tmp_path / "ours", tmp_path / "theirs")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_bundles_that_cannot_go_back(toys, model, tmp_path):
+    model.save_pretrained(tmp_path / "two")
+    with pytest.raises(BundleError, match=r"this bundle has 2 branches \(toy, beads\): choose one of them by --only"):
+        export(tmp_path / "two", tmp_path / "theirs")
+    with pytest.raises(BundleError, match="choose one of them by --only"):
+        export(tmp_path / "two", tmp_path / "theirs", only="image")
+    with pytest.raises(BundleError, match="since InstructBlipForConditionalGeneration does not read its media"):
+        export(tmp_path / "two", tmp_path / "theirs", only="toy")
+
+
+def test_the_same_llm_may_be_taken_from_elsewhere(bundle, tmp_path):
+    theirs = bundle.parent / "theirs"
+    convert(theirs, tmp_path / "ours", Wanted(only="image", llm=str(bundle / "llm")))
+    ours, copied = XBlip.from_pretrained(tmp_path / "ours"), XBlip.from_pretrained(bundle)
+    assert ours.llm.fingerprint == copied.llm.fingerprint
+    assert ours.generate(samples(ours)) == copied.generate(samples(copied))
+
+
+def test_another_llm_or_modality_than_the_models_own_is_refused(bundle, llm_folder, tmp_path):
+    theirs = bundle.parent / "theirs"
+    with pytest.raises(BundleError, match="is not the one of this model: its weights differ. Leave --llm out"):
+        convert(theirs, tmp_path / "ours", Wanted(llm=str(llm_folder)))
+    with pytest.raises(BundleError, match="reads the modality image alone, not audio"):
+        convert(theirs, tmp_path / "ours", Wanted(only="audio"))
+    assert not list(tmp_path.iterdir())
