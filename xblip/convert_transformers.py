@@ -130,6 +130,11 @@ def _qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
     config = model.config.qformer_config
     if config.hidden_act != "gelu" or config.layer_norm_eps != 1e-12:
         raise BundleError(f"Its Q-Former has {config.hidden_act} and layer_norm_eps {config.layer_norm_eps}.")
+    if tokenizer is not None and len(tokenizer) != config.vocab_size:
+        raise BundleError(
+            f"Its Q-Former knows {config.vocab_size} tokens, and the tokenizer beside it {len(tokenizer)}: save the "
+            "processor that belongs to it."
+        )
     bridge = {
         "kind": "qformer",
         "instruction_aware": tokenizer is not None,

@@ -1,10 +1,13 @@
 """Bundles back to transformers: the same weights bit for bit, the same answers, and what cannot go back is refused."""
 
+import shutil
+
 import pytest
 import torch
 from families import build
 from safetensors.torch import load_file
 from test_transformers_families import INSTRUCTIONS, inputs, samples
+from transformers import AutoTokenizer
 
 from xblip.branch import Branch, BranchConfig
 from xblip.convert import convert, export
@@ -141,3 +144,12 @@ def test_another_llm_or_modality_than_the_models_own_is_refused(bundle, llm_fold
     with pytest.raises(BundleError, match="reads the modality image alone, not audio"):
         convert(theirs, tmp_path / "ours", Wanted(only="audio"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_another_size_than_the_q_former_is_refused(bundle, tmp_path):
+    theirs = shutil.copytree(bundle.parent / "theirs", tmp_path / "theirs")
+    tokenizer = AutoTokenizer.from_pretrained(theirs / "qformer_tokenizer")
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(theirs / "qformer_tokenizer")
+    with pytest.raises(BundleError, match=r"Its Q-Former knows 42 tokens, and the tokenizer beside it 43: save"):
+        convert(theirs, tmp_path / "ours")
