@@ -206,9 +206,10 @@ def _language_model(model: nn.Module) -> nn.Module:
 
 
 def _saved_llm(model: nn.Module, tokenizer: Any, folder: Path) -> FrozenLLM:
-    _language_model(model).save_pretrained(folder)
+    language_model = _language_model(model)
+    language_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return FrozenLLM.from_pretrained(LLMConfig(source=str(folder)))
+    return FrozenLLM(language_model, tokenizer, config=LLMConfig(source=str(folder)))  # not loaded again: it is large
 
 
 def _named_llm(model: nn.Module, tokenizer: Any, source: str) -> FrozenLLM:
