@@ -229,7 +229,13 @@ def _branch(modality: str, parts: Parts, processor: Any, staging: Path, llm: Fro
     encoder = staging / "encoder"
     parts.vision.save_pretrained(encoder)
     _image_processor(processor).save_pretrained(encoder)
-    config = BranchConfig(modality, config={"encoder": str(encoder), **parts.encoder}, bridge=parts.bridge, cue="")
+    config = BranchConfig(
+        modality,
+        config={"encoder": str(encoder), **parts.encoder},
+        bridge=parts.bridge,
+        cue="",
+        encoder_dtype=str(parts.vision.dtype).removeprefix("torch."),
+    )
     branch = Branch.build(config, llm_width=llm.width)
     branch.bridge.load_state_dict({name: value.float() for name, value in parts.weights.items()}, strict=True)
     return branch

@@ -10,6 +10,7 @@ from test_transformers_families import INSTRUCTIONS, inputs, samples
 from transformers import AutoTokenizer
 
 from xblip.branch import Branch, BranchConfig
+from xblip.checkpoint import read
 from xblip.convert import convert, export
 from xblip.convert_qformer import Wanted
 from xblip.errors import BundleError
@@ -144,6 +145,21 @@ def test_another_llm_or_modality_than_the_models_own_is_refused(bundle, llm_fold
     with pytest.raises(BundleError, match="reads the modality image alone, not audio"):
         convert(theirs, tmp_path / "ours", Wanted(only="audio"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_and_shards_come_across(tmp_path, dtype):
+    model, processor = build("instructblip-llama", tmp_path / "float32")
+    model.to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    processor.save_pretrained(tmp_path / "theirs")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = XBlip.from_pretrained(tmp_path / "ours")
+    assert ours.llm.dtype == next(ours.branches["image"].encoder.parameters()).dtype == dtype
+    assert len({answer.text for answer in ours.generate(samples(ours), max_new_tokens=4, min_new_tokens=3)}) > 1
+    export(tmp_path / "ours", tmp_path / "back")
+    before, after = (read(tmp_path / name).tensors for name in ("theirs", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_tokenizer_of_another_size_than_the_q_former_is_refused(bundle, tmp_path):
