@@ -18,7 +18,7 @@ from xblip.branch import Branch, BranchConfig, made_folder
 from xblip.checkpoint import Checkpoint
 from xblip.errors import BundleError, suggest
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.loading import LOADING_ERRORS, first_line
+from xblip.loading import LOADING_ERRORS, first_line, load_model
 from xblip.model import XBlip
 from xblip.router import Bos
 
@@ -88,18 +88,18 @@ def from_transformers(checkpoint: Checkpoint, folder: Path, *, only: str = "", l
     modality = modality_of(checkpoint.architecture)
     if only not in ("", modality):
         raise BundleError(f"{checkpoint.path} reads the modality {modality} alone, not {only}.")
+    model_class = getattr(transformers, checkpoint.architecture)
     try:
-        model, info = getattr(transformers, checkpoint.architecture).from_pretrained(
-            checkpoint.path, dtype="auto", output_loading_info=True
-        )
+        config = model_class.config_class.from_pretrained(checkpoint.path)
+        model, missing, surplus = load_model(model_class, str(checkpoint.path), config, dtype="auto")
         processor = transformers.AutoProcessor.from_pretrained(checkpoint.path)
     except LOADING_ERRORS as cause:
         raise BundleError(f"Cannot load {checkpoint.path} by transformers: {first_line(cause)}") from cause
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
+    for what, names in (("lacks {} weights", missing), ("holds {} weights too many", surplus)):
+        if names:
             raise BundleError(
-                f"{checkpoint.path} is not a whole {checkpoint.architecture}: {len(info[what])} "
-                f"{what.replace('_keys', '')} weights, among them {min(map(str, info[what]))}."
+                f"{checkpoint.path} is not a whole {checkpoint.architecture}: it "
+                f"{what.format(len(names))}, among them {min(names)}."
             )
     model.eval()
     made_folder(folder)

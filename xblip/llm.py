@@ -131,7 +131,7 @@ class FrozenLLM(Frozen):
             tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision, **config.tokens)
             architecture = AutoConfig.from_pretrained(config.source, revision=config.revision)
             auto_class = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
-            model, missing = load_model(
+            model, missing, _ = load_model(
                 auto_class,
                 config.source,
                 architecture,

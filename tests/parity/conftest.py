@@ -1,8 +1,11 @@
 """Measured differences, shown as one table at the end of a run of `pytest -m parity`."""
 
 import pytest
+from families import build
 from rich.console import Console
 from rich.table import Table
+
+from xblip.convert import convert
 
 COLUMNS = ("features", "q-former", "soft prompt", "logits", "greedy", "beam 5", "sampled", "round trip")
 MEASURED: dict[str, dict[str, object]] = {}
@@ -18,6 +21,15 @@ def measure():
         return value
 
     return note
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """A bundle of an InstructBLIP, which lies beside it in `theirs`; tests must not change them."""
+    root = tmp_path_factory.mktemp("bundle")
+    build("instructblip-llama", root / "theirs")
+    convert(root / "theirs", root / "ours")
+    return root / "ours"
 
 
 def pytest_collection_modifyitems(items):
