@@ -322,6 +322,7 @@ class TestTrain:
             and err.count("\n") == 1
         )
 
+    @pytest.mark.slow
     def test_broken_media_in_a_worker_are_one_line(self, world):
         rows = [{"touch": "bad.txt", "instruction": "what ?", "answer": "red"}] * 4
         (world / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -170,6 +170,13 @@ class TestTransformersEncoder:
         with pytest.raises(BundleError, match=r"lacks 1 weights, among them layernorm\.weight"):
             TransformersEncoder.from_pretrained(str(folder), input_name="pixel_values")
 
+    def test_a_weight_of_another_shape_is_named(self, vision, tmp_path):
+        folder = shutil.copytree(vision / "vit", tmp_path / "vit")
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace('"intermediate_size": 16', '"intermediate_size": 12'))
+        with pytest.raises(BundleError, match=r"has the shape \(16,\), and config\.json says \(12,\)"):
+            TransformersEncoder.from_pretrained(str(folder), input_name="pixel_values")
+
     def test_a_missing_pooler_is_not_made_up_either(self, vision, tmp_path):
         folder = shutil.copytree(vision / "vit", tmp_path / "vit")
         weights = load_file(folder / "model.safetensors")

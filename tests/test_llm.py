@@ -217,13 +217,16 @@ WIDER = {**SIZES, "intermediate_size": 48}
         ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
         ("GPTNeoX", WIDER),
         ("Qwen2", {**WIDER, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+        ("Qwen3", {**WIDER, "num_key_value_heads": 2, "head_dim": 8}),
+        ("Mistral", {**WIDER, "num_key_value_heads": 2, "sliding_window": 4}),
         ("Gemma", {**WIDER, "num_key_value_heads": 1, "head_dim": 8}),
+        ("Gemma2", {**WIDER, "num_key_value_heads": 1, "head_dim": 8}),
         ("Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_any_family_gives_in_a_padded_batch_what_it_gives_alone(llm, tmp_path, family, settings):
-    """Positions learnt, rotary, or by distance; weights tied or not; embeddings scaled or not; a state space."""
+    """Positions learnt, rotary, or by distance; weights tied or not; embeddings scaled; windows; a state space."""
     import transformers
 
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -16,6 +16,7 @@ from xblip.scaffold import RESERVED, modality_name, write_plugin
 from xblip.train import load_train_config, training_arguments
 
 
+@pytest.mark.slow
 def test_a_new_plugin_is_installed_found_checked_and_trained(tmp_path):
     shell = fresh_shell(tmp_path)
     shell.succeed("xblip new thermal")

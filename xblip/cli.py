@@ -149,13 +149,21 @@ def convert(
     llm: Annotated[str, typer.Option(help="Folder or hub id of the LLM that a branch is for.")] = "",
     encoder: Annotated[str, typer.Option(help="Folder or hub id of a branch's encoder.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id of the Q-Former's tokenizer.")] = "bert-base-uncased",
+    to: Annotated[
+        str, typer.Option(help='The way back: "transformers" makes a model of transformers of a bundle.')
+    ] = "",
 ) -> None:
     """Convert a published model or checkpoint into a bundle, a branch, an encoder or initial weights."""
-    from xblip.convert import Wanted
+    from xblip.convert import Wanted, export
     from xblip.convert import convert as run
 
-    report = run(source, folder, Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer))
+    if to not in ("", "transformers"):
+        raise InputError(f'Bundles are converted to "transformers", not to "{to}".')
+    wanted = Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer)
+    report = export(source, folder, only=only) if to else run(source, folder, wanted)
     print(f"wrote {folder}: {report.made}, {report.loaded} weights of {source}")
+    for note in report.notes:
+        print(f"note: {note}")
     for family, (count, why) in report.families().items():
         print(f"left out: {count} weights of {family}, {why}")
 

@@ -6,7 +6,9 @@ What a source is, its own content tells. Which modality a part belongs to is the
 
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from xblip import plugins
@@ -16,6 +18,8 @@ from xblip.convert_qformer import Wanted, bert_weights, from_lavis, prefixes, sa
 from xblip.convert_retrieval import RETRIEVERS, from_retriever
 from xblip.convert_transformers import from_transformers
 from xblip.errors import BundleError
+from xblip.export import to_transformers
+from xblip.model import XBlip
 
 
 @dataclass
@@ -27,11 +31,13 @@ class Report:
         it has one.
       loaded: number of tensors taken.
       left_out: names of what was left out, with the reason.
+      notes: what differs there, and its user must know.
     """
 
     made: str
     loaded: int
-    left_out: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def families(self) -> dict[str, tuple[int, str]]:
         """What was left out by the beginning of its names: how many weights, and why."""
@@ -50,20 +56,45 @@ def convert(source: str | Path, folder: str | Path, wanted: Wanted | None = None
         holds something already.
     """
     wanted = wanted or Wanted()
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BundleError(f"{folder} is there already: give a folder that is empty or new, so that nothing is lost.")
+    _check_empty(folder)
     checkpoint = read(source)
+    with _staging(folder) as staging:
+        made = _convert(checkpoint, staging, wanted)
+        checkpoint.check_all_used()
+    return Report(made, len(checkpoint.taken), dict(checkpoint.left_out))
+
+
+def export(bundle: str | Path, folder: str | Path, *, only: str = "") -> Report:
+    """Writes a branch of a bundle, with its LLM, as a model of transformers.
+
+    Raises:
+      BundleError: the bundle or its branch `only` is not there, or transformers has no such model; or the folder holds
+        something already.
+    """
+    _check_empty(folder)
+    model = XBlip.from_pretrained(bundle)
+    with _staging(folder) as staging:
+        made, notes = to_transformers(model, staging, only=only)
+        loaded = len(read(staging).tensors)
+    return Report(made, loaded, notes=notes)
+
+
+def _check_empty(folder: str | Path) -> None:
+    if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise BundleError(f"{folder} is there already: give a folder that is empty or new, so that nothing is lost.")
+
+
+@contextmanager
+def _staging(folder: str | Path) -> Iterator[Path]:
+    """Gives a folder beside `folder`, so that relative paths hold; it gets that name when all went well."""
+    folder = Path(folder)
     made_folder(folder.parent)
-    # Beside its place, so that relative paths hold; moved there when all is well.
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True
     ) as staging:
-        made = _convert(checkpoint, Path(staging), wanted)
-        checkpoint.check_all_used()
+        yield Path(staging)
         Path(staging).chmod(0o755)
         os.replace(staging, folder)
-    return Report(made, len(checkpoint.taken), dict(checkpoint.left_out))
 
 
 def _convert(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
@@ -72,7 +103,7 @@ def _convert(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
     if checkpoint.architecture in RETRIEVERS:
         return from_retriever(checkpoint, folder, wanted)
     if checkpoint.architecture:
-        return from_transformers(checkpoint, folder)
+        return from_transformers(checkpoint, folder, only=wanted.only, llm=wanted.llm)
     if found := prefixes(checkpoint):
         return from_lavis(checkpoint, found, folder, wanted)
     return _encoder(checkpoint, folder, wanted)

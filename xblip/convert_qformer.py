@@ -48,7 +48,7 @@ class Wanted:
 
     Attributes:
       only: name of the one modality to convert; "" for what the source says.
-      llm: folder or hub id of the LLM that a branch is for; "" for none.
+      llm: folder or hub id of the LLM that a branch is for, or that a bundle takes in place of an equal one; "" for none.
       encoder: folder or hub id of its encoder; "" for none.
       tokenizer: folder or hub id of the Q-Former's tokenizer.
     """

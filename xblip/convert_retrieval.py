@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xblip.branch import BranchConfig
 from xblip.checkpoint import Checkpoint
 from xblip.convert_qformer import Wanted
-from xblip.convert_transformers import load_whole, modality_of, qformer_parts
+from xblip.convert_transformers import load_whole, qformer_parts
 from xblip.errors import BundleError
 from xblip.retrieval import Retriever
 
@@ -29,16 +29,19 @@ def from_retriever(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
     Raises:
       BundleError: it lacks weights, reads no texts or another modality than is wanted, or an LLM is wanted.
     """
-    modality = modality_of(checkpoint.architecture)
-    if wanted.only not in ("", modality):
-        raise BundleError(f"{checkpoint.path} reads the modality {modality} alone, not {wanted.only}.")
     if wanted.llm:
         raise BundleError(
             "A retriever has no LLM: leave out --llm. A branch for one starts from the converted folder by `init.folder`."
         )
-    model, processor = load_whole(checkpoint)
-    if not model.config.qformer_config.use_qformer_text_input:
+    modality, model, processor = load_whole(checkpoint, only=wanted.only)
+    reads = model.config.qformer_config
+    if not reads.use_qformer_text_input:
         raise BundleError(f"The Q-Former of {checkpoint.path} reads no texts: use_qformer_text_input is false.")
+    if len(processor.tokenizer) - 1 > reads.vocab_size:
+        raise BundleError(
+            f"Its Q-Former knows {reads.vocab_size} tokens, and the tokenizer beside it {len(processor.tokenizer)}, one of "
+            "them for media: save the processor that belongs to it."
+        )
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         parts = qformer_parts(model, processor.tokenizer, Path(staging))
         encoder = Path(staging, "encoder")

@@ -18,12 +18,12 @@ from xblip.branch import Branch, BranchConfig, made_folder
 from xblip.checkpoint import Checkpoint
 from xblip.errors import BundleError, suggest
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.loading import LOADING_ERRORS, first_line
+from xblip.loading import LOADING_ERRORS, first_line, load_model
 from xblip.model import XBlip
 from xblip.router import Bos
 
 LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
     "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
     "{% else %}{{ message.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -67,57 +67,81 @@ def modality_of(architecture: str) -> str:
     return known[architecture]
 
 
-def from_transformers(checkpoint: Checkpoint, folder: Path) -> str:
-    """Makes a bundle in `folder` of a model of transformers; returns what it made.
+def from_transformers(checkpoint: Checkpoint, folder: Path, *, only: str = "", llm: str = "") -> str:
+    """Makes a bundle of a model of transformers.
+
+    Args:
+      checkpoint: its folder.
+      folder: to write into.
+      only: the modality that is wanted; "" for the one it has.
+      llm: hub id or folder of the same LLM, to be taken from there (a hub id is named, not copied); "" takes the source's.
+
+    Returns:
+      What it made.
 
     Raises:
-      BundleError: its class is unknown, it lacks weights, or a processor or tokenizer beside them.
+      BundleError: its class is unknown, it reads another modality, it lacks weights, or a processor or tokenizer beside
+        them, or its LLM is not the one that `llm` names.
     """
-    modality = modality_of(checkpoint.architecture)
-    model, processor = load_whole(checkpoint)
+    modality, model, processor = load_whole(checkpoint, only=only)
     made_folder(folder)
-    llm = _save_llm(model, processor, folder / "llm")
+    tokenizer = processor.tokenizer
+    reader = _named_llm(model, tokenizer, llm) if llm else _saved_llm(model, tokenizer, folder / "llm")
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         parts = take_apart(model, processor, Path(staging))
-        if parts.template:
-            llm.tokenizer.chat_template = parts.template
-            llm.tokenizer.save_pretrained(folder / "llm")
-        branch = _branch(modality, parts, processor, Path(staging), llm)
-        router = {"cues": False, "bos": _bos(llm).value, **parts.router}
-        bundle = XBlip(llm=llm, branches={modality: branch}, router=router).eval()
+        if parts.template and not llm:
+            reader.tokenizer.chat_template = parts.template
+            reader.tokenizer.save_pretrained(folder / "llm")
+        branch = _branch(modality, parts, processor, Path(staging), reader)
+        bos = Bos.instruction if reader.begins_with_bos() else Bos.none  # as their processors: after the media
+        router = {"cues": False, "bos": bos.value, **parts.router}
+        bundle = XBlip(llm=reader, branches={modality: branch}, router=router).eval()
         bundle.save_pretrained(folder)
     checkpoint.taken.update(checkpoint.tensors)
     return f"bundle: {modality}"
 
 
-def load_whole(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
-    """Loads a model of transformers and the processor beside it.
+def load_whole(checkpoint: Checkpoint, *, only: str) -> tuple[str, nn.Module, Any]:
+    """Loads a model of transformers.
+
+    Returns:
+      Its modality's name, the model, and the processor beside it.
 
     Raises:
-      BundleError: one of them cannot be loaded, or the model lacks weights, or has others.
+      BundleError: its class is unknown, it reads another modality than `only`, it lacks weights, or its processor.
     """
     import transformers
 
+    modality = modality_of(checkpoint.architecture)
+    if only not in ("", modality):
+        raise BundleError(f"{checkpoint.path} reads the modality {modality} alone, not {only}.")
+    model_class = getattr(transformers, checkpoint.architecture)
     try:
-        model, info = getattr(transformers, checkpoint.architecture).from_pretrained(
-            checkpoint.path, dtype="auto", output_loading_info=True
-        )
+        config = model_class.config_class.from_pretrained(checkpoint.path)
+        model, missing, surplus = load_model(model_class, str(checkpoint.path), config, dtype="auto")
         processor = transformers.AutoProcessor.from_pretrained(checkpoint.path)
     except LOADING_ERRORS as cause:
         raise BundleError(f"Cannot load {checkpoint.path} by transformers: {first_line(cause)}") from cause
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
+    for what, names in (("lacks {} weights", missing), ("holds {} weights too many", surplus)):
+        if names:
             raise BundleError(
-                f"{checkpoint.path} is not a whole {checkpoint.architecture}: {len(info[what])} "
-                f"{what.replace('_keys', '')} weights, among them {min(map(str, info[what]))}."
+                f"{checkpoint.path} is not a whole {checkpoint.architecture}: it "
+                f"{what.format(len(names))}, among them {min(names)}."
             )
-    return model.eval(), processor
+    return modality, model.eval(), processor
 
 
 def take_apart(model: nn.Module, processor: Any, staging: Path) -> Parts:
     """Finds the parts of a model of transformers by how it is built; `staging` takes the Q-Former's tokenizer."""
     if hasattr(model, "qformer"):
-        return qformer_parts(model, getattr(processor, "qformer_tokenizer", None), staging)
+        tokenizer = getattr(processor, "qformer_tokenizer", None)
+        known = model.config.qformer_config.vocab_size
+        if tokenizer is not None and len(tokenizer) != known:
+            raise BundleError(
+                f"Its Q-Former knows {known} tokens, and the tokenizer beside it {len(tokenizer)}: save the "
+                "processor that belongs to it."
+            )
+        return qformer_parts(model, tokenizer, staging)
     return _llava_parts(model)
 
 
@@ -151,6 +175,11 @@ def qformer_parts(model: nn.Module, tokenizer: Any, staging: Path) -> Parts:
 
 def _llava_parts(model: nn.Module) -> Parts:
     config = model.config
+    if not isinstance(config.vision_feature_layer, int) or config.projector_hidden_act != "gelu":
+        raise BundleError(
+            f"Its projector reads the layers {config.vision_feature_layer} with {config.projector_hidden_act}; expected "
+            "one layer and gelu, as in LLaVA-1.5."
+        )
     projector = model.model.multi_modal_projector
     weights = {
         f"projector.{place}.{name}": value
@@ -174,38 +203,55 @@ def _image_processor(processor: Any) -> Any:
     return BlipImageProcessor(**{name: settings[name] for name in names if settings.get(name) is not None})
 
 
-def _bos(llm: FrozenLLM) -> Bos:
-    """Where the processors of transformers put it: before the text, after the media, if the tokenizer begins texts so."""
-    begins = llm.tokenizer("a").input_ids[:1] == [llm.tokenizer.bos_token_id]
-    return Bos.instruction if begins else Bos.none
-
-
 def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in weights.items()}
 
 
-def _save_llm(model: nn.Module, processor: Any, folder: Path) -> FrozenLLM:
+def _language_model(model: nn.Module) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    language_model = getattr(model, "language_model", None)
-    if language_model is None:  # LLaVA keeps its head apart
-        with torch.device("meta"):
-            language_model = AutoModelForCausalLM.from_config(model.config.text_config)
-        weights = _prefixed("model.", model.model.language_model.state_dict()) | _prefixed(
-            "lm_head.", model.lm_head.state_dict()
-        )
-        language_model.load_state_dict(weights, strict=True, assign=True)
-        language_model.generation_config = model.generation_config
+    if hasattr(model, "language_model"):
+        return model.language_model
+    with torch.device("meta"):  # LLaVA keeps its head apart
+        language_model = AutoModelForCausalLM.from_config(model.config.text_config)
+    weights = _prefixed("model.", model.model.language_model.state_dict())
+    weights |= _prefixed("lm_head.", model.lm_head.state_dict())
+    language_model.load_state_dict(weights, strict=True, assign=True)
+    language_model.generation_config = model.generation_config
+    return language_model
+
+
+def _saved_llm(model: nn.Module, tokenizer: Any, folder: Path) -> FrozenLLM:
+    language_model = _language_model(model)
     language_model.save_pretrained(folder)
-    processor.tokenizer.save_pretrained(folder)
-    return FrozenLLM.from_pretrained(LLMConfig(source=str(folder)))
+    tokenizer.save_pretrained(folder)
+    return FrozenLLM(language_model, tokenizer, config=LLMConfig(source=str(folder)))  # not loaded again: it is large
+
+
+def _named_llm(model: nn.Module, tokenizer: Any, source: str) -> FrozenLLM:
+    """Loads the LLM that is to stand for the model's own, after a look whether it is the same."""
+    llm = FrozenLLM.from_pretrained(LLMConfig(source=source))
+    own, named = _language_model(model).state_dict(), llm.model.state_dict()
+    same = own.keys() == named.keys() and all(torch.equal(own[name], named[name]) for name in own)
+    if not same or tokenizer.get_vocab() != llm.tokenizer.get_vocab():
+        raise BundleError(
+            f'The LLM "{source}" is not the one of this model: its {"vocabulary" if same else "weights"} differ. Leave '
+            "--llm out to copy the model's own."
+        )
+    return llm
 
 
 def _branch(modality: str, parts: Parts, processor: Any, staging: Path, llm: FrozenLLM) -> Branch:
     encoder = staging / "encoder"
     parts.vision.save_pretrained(encoder)
     _image_processor(processor).save_pretrained(encoder)
-    config = BranchConfig(modality, config={"encoder": str(encoder), **parts.encoder}, bridge=parts.bridge, cue="")
+    config = BranchConfig(
+        modality,
+        config={"encoder": str(encoder), **parts.encoder},
+        bridge=parts.bridge,
+        cue="",
+        encoder_dtype=str(parts.vision.dtype).removeprefix("torch."),
+    )
     branch = Branch.build(config, llm_width=llm.width)
     branch.bridge.load_state_dict({name: value.float() for name, value in parts.weights.items()}, strict=True)
     return branch

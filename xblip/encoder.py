@@ -148,7 +148,7 @@ def _load(source: str) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(source)
-        model, missing = load_model(_model_class(config), source, config, dtype="auto")
+        model, missing, _ = load_model(_model_class(config), source, config, dtype="auto")
     except LOADING_ERRORS as cause:
         raise BundleError(
             f'Cannot load an encoder from "{source}": {why_not_loaded(source, cause)} '

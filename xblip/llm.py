@@ -131,7 +131,7 @@ class FrozenLLM(Frozen):
             tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision, **config.tokens)
             architecture = AutoConfig.from_pretrained(config.source, revision=config.revision)
             auto_class = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
-            model, missing = load_model(
+            model, missing, _ = load_model(
                 auto_class,
                 config.source,
                 architecture,
@@ -167,6 +167,11 @@ class FrozenLLM(Frozen):
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of a piece of text, without any special token that is not spelt out in it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def begins_with_bos(self) -> bool:
+        """Whether the tokenizer begins every text with its beginning-of-sequence token."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
 
     def prompt_end(self) -> list[int]:
         """Returns the ids that an encoder's tokenizer ends every text with (T5: its end of sequence)."""

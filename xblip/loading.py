@@ -44,7 +44,7 @@ def skeletons() -> Iterator[None]:
         _SKELETONS.reset(token)
 
 
-def load_model(model_class: Any, source: str, config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
+def load_model(model_class: Any, source: str, config: Any, **options: Any) -> tuple[nn.Module, set[str], set[str]]:
     """Loads a model of transformers.
 
     Args:
@@ -54,16 +54,19 @@ def load_model(model_class: Any, source: str, config: Any, **options: Any) -> tu
       options: passed on to `from_pretrained`.
 
     Returns:
-      The model, and the names of its weights that the source lacks.
+      The model, the names of its weights that the source lacks, and of those there that it has not.
 
     Raises:
-      LOADING_ERRORS: whatever is wrong there.
+      LOADING_ERRORS: whatever is wrong there, a weight of another shape than the config says among it.
     """
     if _SKELETONS.get():
         build = getattr(model_class, "from_config", None) or model_class._from_config
-        return build(config), set()
-    model, info = model_class.from_pretrained(source, output_loading_info=True, **options)
-    return model, set(info["missing_keys"])
+        return build(config), set(), set()
+    model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"], key=str)
+        raise ValueError(f"{name} has the shape {tuple(found)}, and config.json says {tuple(expected)}.")
+    return model, set(info["missing_keys"]), set(info["unexpected_keys"])
 
 
 def first_line(error: BaseException) -> str:

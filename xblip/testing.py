@@ -73,6 +73,14 @@ def save_toy_llm(folder: str | Path, *, words: Sequence[str] = WORDS, width: int
     return Path(folder)
 
 
+def save_random(folder: str | Path, model: nn.Module, *processors: Any) -> None:
+    """Saves a model of transformers with its processors, all weights random, those of norms and biases too."""
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.2)
+    for part in (model, *processors):
+        part.save_pretrained(folder)
+
+
 def small_qformer(tokenizer: str | Path, **settings: Any) -> dict[str, Any]:
     """Settings of a Q-Former bridge small enough for tests, with the tokenizer in that folder."""
     return {

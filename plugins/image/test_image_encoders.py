@@ -9,6 +9,7 @@ from xblip_image import Image
 
 import xblip
 from xblip.frozen import FrozenEncoder
+from xblip.testing import save_random
 
 DEEP = VISION | {"num_hidden_layers": 3, "intermediate_size": 48}
 EVA = DEEP | {"initializer_range": 0.02, "layer_norm_eps": 1e-3}
@@ -58,11 +59,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("published")
     torch.manual_seed(0)
     for name, build in MODELS.items():
-        model, processor = build()
-        for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.2)
-        model.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
+        save_random(root / name, *build())
     return root
 
 

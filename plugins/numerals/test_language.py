@@ -286,6 +286,7 @@ def test_a_batch_tells_whose_tokens_are_and_what_an_answer_hangs_on(tokenizer):
             assert ALL_VALUES[batch.value[i]] in tokenizer.convert_ids_to_tokens(described)
 
 
+@pytest.mark.slow
 def test_a_short_run_saves_a_model_that_speaks(tmp_path):
     train_llm.main(["--out", str(tmp_path), "--steps", "8", "--threads", "1"])
     table = json.loads((tmp_path / "accuracy.json").read_text())

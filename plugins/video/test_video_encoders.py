@@ -14,7 +14,7 @@ import xblip
 from xblip.branch import Branch, BranchConfig
 from xblip.frozen import FrozenEncoder
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.testing import save_toy_llm
+from xblip.testing import save_random, save_toy_llm
 
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32)
 SIZES |= dict(patch_size=8, num_frames=4)
@@ -35,11 +35,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("videos")
     torch.manual_seed(0)
     for name, build in MODELS.items():
-        model, processor = build()
-        for weight in model.parameters():
-            torch.nn.init.normal_(weight, std=0.2)
-        model.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
+        save_random(root / name, *build())
     return root
 
 

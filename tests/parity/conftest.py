@@ -1,10 +1,13 @@
 """Measured differences, shown as one table at the end of a run of `pytest -m parity`."""
 
 import pytest
+from families import build
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("features", "q-former", "soft prompt", "logits", "greedy", "beam 5", "sampled", "ITC", "ITM")
+from xblip.convert import convert
+
+COLUMNS = ("features", "q-former", "soft prompt", "logits", "greedy", "beam 5", "sampled", "round trip", "ITC", "ITM")
 MEASURED: dict[str, dict[str, object]] = {}
 
 
@@ -18,6 +21,15 @@ def measure():
         return value
 
     return note
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """A bundle of an InstructBLIP, which lies beside it in `theirs`; tests must not change them."""
+    root = tmp_path_factory.mktemp("bundle")
+    build("instructblip-llama", root / "theirs")
+    convert(root / "theirs", root / "ours")
+    return root / "ours"
 
 
 def pytest_collection_modifyitems(items):
@@ -34,7 +46,7 @@ def pytest_terminal_summary(terminalreporter):
         table.add_column(column)
     for family, row in sorted(MEASURED.items()):
         table.add_row(family, *(_shown(row.get(column)) for column in COLUMNS))
-    console = Console(width=120)
+    console = Console(width=140)
     with console.capture() as capture:
         console.print(table)
     terminalreporter.write_line(capture.get())

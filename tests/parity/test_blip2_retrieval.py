@@ -77,8 +77,9 @@ def test_a_converted_folder_is_whole(tmp_path):
         (Wanted(only="video"), {}, "reads the modality image alone, not video"),
         (Wanted(llm="somewhere"), {}, "A retriever has no LLM: leave out --llm"),
         (Wanted(), {"use_qformer_text_input": False}, "reads no texts: use_qformer_text_input is false"),
+        (Wanted(), {"vocab_size": 30}, "knows 30 tokens, and the tokenizer beside it 43, one of them for media"),
     ],
-    ids=["only", "llm", "no text"],
+    ids=["only", "llm", "no text", "tokenizer"],
 )
 def test_what_cannot_be_converted(wanted, qformer, message, tmp_path):
     build_retrieval(tmp_path / "theirs", prefixed=False, **qformer)
