@@ -35,6 +35,7 @@ class Checkpoint:
       config: of a transformers folder its config.json, of a file what lies beside the weights in it.
       taken: names that were taken so far.
       left_out: names that were left out, with the reason.
+      fresh: names of what was written that it lacks, with what they are instead.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     left_out: dict[str, str] = field(default_factory=dict)
+    fresh: dict[str, str] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:

@@ -149,15 +149,15 @@ def convert(
     llm: Annotated[str, typer.Option(help="Folder or hub id of the LLM that a branch is for.")] = "",
     encoder: Annotated[str, typer.Option(help="Folder or hub id of a branch's encoder.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id of the Q-Former's tokenizer.")] = "bert-base-uncased",
+    qformer: Annotated[str, typer.Option(help="Converted folder of the Q-Former before MiniGPT-4's projector.")] = "",
+    cue: Annotated[str | None, typer.Option(help='The cue a branch was trained with; "" for none.')] = None,
 ) -> None:
     """Convert a published model or checkpoint into a bundle, a branch, an encoder or initial weights."""
     from xblip.convert import Wanted
     from xblip.convert import convert as run
 
-    report = run(source, folder, Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer))
-    print(f"wrote {folder}: {report.made}, {report.loaded} weights of {source}")
-    for family, (count, why) in report.families().items():
-        print(f"left out: {count} weights of {family}, {why}")
+    wanted = Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer, qformer=qformer, cue=cue)
+    print(f"wrote {folder}: {run(source, folder, wanted)}")
 
 
 @app.command("plugins")

@@ -6,15 +6,18 @@ What a source is, its own content tells. Which modality a part belongs to is the
 
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from xblip import plugins
 from xblip.branch import made_folder
 from xblip.checkpoint import Checkpoint, read
-from xblip.convert_qformer import Wanted, bert_weights, from_lavis, prefixes, save_initial
+from xblip.convert_qformer import Wanted, from_bert, from_lavis
 from xblip.convert_transformers import from_transformers
 from xblip.errors import BundleError
+from xblip.lavis import prefixes
 
 
 @dataclass
@@ -24,20 +27,26 @@ class Report:
     Attributes:
       made: what it wrote: "bundle", "branch", "encoder" or "initial weights", with the modality's name if it has one.
       loaded: number of tensors taken.
+      fresh: names of what the source lacks, with what they are instead.
       left_out: names of what was left out, with the reason.
     """
 
     made: str
     loaded: int
+    fresh: dict[str, str]
     left_out: dict[str, str]
 
-    def families(self) -> dict[str, tuple[int, str]]:
-        """What was left out by the beginning of its names: how many weights, and why."""
-        counted: dict[str, tuple[int, str]] = {}
-        for name, why in self.left_out.items():
-            family = name.split(".")[0]
-            counted[family] = (counted.get(family, (0, ""))[0] + 1, why)
-        return counted
+    def __str__(self) -> str:
+        """A line on each."""
+        lines = [self.made, f"loaded: {self.loaded} weights"]
+        return "\n".join([*lines, *_told("fresh", self.fresh), *_told("left out", self.left_out)])
+
+
+def _told(what: str, names: Mapping[str, str]) -> list[str]:
+    """A line for all weights whose names begin alike and that share a reason."""
+    counted = Counter((name.split(".")[0], why) for name, why in names.items())
+    lines = [f"{what}: {count} weights of {family}, {why}" for (family, why), count in counted.items()]
+    return lines or [f"{what}: nothing"]
 
 
 def convert(source: str | Path, folder: str | Path, wanted: Wanted | None = None) -> Report:
@@ -61,12 +70,12 @@ def convert(source: str | Path, folder: str | Path, wanted: Wanted | None = None
         checkpoint.check_all_used()
         Path(staging).chmod(0o755)
         os.replace(staging, folder)
-    return Report(made, len(checkpoint.taken), dict(checkpoint.left_out))
+    return Report(made, len(checkpoint.taken), dict(checkpoint.fresh), dict(checkpoint.left_out))
 
 
 def _convert(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
     if checkpoint.architecture.startswith("Bert"):
-        return save_initial(checkpoint, bert_weights(checkpoint), folder)
+        return from_bert(checkpoint, folder)
     if checkpoint.architecture:
         return from_transformers(checkpoint, folder)
     if found := prefixes(checkpoint):
@@ -90,7 +99,9 @@ def _encoder(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
 def _looks_like(checkpoint: Checkpoint) -> str:
     names = " ".join(checkpoint.tensors)
     for part, guess in (
-        ("embed_tokens", "an LLM; llm.source takes the folder of one as transformers saves it"),
+        ("qformer.encoder.", "a model of transformers; give its whole folder, with config.json"),
+        ("mm_projector.", "a projector of LLaVA; give the folder of the whole model from transformers"),
+        ("embed_tokens", "an LLM; llm.source takes its folder as transformers saves it"),
         ("visual.", "a model of pictures and texts; give its folder as transformers saves it"),
         ("bert.", "a BERT; give its folder as transformers saves it"),
         ("projector.", "a bridge of xblip; compose takes the branch's folder"),
