@@ -17,6 +17,7 @@ from xblip import plugins
 from xblip.bridge import WEIGHTS, Bridge
 from xblip.checkpoint import Checkpoint, read
 from xblip.errors import BundleError
+from xblip.qformer_bridges import is_text_part
 
 SHARED = "shared"
 """Prefix of a Q-Former that reads for several modalities."""
@@ -38,7 +39,6 @@ UNUSED = {
 """What else such checkpoints hold, by prefix."""
 
 _PREFIXED = re.compile(r"^(\w+?)_(?:Qformer\.bert\.|query_tokens$|ln\.|llm_proj\.|encoder_projection\.)")
-_TEXT = re.compile(r"^qformer\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\.")
 _RENAMED = (
     (".attention.self.", ".attention.attention."),
     (".crossattention.self.", ".crossattention.attention."),
@@ -104,7 +104,7 @@ def published(checkpoint: Checkpoint, prefix: str) -> Published:
     weights |= named("query_tokens", checkpoint.take(f"{owner}query_tokens"))
     weights |= named("qformer.", renamed(checkpoint.take(f"{owner}Qformer.bert.")))
     settings = {"max_segments": 0, "join_segments": False, "features_layer_norm": True}
-    settings |= {"instruction_aware": any(_TEXT.match(name) for name in weights), **sizes(checkpoint.path, weights)}
+    settings |= {"instruction_aware": any(is_text_part(name) for name in weights), **sizes(checkpoint.path, weights)}
     if kind == "shared_qformer":
         settings["shared_width"] = rows(checkpoint.path, weights, "encoder_projection.bias")
     encoder_width = rows(checkpoint.path, weights, "layer_norm.weight")
@@ -142,7 +142,7 @@ def with_qformer(projector: Published, folder: str) -> Published:
             "checkpoint first, and give its folder by --qformer."
         )
     held = read(path).tensors
-    kept = [name for name in held if not name.startswith("projector.") and not _TEXT.match(name)]
+    kept = [name for name in held if not name.startswith("projector.") and not is_text_part(name)]
     weights = {name: held[name] for name in kept} | projector.weights
     settings = {"max_segments": 0, "join_segments": False, "features_layer_norm": True}
     settings |= {"instruction_aware": False, **sizes(path, weights)}
