@@ -17,9 +17,12 @@ TOY = dict(prefix="toy", width=16, llm_width=32)
 
 def qformer(
     prefix: str = "", *, width: int, hidden: int = 768, layers: int = 12, inner: int = 3072, queries: int = 32,
-    vocabulary: int = 30523, text: bool = True,
+    vocabulary: int = 30523, text: bool = True, every: int = 2,
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """Shapes of query tokens and Q-Former; of one that reads no text (BLIP-2's second stage), without its text part."""
+    """Shapes of query tokens and Q-Former, of which `every` so many layers read features.
+
+    One that reads no text (BLIP-2's second stage) is without its text part.
+    """
 
     def linear(name: str, inputs: int, outputs: int) -> dict:
         return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
@@ -40,7 +43,7 @@ def qformer(
     for number in range(layers):
         layer = f"encoder.layer.{number}"
         shapes |= attention(f"{layer}.attention", hidden)
-        if number % 2 == 0:
+        if number % every == 0:
             shapes |= attention(f"{layer}.crossattention", width)
         for which in ("", "_query") if text else ("_query",):
             shapes |= linear(f"{layer}.intermediate{which}.dense", hidden, inner)

@@ -6,7 +6,7 @@ import sys
 import lavis
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from xblip.branch import Branch
 from xblip.convert import Report, convert
@@ -16,6 +16,8 @@ LEFT_OVER = {
     "llm_model.model.layers.0.self_attn.rotary_emb.inv_freq": "of the LLM, which is given as its own folder",
     "toy_encoder.point_encoder.encoder.first_conv.1.running_mean": "of the encoder, which is given as its own folder",
 }
+
+AGAIN = "Copy it again, or choose a published one."
 
 
 @pytest.fixture
@@ -68,6 +70,25 @@ def test_initial_weights_of_bert(tmp_path):
         assert any("token_type" in name for name in report.left_out)
         others = {name for name in report.fresh if ".crossattention." not in name}
         assert others == {"query_tokens", "layer_norm", "projector"} and len(report.fresh) == 10 + len(others)
+
+
+def test_a_bert_that_is_not_whole_is_refused(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    file = tmp_path / "bert" / "model.safetensors"
+    whole = load_file(file)
+    for name, missing in (
+        ("encoder.layer.1.attention.self.key.bias", "encoder.layer.1.attention.attention.key.bias"),
+        ("embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight"),
+    ):
+        save_file({key: value for key, value in whole.items() if key != name}, file, metadata={"format": "pt"})
+        with pytest.raises(BundleError) as raised:
+            convert(tmp_path / "bert", tmp_path / "out")
+        assert str(raised.value) == (
+            f"The bridge in {tmp_path}/bert is not whole, or another version's: qformer.{missing} is missing. {AGAIN}"
+        )
 
 
 def test_the_report_counts_what_begins_alike():
@@ -180,8 +201,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(weights, wanted, to
     path = lavis.saved(tmp_path / "toy.pth", weights)
     with pytest.raises(BundleError) as raised:
         convert(path, tmp_path / "out", wanted)
-    again = "Copy it again, or choose a published one."
-    assert str(raised.value) == message.format(path=path, llm=wanted.llm, again=again)
+    assert str(raised.value) == message.format(path=path, llm=wanted.llm, again=AGAIN)
     assert [left.name for left in tmp_path.iterdir()] == ["toy.pth"]
 
 

@@ -125,6 +125,20 @@ class TestNumbers:
         branch = agrees(tmp_path / "out", llm, weights, instruction=None, projector="opt_proj")
         assert not branch.bridge.config.instruction_aware and not (tmp_path / "out" / "tokenizer").exists()
 
+    @pytest.mark.parametrize("every", [1, 2, 3])
+    def test_of_a_q_former_whose_layers_read_features_more_or_less_often(self, wanted, llm, tmp_path, every):
+        weights = lavis.values(lavis.bridge(**TOY, **SMALL | {"layers": 4}, every=every))
+        convert(lavis.saved(tmp_path / "toy.pth", weights), tmp_path / "out", wanted)
+        agrees(tmp_path / "out", llm, weights, prefix="toy")
+
+    def test_of_half_precision(self, wanted, llm, tmp_path):
+        weights = {
+            name: value.half() if value.is_floating_point() else value
+            for name, value in lavis.values(lavis.bridge(**TOY, **SMALL)).items()
+        }
+        convert(lavis.saved(tmp_path / "toy.pth", weights), tmp_path / "out", wanted)
+        agrees(tmp_path / "out", llm, {name: value.float() for name, value in weights.items()}, prefix="toy")
+
     @torch.no_grad()
     @pytest.mark.parametrize("settings", [{"hidden": 10}, {"hidden": 1}, {"hidden": 1, "tokens": 4}], ids=str)
     def test_of_the_linear_baselines(self, wanted, llm, tmp_path, settings):
