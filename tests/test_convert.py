@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from xblip.branch import Branch
 from xblip.convert import Report, convert
-from xblip.errors import BundleError, PluginError
+from xblip.errors import BundleError, ConfigError, PluginError
 
 LEFT_OVER = {
     "llm_model.model.layers.0.self_attn.rotary_emb.inv_freq": "of the LLM, which is given as its own folder",
@@ -227,6 +227,29 @@ def test_what_is_told_must_fit(weights, wanted, toys, tmp_path, monkeypatch, cas
     with pytest.raises(BundleError) as raised:
         convert(path, tmp_path / "out", wanted)
     assert str(raised.value) == message.format(path=path, here=tmp_path)
+
+
+def test_what_a_source_has_no_use_for_is_refused(weights, wanted, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path / "bert")
+    path = lavis.saved(tmp_path / "toy.pth", weights)
+    said = {}
+    wanted.qformer = "anything"
+    for source in (tmp_path / "bert", path):
+        with pytest.raises(ConfigError) as raised:
+            convert(source, tmp_path / "out", wanted)
+        said[source.name] = str(raised.value)
+    assert said == {
+        "bert": f"{tmp_path}/bert is converted as it is, and has no use for --llm, --qformer, --tokenizer: leave them out.",
+        "toy.pth": f"{path} holds the Q-Former of its own bridge: leave --qformer out.",
+    }
+    wanted.qformer, wanted.llm, wanted.cue = "", "", ""
+    with pytest.raises(ConfigError) as raised:
+        convert(path, tmp_path / "out", wanted)
+    assert str(raised.value) == (
+        f"{path} becomes a branch for an LLM: give it by --llm, or leave --encoder and --cue out for initial weights."
+    )
 
 
 def test_a_hub_id_that_cannot_be_reached_says_what_to_give(weights, wanted, tmp_path):

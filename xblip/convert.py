@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from xblip import plugins
@@ -16,7 +16,7 @@ from xblip.branch import made_folder
 from xblip.checkpoint import Checkpoint, read
 from xblip.convert_qformer import Wanted, from_bert, from_lavis
 from xblip.convert_transformers import from_transformers
-from xblip.errors import BundleError
+from xblip.errors import BundleError, ConfigError
 from xblip.lavis import prefixes
 
 
@@ -55,6 +55,7 @@ def convert(source: str | Path, folder: str | Path, wanted: Wanted | None = None
     Raises:
       BundleError: the source is damaged, of a kind that nobody knows, or does not fit what is wanted; or the folder
         holds something already.
+      ConfigError: something is told that such a source has no use for.
     """
     wanted = wanted or Wanted()
     folder = Path(folder)
@@ -74,13 +75,22 @@ def convert(source: str | Path, folder: str | Path, wanted: Wanted | None = None
 
 
 def _convert(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
-    if checkpoint.architecture.startswith("Bert"):
-        return from_bert(checkpoint, folder)
     if checkpoint.architecture:
-        return from_transformers(checkpoint, folder)
+        _check_told(checkpoint, wanted)
+        is_bert = checkpoint.architecture.startswith("Bert")
+        return from_bert(checkpoint, folder) if is_bert else from_transformers(checkpoint, folder)
     if found := prefixes(checkpoint):
         return from_lavis(checkpoint, found, folder, wanted)
     return _encoder(checkpoint, folder, wanted)
+
+
+def _check_told(checkpoint: Checkpoint, wanted: Wanted, *used: str) -> None:
+    """Refuses what is told beside a source that needs only what is `used`."""
+    told = {field.name for field in fields(wanted) if getattr(wanted, field.name) != field.default}
+    if unused := [f"--{name}" for name in sorted(told - set(used))]:
+        raise ConfigError(
+            f"{checkpoint.path} is converted as it is, and has no use for {', '.join(unused)}: leave them out."
+        )
 
 
 def _encoder(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
@@ -88,6 +98,7 @@ def _encoder(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
     names = [wanted.only] if wanted.only else plugins.names("modality")
     for name in names:
         if plugins.get("modality", name).convert_encoder(checkpoint, folder):
+            _check_told(checkpoint, wanted, "only")
             return f"encoder: {name}"
     families = sorted({name.split(".")[0] for name in checkpoint.tensors})
     raise BundleError(

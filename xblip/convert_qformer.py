@@ -12,7 +12,7 @@ from xblip import plugins
 from xblip.branch import Branch, BranchConfig, made_folder
 from xblip.bridge import TOKENIZER, WEIGHTS
 from xblip.checkpoint import Checkpoint
-from xblip.errors import BundleError
+from xblip.errors import BundleError, ConfigError
 from xblip.lavis import STAGE_ONE, Published, fit, named, published, renamed, rows, sizes, skeleton, with_qformer
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.loading import LOADING_ERRORS, why_not_loaded
@@ -54,25 +54,20 @@ def from_lavis(checkpoint: Checkpoint, found: set[str], folder: Path, wanted: Wa
 
     Raises:
       BundleError: the checkpoint is not whole, or what it needs is not given or does not fit it.
+      ConfigError: something is wanted that it has no use for.
     """
     modality, prefix = _chosen(checkpoint, found, wanted)
     known = _modalities()
     for other in found - {prefix}:
         checkpoint.leave_out(f"{other}_", f"of {known.get(other, other)}, which is converted by --only")
     bridge = published(checkpoint, prefix)
+    _check_told(checkpoint.path, bridge.kind, wanted)
     if bridge.kind == "frozen_qformer":
-        if not wanted.llm:
-            raise BundleError(f"{checkpoint.path} holds a projector alone: give the LLM that it is for by --llm.")
         bridge = with_qformer(bridge, wanted.qformer)
     if bridge.settings.get("instruction_aware"):
         bridge.settings["tokenizer"] = _save_tokenizer(wanted.tokenizer, folder)
-    is_stage_one = any(name.startswith(STAGE_ONE) for name in checkpoint.tensors)
-    fresh = fit(
-        checkpoint.path,
-        bridge.weights,
-        skeleton(bridge).state_dict(),
-        may_lack=("projector.",) if is_stage_one else (),
-    )
+    may_lack = ("projector.",) if any(name.startswith(STAGE_ONE) for name in checkpoint.tensors) else ()
+    fresh = fit(checkpoint.path, bridge.weights, skeleton(bridge).state_dict(), may_lack=may_lack)
     checkpoint.fresh.update(dict.fromkeys(fresh, FRESH))
     if not wanted.llm:
         return save_initial(checkpoint, bridge.settings, bridge.weights, folder)
@@ -80,7 +75,19 @@ def from_lavis(checkpoint: Checkpoint, found: set[str], folder: Path, wanted: Wa
     if cue is None:
         cue = f" {plugins.get('modality', modality).cue}" if prefix else ""
     made = _save_branch(checkpoint.path, modality, bridge, folder, wanted, cue=cue)
-    return f"{made}, its Q-Former that of {wanted.qformer}" if bridge.kind == "frozen_qformer" else made
+    return f"{made}, its Q-Former that of {wanted.qformer}" if wanted.qformer else made
+
+
+def _check_told(path: Path, kind: str, wanted: Wanted) -> None:
+    """Refuses what is told in vain."""
+    if kind == "frozen_qformer" and not wanted.llm:
+        raise BundleError(f"{path} holds a projector alone: give the LLM that it is for by --llm.")
+    if kind != "frozen_qformer" and wanted.qformer:
+        raise ConfigError(f"{path} holds the Q-Former of its own bridge: leave --qformer out.")
+    if not wanted.llm and (wanted.encoder or wanted.cue is not None):
+        raise ConfigError(
+            f"{path} becomes a branch for an LLM: give it by --llm, or leave --encoder and --cue out for initial weights."
+        )
 
 
 def _modalities() -> dict[str, str]:
