@@ -9,6 +9,7 @@ import torch
 from kit import Beads, Site, make_model
 
 from xblip import plugins
+from xblip.convert_qformer import Wanted
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.testing import ToyModality, save_toy_llm
 
@@ -41,6 +42,12 @@ def toys(toy):
 def llm(llm_folder):
     """The tiny LLM, loaded; tests must not change it."""
     return FrozenLLM.from_pretrained(LLMConfig(source=str(llm_folder), dtype="float32"))
+
+
+@pytest.fixture
+def wanted(llm_folder, toy):
+    """What a conversion into a branch of the toy modality is told; the LLM's tokenizer serves as BERT's."""
+    return Wanted(llm=str(llm_folder), tokenizer=str(llm_folder))
 
 
 @pytest.fixture(scope="session")

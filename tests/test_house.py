@@ -25,7 +25,7 @@ LAYERS = [
     {"bridge", "router"},
     {"qformer_bridges", "pooled", "resamplers", "initial"},
     {"plugins", "data"},
-    {"branch"},
+    {"branch", "lavis"},
     {"bundle", "features"},
     {"model", "retrieval"},
     {"export"},

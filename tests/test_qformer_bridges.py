@@ -13,6 +13,7 @@ from xblip.bridge import share
 from xblip.bundle import load_branches
 from xblip.errors import BundleError, ConfigError
 from xblip.model import XBlip
+from xblip.qformer_bridges import is_text_part
 from xblip.sample import Sample
 from xblip.testing import ToyModality, small_qformer
 from xblip.train import parts_table
@@ -78,6 +79,13 @@ class TestFrozen:
         given = Branch.load(tmp_path / "given", llm=llm).bridge.state_dict()
         assert set(branch.bridge.state_dict()) == set(given)
         assert changed(given, branch.bridge) == {"projector"}
+
+    def test_of_one_that_hears_it_takes_all_but_the_text_part(self, build, saved, llm, tmp_path):
+        """So that BLIP-2's first stage, converted, serves MiniGPT-4's."""
+        branch = build("frozen_qformer", seed=1, qformer=str(saved("qformer")))
+        given, own = Branch.load(tmp_path / "given", llm=llm).bridge.state_dict(), branch.bridge.state_dict()
+        assert changed({name: given[name] for name in own}, branch.bridge) == {"projector"}
+        assert set(given) - set(own) == {name for name in given if is_text_part(name)} != set()
 
     def test_only_the_projector_trains(self, branch, llm):
         before = weights_of(branch.bridge)

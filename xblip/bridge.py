@@ -333,13 +333,15 @@ def _are_equal(left: Tensor, right: Tensor) -> bool:
     return facts[0] == facts[1] and torch.equal(left, right)
 
 
-def load_bridge(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = (), what: str = "branch") -> None:
+def load_bridge(
+    bridge: Bridge, folder: str | Path, *, without: Callable[[str], bool] | None = None, what: str = "branch"
+) -> None:
     """Loads a bridge's weights; every key must be there, and no other.
 
     Args:
       bridge: to load into.
       folder: of a branch.
-      without: parts that keep the weights they have, whatever the folder holds.
+      without: tells by its name whether a weight stays as it is, whatever the folder holds; None loads all.
       what: what the folder holds, for messages; its file of settings is called so too.
 
     Raises:
@@ -353,9 +355,10 @@ def load_bridge(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = 
         raise BundleError(f"The {what} in {folder} lacks its weights, {WEIGHTS}.")
     try:
         loaded = load_file(path)
-        kept = {name: value for name, value in bridge.state_dict().items() if name.split(".")[0] in without}
-        loaded = {name: value for name, value in loaded.items() if name.split(".")[0] not in without}
-        bridge.load_state_dict(kept | loaded, strict=True)
+        if without:
+            kept = {name: value for name, value in bridge.state_dict().items() if without(name)}
+            loaded = kept | {name: value for name, value in loaded.items() if not without(name)}
+        bridge.load_state_dict(loaded, strict=True)
     except SafetensorError as cause:
         raise BundleError(f"{path} is damaged: {cause}. Copy it again, or train the {what} again.") from cause
     except RuntimeError as cause:

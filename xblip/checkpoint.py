@@ -6,6 +6,7 @@ are mapped into memory, so that naming a checkpoint of gigabytes costs nothing.
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,10 @@ HARMLESS = [argparse.Namespace]
 """Classes that published checkpoints pickle beside their tensors, and that hold values alone."""
 NESTED = ("model", "state_dict", "module")
 """Keys under which training loops put the weights."""
+FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""Endings of files of weights."""
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+"""What torch raises for files that are damaged."""
 
 
 @dataclass
@@ -35,6 +40,7 @@ class Checkpoint:
       config: of a transformers folder its config.json, of a file what lies beside the weights in it.
       taken: names that were taken so far.
       left_out: names that were left out, with the reason.
+      fresh: names of what was written that it lacks, with what they are instead.
     """
 
     path: Path
@@ -42,6 +48,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     left_out: dict[str, str] = field(default_factory=dict)
+    fresh: dict[str, str] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -103,14 +110,18 @@ def _downloaded(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(FILES):
+        raise BundleError(
+            f'There is no checkpoint "{source}": no such file or folder; relative ones start at {Path.cwd()}.'
+        )
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as cause:
         raise BundleError(
-            f'There is no checkpoint "{source}": no such file or folder, and the hub cannot give it '
-            f"({first_line(cause).rstrip('.')}). Offline: download it elsewhere (config.json, *.safetensors and the "
-            "tokenizer's and processor's files), and give its folder."
+            f'There is no checkpoint "{source}": no such folder, and the hub cannot give it ({_reason(cause)}). Offline: '
+            "download it elsewhere (config.json, *.safetensors and the tokenizer's and processor's files), and give its "
+            "folder."
         ) from cause
 
 
@@ -120,7 +131,10 @@ def _read_folder(folder: Path) -> Checkpoint:
     config = _json(folder / "config.json")
     files = [folder / "model.safetensors"]
     if (folder / INDEX).is_file():
-        files = sorted({folder / name for name in _json(folder / INDEX).get("weight_map", {}).values()})
+        places = _json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise BundleError(f"{folder / INDEX} is damaged: it places no weights. Copy it again.")
+        files = sorted({folder / name for name in places.values()})
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise BundleError(
@@ -134,16 +148,19 @@ def _read_folder(folder: Path) -> Checkpoint:
 def _read_file(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         return Checkpoint(path, _Folder(dict.fromkeys(_names(path), path)))
+    _check_start(path)
     try:
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except UnpicklingError as cause:
+    except (*DAMAGE, UnpicklingError) as cause:
+        if code := re.search(r"GLOBAL (\S+)", str(cause)):
+            raise BundleError(
+                f"{path} is not read: it holds {code[1]} beside tensors and plain values, and reading that would run its "
+                "code. Have its state_dict saved alone by someone who trusts it."
+            ) from cause
         raise BundleError(
-            f"{path} is not read: it is damaged, or holds more than tensors and plain values, and reading that would "
-            f"run its code ({_refused(cause)}). Save its state_dict alone, with people you trust."
+            f"{path} is damaged, or not saved by torch: {_reason(cause)}. Copy or download it again, whole."
         ) from cause
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as cause:
-        raise BundleError(f"{path} is damaged: {first_line(cause)} Copy it again, whole.") from cause
     return _unpacked(path, content)
 
 
@@ -166,18 +183,32 @@ def _unpacked(path: Path, content: Any) -> Checkpoint:
 def _names(file: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
+    _check_start(file)
     try:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as cause:
-        raise BundleError(f"{file} is damaged: {first_line(cause)} Copy it again, whole.") from cause
+        raise BundleError(f"{file} is damaged: {_reason(cause)}. Copy or download it again, whole.") from cause
+
+
+def _check_start(file: Path) -> None:
+    """Refuses what is no file of weights at first sight: an empty one, and text."""
+    with file.open("rb") as opened:
+        start = opened.read(40)
+    if not start:
+        raise BundleError(f"{file} is empty. Copy or download it again, whole.")
+    if start.isascii() and (text := " ".join(start.decode().split())).isprintable():
+        raise BundleError(
+            f'{file} is text, not weights: it begins with "{text}". A page of an error or a pointer of git-lfs may stand in '
+            "its place: download it again."
+        )
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as cause:
-        raise BundleError(f"{file} is damaged: {first_line(cause)} Copy it again.") from cause
+        raise BundleError(f"{file} is damaged: {_reason(cause)}. Copy it again.") from cause
     if not isinstance(content, dict):
         raise BundleError(f"{file} is damaged: it holds no settings. Copy it again.")
     return content
@@ -189,8 +220,6 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _refused(error: Exception) -> str:
-    """What torch would not unpickle, from its long message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "")
-    return told.split(". Please use")[0].split(" was not an allowed")[0][:160].rstrip(".")
+def _reason(error: Exception) -> str:
+    """The first sentence of what a library says, in one line."""
+    return first_line(error).split(". ")[0].removesuffix(".")

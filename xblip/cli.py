@@ -149,6 +149,8 @@ def convert(
     llm: Annotated[str, typer.Option(help="Folder or hub id of the LLM that a branch is for.")] = "",
     encoder: Annotated[str, typer.Option(help="Folder or hub id of a branch's encoder.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id of the Q-Former's tokenizer.")] = "bert-base-uncased",
+    qformer: Annotated[str, typer.Option(help="Converted folder of the Q-Former before MiniGPT-4's projector.")] = "",
+    cue: Annotated[str | None, typer.Option(help='The cue a branch was trained with; "" for none.')] = None,
     to: Annotated[
         str, typer.Option(help='The way back: "transformers" makes a model of transformers of a bundle.')
     ] = "",
@@ -159,13 +161,8 @@ def convert(
 
     if to not in ("", "transformers"):
         raise InputError(f'Bundles are converted to "transformers", not to "{to}".')
-    wanted = Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer)
-    report = export(source, folder, only=only) if to else run(source, folder, wanted)
-    print(f"wrote {folder}: {report.made}, {report.loaded} weights of {source}")
-    for note in report.notes:
-        print(f"note: {note}")
-    for family, (count, why) in report.families().items():
-        print(f"left out: {count} weights of {family}, {why}")
+    wanted = Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer, qformer=qformer, cue=cue)
+    print(f"wrote {folder}: {(export if to else run)(source, folder, wanted)}")
 
 
 @app.command("plugins")

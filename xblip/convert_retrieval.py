@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from xblip.branch import BranchConfig
 from xblip.checkpoint import Checkpoint
-from xblip.convert_qformer import Wanted
 from xblip.convert_transformers import load_whole, qformer_parts
 from xblip.errors import BundleError
 from xblip.retrieval import Retriever
@@ -23,17 +22,13 @@ HEADS = {"media_projection": "vision_projection", "text_projection": "text_proje
 """Our names of the heads, and theirs."""
 
 
-def from_retriever(checkpoint: Checkpoint, folder: Path, wanted: Wanted) -> str:
-    """Makes a retriever in `folder`; returns what it made.
+def from_retriever(checkpoint: Checkpoint, folder: Path, *, only: str = "") -> str:
+    """Makes a retriever in `folder`, of the modality `only` if one is named; returns what it made.
 
     Raises:
-      BundleError: it lacks weights, reads no texts or another modality than is wanted, or an LLM is wanted.
+      BundleError: it lacks weights, or reads no texts or another modality than is wanted.
     """
-    if wanted.llm:
-        raise BundleError(
-            "A retriever has no LLM: leave out --llm. A branch for one starts from the converted folder by `init.folder`."
-        )
-    modality, model, processor = load_whole(checkpoint, only=wanted.only)
+    modality, model, processor = load_whole(checkpoint, only=only)
     reads = model.config.qformer_config
     if not reads.use_qformer_text_input:
         raise BundleError(f"The Q-Former of {checkpoint.path} reads no texts: use_qformer_text_input is false.")

@@ -4,6 +4,7 @@ What is taken is copied into the branch, so that its folder stays whole without 
 never memory, since branches of one model hold equal shared parts once.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,13 @@ from xblip.config import at_least
 from xblip.errors import BundleError, ConfigError
 from xblip.hookspecs import hookimpl
 from xblip.modality import Features
+
+_TEXT = re.compile(r"^qformer\.(embeddings\.(word|position)_embeddings|encoder\.layer\.\d+\.(intermediate|output))\.")
+
+
+def is_text_part(name: str) -> bool:
+    """Whether a weight of a Q-Former bridge serves texts alone, so that one without instructions does not have it."""
+    return bool(_TEXT.match(name))
 
 
 class _TakenQFormerBridge(QFormerBridge):
@@ -43,7 +51,10 @@ class _TakenQFormerBridge(QFormerBridge):
             config.tokenizer = str(Path(config.qformer, TOKENIZER))
         super().__init__(config, encoder_width=encoder_width, llm_width=llm_width)
         if config.qformer:
-            load_bridge(self, config.qformer, without=self.own)
+            load_bridge(self, config.qformer, without=self._is_not_taken)
+
+    def _is_not_taken(self, name: str) -> bool:
+        return name.split(".")[0] in self.own or (not self.config.instruction_aware and is_text_part(name))
 
     @property
     def is_frozen(self) -> bool:
@@ -79,7 +90,8 @@ class FrozenQFormerBridge(_TakenQFormerBridge):
         """Those of `qformer`, static unless told otherwise.
 
         Attributes:
-          qformer: folder of the branch that everything but the projector comes from; a saved branch has its own copy.
+          qformer: folder of the branch that everything but the projector comes from (a static Q-Former leaves its text part
+            there); a saved branch has its own copy.
         """
 
         instruction_aware: bool = False

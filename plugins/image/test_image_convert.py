@@ -60,6 +60,7 @@ def test_an_own_file_gives_the_original_s_features(tmp_path, depth, used):
     assert Image.convert_encoder(checkpoint, tmp_path / "encoder")
     checkpoint.check_all_used()
     assert {"norm.weight", "fc_norm.bias", "head.weight"} <= set(checkpoint.left_out)
+    assert set(checkpoint.fresh) == {"post_layernorm.weight", "post_layernorm.bias"}
     encoder = Image(Image.Config(encoder=str(tmp_path / "encoder"), layer=-1)).build_encoder().eval()
     pixel_values = torch.rand(2, 3, 224, 224)
     with torch.no_grad():

@@ -62,15 +62,16 @@ def convert(checkpoint: Any, folder: Path) -> bool:
     dtype = weights["patch_embed.proj.weight"].dtype
     try:
         named = {name: value.to(dtype) for name, value in _renamed(weights, IMAGE_SIZE // patch_size).items()}
-        named |= {"post_layernorm.weight": torch.ones(width, dtype=dtype)}
-        named |= {"post_layernorm.bias": torch.zeros(width, dtype=dtype)}
-        model.load_state_dict(named, strict=True, assign=True)
+        last = {"post_layernorm.weight": torch.ones(width, dtype=dtype)}
+        last |= {"post_layernorm.bias": torch.zeros(width, dtype=dtype)}
+        model.load_state_dict(named | last, strict=True, assign=True)
     except (KeyError, RuntimeError) as cause:
         why = " ".join(str(cause).split())
         raise xblip.BundleError(
             f"{checkpoint.path} holds an EVA-CLIP that is not whole, or of other shapes than EVA-CLIP-g's: {why:.300} "
             "Download it again, or convert another version of it."
         ) from cause
+    checkpoint.fresh.update(dict.fromkeys(last, "scales by 1 and shifts by 0; `layer: -1` reads what comes before it"))
     model.save_pretrained(folder)
     BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
     return True

@@ -9,7 +9,7 @@ from families import build_retrieval
 
 from xblip.convert import convert
 from xblip.convert_qformer import Wanted
-from xblip.errors import BundleError
+from xblip.errors import XBlipError
 from xblip.retrieval import Retriever
 
 TEXTS = ["red", "which one is the larger number , the input or this ?", "describe it"]
@@ -75,7 +75,7 @@ def test_a_converted_folder_is_whole(tmp_path):
     ("wanted", "qformer", "message"),
     [
         (Wanted(only="video"), {}, "reads the modality image alone, not video"),
-        (Wanted(llm="somewhere"), {}, "A retriever has no LLM: leave out --llm"),
+        (Wanted(llm="somewhere"), {}, "has no use for --llm: leave them out"),
         (Wanted(), {"use_qformer_text_input": False}, "reads no texts: use_qformer_text_input is false"),
         (Wanted(), {"vocab_size": 30}, "knows 30 tokens, and the tokenizer beside it 43, one of them for media"),
     ],
@@ -83,6 +83,6 @@ def test_a_converted_folder_is_whole(tmp_path):
 )
 def test_what_cannot_be_converted(wanted, qformer, message, tmp_path):
     build_retrieval(tmp_path / "theirs", prefixed=False, **qformer)
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(XBlipError, match=message):
         convert(tmp_path / "theirs", tmp_path / "ours", wanted)
     assert not (tmp_path / "ours").exists()

@@ -9,6 +9,7 @@ from test_transformers_families import INSTRUCTIONS, inputs, samples
 from xblip.branch import Branch, BranchConfig
 from xblip.checkpoint import read
 from xblip.convert import convert, export
+from xblip.convert_qformer import Wanted
 from xblip.errors import BundleError
 from xblip.model import XBlip
 
@@ -113,9 +114,9 @@ def test_bundles_that_cannot_go_back(toys, model, tmp_path):
     with pytest.raises(BundleError, match=r"this bundle has 2 branches \(toy, beads\): choose one of them by --only"):
         export(tmp_path / "two", tmp_path / "theirs")
     with pytest.raises(BundleError, match="choose one of them by --only"):
-        export(tmp_path / "two", tmp_path / "theirs", only="image")
+        export(tmp_path / "two", tmp_path / "theirs", Wanted(only="image"))
     with pytest.raises(BundleError, match="since InstructBlipForConditionalGeneration does not read its media"):
-        export(tmp_path / "two", tmp_path / "theirs", only="toy")
+        export(tmp_path / "two", tmp_path / "theirs", Wanted(only="toy"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
