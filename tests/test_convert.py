@@ -1,6 +1,5 @@
 """Converting checkpoints: which road each takes, what is reported, and what is refused, in exact words."""
 
-import subprocess
 import sys
 
 import lavis
@@ -8,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from xblip import cli
 from xblip.branch import Branch
 from xblip.convert import Report, convert
 from xblip.errors import BundleError, ConfigError, PluginError
@@ -99,13 +99,24 @@ def test_the_report_counts_what_begins_alike():
     ]  # fmt: skip
 
 
-def test_the_command_prints_what_was_loaded_fresh_and_left_out(tmp_path):
+@pytest.fixture
+def command(monkeypatch):
+    """Runs `xblip convert` with these arguments."""
+
+    def run(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", ["xblip", "convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+
+    return run
+
+
+def test_the_command_prints_what_was_loaded_fresh_and_left_out(command, tmp_path, capsys):
     shapes = lavis.bridge(width=16, llm_width=32, **lavis.SMALL, text=False) | {"itm_head.bias": (2,)}
     weights = {name: value for name, value in lavis.values(shapes).items() if "llm_proj" not in name}
-    path = lavis.saved(tmp_path / "blip2.pth", weights)
-    command = [sys.executable, "-m", "xblip.cli", "convert", str(path), str(tmp_path / "out")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [
+    command(lavis.saved(tmp_path / "blip2.pth", weights), tmp_path / "out")
+    assert capsys.readouterr().out.splitlines() == [
         f"wrote {tmp_path}/out: initial weights", f"loaded: {len(weights) - 2} weights",
         "fresh: 2 weights of projector, random until trained",
         "left out: 1 weights of itm_head, for matching with texts",
@@ -113,15 +124,10 @@ def test_the_command_prints_what_was_loaded_fresh_and_left_out(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_command_takes_a_cue_that_is_empty(toy, llm, llm_folder, tmp_path, monkeypatch):
-    from xblip import cli
-
-    lavis.saved(tmp_path / "toy.pth", lavis.values(lavis.linear(**lavis.TOY)))
-    command = f"xblip convert {tmp_path}/toy.pth {tmp_path}/out --llm {llm_folder} --cue"
-    monkeypatch.setattr(sys, "argv", [*command.split(), ""])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code and Branch.load(tmp_path / "out", llm=llm).cue == ""
+def test_the_command_takes_a_cue_that_is_empty(command, toy, llm, llm_folder, tmp_path):
+    path = lavis.saved(tmp_path / "toy.pth", lavis.values(lavis.linear(**lavis.TOY)))
+    command(path, tmp_path / "out", "--llm", llm_folder, "--cue", "")
+    assert Branch.load(tmp_path / "out", llm=llm).cue == ""
 
 
 def without(weights: dict, *ends: str) -> None:
@@ -170,8 +176,13 @@ REFUSED = {
     ),
     "a vocabulary of another tokenizer": (
         lambda weights: weights.update({"toy_Qformer.bert.embeddings.word_embeddings.weight": torch.ones(7, 64)}),
-        "The bridge in {path} is not whole, or another version's: qformer.embeddings.word_embeddings.weight has shape "
-        "(7, 64) instead of (43, 64). {again}",
+        'The Q-Former knows 7 tokens, and "{llm}" has 43 with [DEC]: give the tokenizer that it was trained with by '
+        "--tokenizer.",
+    ),
+    "a weight of another shape": (
+        lambda weights: weights.update({"toy_Qformer.bert.embeddings.position_embeddings.weight": torch.ones(7, 64)}),
+        "The bridge in {path} is not whole, or another version's: qformer.embeddings.position_embeddings.weight has shape "
+        "(7, 64) instead of (512, 64). {again}",
     ),
     "a projector of 13B on an LLM of 7B": (
         lambda weights: weights.update(lavis.values({"toy_llm_proj.weight": (51, 64), "toy_llm_proj.bias": (51,)})),
@@ -280,12 +291,15 @@ def test_a_bridge_that_names_no_modality_asks_for_it(wanted, tmp_path):
     assert str(raised.value) == f"{path} holds one bridge that names no modality: say which it is for by --only NAME."
 
 
-def test_an_encoder_is_asked_for_where_the_modality_has_one(wanted, tmp_path):
-    pytest.importorskip("xblip_image")
-    weights = lavis.values(lavis.bridge("image", width=16, llm_width=32, **lavis.SMALL))
+@pytest.mark.parametrize(
+    ("prefix", "modality"), [("image", "image"), ("video", "video"), ("audio", "audio"), ("pc", "point_cloud")]
+)
+def test_an_encoder_is_asked_for_where_the_modality_has_one(wanted, tmp_path, prefix, modality):
+    pytest.importorskip(f"xblip_{modality}")
+    weights = lavis.values(lavis.bridge(prefix, width=16, llm_width=32, **lavis.SMALL))
     with pytest.raises(BundleError) as raised:
         convert(lavis.saved(tmp_path / "x.pth", weights), tmp_path / "out", wanted)
-    assert str(raised.value) == "A branch names its encoder: give the folder of the image encoder by --encoder."
+    assert str(raised.value) == f"A branch names its encoder: give the folder of the {modality} encoder by --encoder."
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from kit import LONG, ONE
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Blip2VisionConfig, Blip2VisionModel, BlipImageProcessor
 
+from xblip import plugins
 from xblip.branch import Branch
 from xblip.checkpoint import Checkpoint
 from xblip.convert import convert
@@ -154,6 +155,30 @@ class TestNumbers:
         soft = hidden @ weights["toy_llm_proj.weight"].T + weights["toy_llm_proj.bias"]
         torch.testing.assert_close(branch([ONE], [""])[0], soft.reshape(3, 32), atol=1e-5, rtol=1e-5)
         assert branch([LONG], [""])[0].shape == (9, 32)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("prefix", "modality"), [("image", "image"), ("video", "video"), ("audio", "audio"), ("pc", "point_cloud")]
+    )
+    def test_of_each_modality_segment_by_segment(self, wanted, llm, tmp_path, prefix, modality):
+        pytest.importorskip(f"xblip_{modality}")
+        plugin = plugins.get("modality", modality)
+        (tmp_path / "example").mkdir()
+        example = plugin.example(tmp_path / "example")
+        width = plugin(plugin.Config(**example.config)).build_encoder().width
+        weights = lavis.values(lavis.bridge(prefix, width=width, llm_width=32, **SMALL))
+        wanted.encoder = example.config["encoder"]
+        report = convert(lavis.saved(tmp_path / "x.pth", weights), tmp_path / "out", wanted)
+        assert report.made == f"branch: {modality}"
+        branch = Branch.load(tmp_path / "out", llm=llm).eval()
+        ids = branch.bridge.tokenizer(INSTRUCTION, return_tensors="pt").input_ids
+        for source in example.sources[:2]:
+            features = branch.encode([source])
+            expected = [
+                lavis.soft_prompt(weights, values[mask][None], ids, prefix=prefix)
+                for values, mask in zip(features.values, features.mask, strict=True)
+            ]
+            torch.testing.assert_close(branch([source], [INSTRUCTION])[0], torch.cat(expected), atol=1e-4, rtol=1e-4)
 
     @torch.no_grad()
     def test_an_encoder_of_pictures_is_read_before_its_own_last_norm(self, wanted, llm, tmp_path):

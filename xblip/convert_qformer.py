@@ -57,15 +57,16 @@ def from_lavis(checkpoint: Checkpoint, found: set[str], folder: Path, wanted: Wa
       ConfigError: something is wanted that it has no use for.
     """
     modality, prefix = _chosen(checkpoint, found, wanted)
-    known = _modalities()
+    names = _modalities()
     for other in found - {prefix}:
-        checkpoint.leave_out(f"{other}_", f"of {known.get(other, other)}, which is converted by --only")
+        checkpoint.leave_out(f"{other}_", f"of {names.get(other, other)}, which is converted by --only")
     bridge = published(checkpoint, prefix)
     _check_told(checkpoint.path, bridge.kind, wanted)
     if bridge.kind == "frozen_qformer":
         bridge = with_qformer(bridge, wanted.qformer)
     if bridge.settings.get("instruction_aware"):
-        bridge.settings["tokenizer"] = _save_tokenizer(wanted.tokenizer, folder)
+        known = rows(checkpoint.path, bridge.weights, "qformer.embeddings.word_embeddings.weight")
+        bridge.settings["tokenizer"] = _save_tokenizer(wanted.tokenizer, folder, known)
     may_lack = ("projector.",) if any(name.startswith(STAGE_ONE) for name in checkpoint.tensors) else ()
     fresh = fit(checkpoint.path, bridge.weights, skeleton(bridge).state_dict(), may_lack=may_lack)
     checkpoint.fresh.update(dict.fromkeys(fresh, FRESH))
@@ -143,8 +144,8 @@ def _save_branch(path: Path, modality: str, bridge: Published, folder: Path, wan
     return f"branch: {modality}"
 
 
-def _save_tokenizer(source: str, folder: Path) -> str:
-    """Writes BERT's tokenizer with the token `[DEC]` that BLIP-2 added as its beginning of sequence."""
+def _save_tokenizer(source: str, folder: Path, known: int) -> str:
+    """Writes BERT's tokenizer with the token `[DEC]` that BLIP-2 added as its beginning of sequence, `known` in all."""
     from transformers import AutoTokenizer
 
     try:
@@ -155,6 +156,11 @@ def _save_tokenizer(source: str, folder: Path) -> str:
             "bert-base-uncased (tokenizer.json, tokenizer_config.json, vocab.txt) by --tokenizer."
         ) from cause
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    if len(tokenizer) != known:
+        raise BundleError(
+            f'The Q-Former knows {known} tokens, and "{source}" has {len(tokenizer)} with [DEC]: give the tokenizer that it '
+            "was trained with by --tokenizer."
+        )
     tokenizer.save_pretrained(folder / TOKENIZER)
     return str(folder / TOKENIZER)
 
