@@ -81,22 +81,12 @@ class Branch(nn.Module):
         """
         name = config.modality
         modality = build_modality(config, folder)
-        modality_class = type(modality)
         if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
         dtype = getattr(torch, config.encoder_dtype)
         encoder = (encoders or Encoders()).build(modality.build_encoder, name=name, dtype=dtype)
-        own_kind = modality_class.bridge.get("kind", DEFAULT_BRIDGE)
-        kind = config.bridge.get("kind", own_kind)
-        if not isinstance(kind, str):
-            raise ConfigError(f"{name}.bridge.kind must be the name of a bridge, not {kind!r}.")
-        wanted = {**(modality_class.bridge if kind == own_kind else {}), **config.bridge}
-        wanted.pop("kind", None)
-        bridge_class = plugins.get("bridge", kind)
-        bridge_settings = configs.build(bridge_class.Config, wanted, where=f"{name}.bridge")
-        if folder is not None:
-            bridge_settings = bridge_class.resolve(bridge_settings, folder)
-        bridge = bridge_class(bridge_settings, encoder_width=encoder.width, llm_width=llm_width)
+        bridge_class, settings = bridge_settings(config, folder)
+        bridge = bridge_class(settings, encoder_width=encoder.width, llm_width=llm_width)
         return cls(config, modality=modality, encoder=encoder, bridge=bridge)
 
     @property
@@ -191,8 +181,7 @@ class Branch(nn.Module):
           BundleError: no branch there, damaged weights, or a branch trained for another LLM or encoder.
         """
         folder = Path(folder)
-        saved = read_branch_file(folder)
-        trained = saved.pop("llm")
+        config, trained_encoder, trained = read_saved(folder)
         if trained["fingerprint"] != llm.fingerprint:
             raise BundleError(
                 f'The branch in {folder} was trained for the LLM "{trained["source"]}" with fingerprint '
@@ -200,17 +189,14 @@ class Branch(nn.Module):
                 f"{llm.fingerprint} (width {llm.width}). Compose it with the LLM it was trained for, or train it for "
                 "this one."
             )
-        trained = saved.pop("encoder")
-        saved.pop("xblip", None)
-        config = configs.build(BranchConfig, saved, where=str(folder / FILE))
         try:
             branch = cls.build(config, llm_width=llm.width, folder=folder, encoders=encoders)
         except XBlipError as error:
             raise type(error)(f"The branch in {folder} cannot be built. {error}") from error
-        if branch.encoder.fingerprint != trained["fingerprint"]:
+        if branch.encoder.fingerprint != trained_encoder["fingerprint"]:
             raise BundleError(
-                f"The branch in {folder} was trained on an encoder with fingerprint {trained['fingerprint']} (width "
-                f"{trained['width']}); the one found has {branch.encoder.fingerprint} (width {branch.encoder.width}). "
+                f"The branch in {folder} was trained on an encoder with fingerprint {trained_encoder['fingerprint']} (width "
+                f"{trained_encoder['width']}); the one found has {branch.encoder.fingerprint} (width {branch.encoder.width}). "
                 "Put the encoder it was trained on in its place, or train the branch for this one."
             )
         load_bridge(branch.bridge, folder)
@@ -228,6 +214,24 @@ def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality
     if folder is not None and getattr(settings, "encoder", None):
         settings.encoder = _resolved(settings.encoder, folder)
     return modality_class(settings)
+
+
+def bridge_settings(config: BranchConfig, folder: Path | None = None) -> tuple[type[Bridge], Any]:
+    """Returns the class of a branch's bridge and its settings; `folder` is that of a saved branch.
+
+    Raises:
+      PluginError, ConfigError: the bridge is unknown, or its settings are wrong.
+    """
+    name, own = config.modality, plugins.get("modality", config.modality).bridge
+    own_kind = own.get("kind", DEFAULT_BRIDGE)
+    kind = config.bridge.get("kind", own_kind)
+    if not isinstance(kind, str):
+        raise ConfigError(f"{name}.bridge.kind must be the name of a bridge, not {kind!r}.")
+    wanted = {**(own if kind == own_kind else {}), **config.bridge}
+    wanted.pop("kind", None)
+    bridge_class = plugins.get("bridge", kind)
+    settings = configs.build(bridge_class.Config, wanted, where=f"{name}.bridge")
+    return bridge_class, settings if folder is None else bridge_class.resolve(settings, folder)
 
 
 def made_folder(folder: str | Path) -> Path:
@@ -261,6 +265,18 @@ def read_branch_file(folder: Path) -> dict[str, Any]:
     if not isinstance(saved["modality"], str):
         raise BundleError(f"{folder / FILE} is damaged: its modality must be a name, not {saved['modality']!r:.80}.")
     return saved
+
+
+def read_saved(folder: Path) -> tuple[BranchConfig, dict[str, Any], dict[str, Any]]:
+    """Reads a saved branch's config, and the facts of the encoder and of the LLM that it was trained for.
+
+    Raises:
+      BundleError, ConfigError: there is no branch, or its file is damaged.
+    """
+    saved = read_branch_file(folder)
+    saved.pop("xblip", None)
+    encoder, llm = saved.pop("encoder"), saved.pop("llm")
+    return configs.build(BranchConfig, saved, where=str(folder / FILE)), encoder, llm
 
 
 def _resolved(source: str, folder: Path) -> str:

@@ -226,7 +226,10 @@ class QFormerBridge(Bridge):
                 return_tensors="pt",
             ).to(mask.device)
             counts = torch.tensor(rows, device=mask.device)
-            text = {name: encoded[name].repeat_interleave(counts, 0) for name in ("input_ids", "attention_mask")}
+            text = {
+                name: encoded[name].repeat_interleave(counts, 0, output_size=sum(rows))
+                for name in ("input_ids", "attention_mask")
+            }
         queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, **text)
         soft = self.projector(queries[:, : self.config.num_query_tokens])
         return [part.flatten(0, 1) for part in soft.split(rows)]

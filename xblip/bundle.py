@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xblip import config as configs
+from xblip import plugins
 from xblip.branch import Branch, BranchConfig, made_folder, read_branch_file
 from xblip.errors import BundleError, ConfigError
 from xblip.frozen import Encoders
@@ -76,6 +77,18 @@ def read_config(source: str | Path) -> tuple[BundleConfig, Path]:
     elif config.llm.source == LLM:
         raise BundleError(f'The bundle in {file.parent} lacks its folder "{LLM}": copy it again, whole.')
     return config, file
+
+
+def named(name: str | Path) -> str | Path:
+    """Returns the folder of an installed bundle of that name, or the name itself where it is a path or a hub id.
+
+    Raises:
+      PluginError: it is a plain name, and no bundle is called so.
+    """
+    plain = "/" not in str(name) and not os.path.isfile(Path(name, FILE))
+    if plain and (str(name) in plugins.installed() or not os.path.exists(name)):
+        return plugins.get("model", str(name))
+    return name
 
 
 def branches_of(config: BundleConfig, file: Path) -> dict[str, Path | BranchConfig]:

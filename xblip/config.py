@@ -28,7 +28,7 @@ def load_yaml(
       path: the YAML; `base:` in it is a path relative to it.
       overrides: "key.sub=value" each, the value in YAML.
       named: keys that hold mappings of mappings, and the field in which each of these is told its own key, unless it
-        says it itself; so `${branches.image}` knows what it is wherever it is put by {"branches": "modality"}.
+        says it itself; so `${branches.NAME}` knows what it is wherever it is put by {"branches": "modality"}.
 
     Returns:
       Plain dictionaries and lists, interpolations resolved.

@@ -77,7 +77,7 @@ class TrainConfig:
       router: how prompts are laid out.
       training: fields of transformers' `TrainingArguments`.
       generation: generation options for the answers of evaluation.
-      branches: descriptions that `branch` may name, such as `${branches.image}`, where a model config is the base.
+      branches: descriptions that `branch` may name, such as `${branches.NAME}`, where a model config is the base.
       architectures: of that model config too; training needs neither.
     """
 
