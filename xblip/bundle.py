@@ -48,7 +48,7 @@ class BundleConfig:
     """
 
     llm: LLMConfig
-    branches: Any = field(default_factory=list)
+    branches: Any = None
     router: RouterConfig = field(default_factory=RouterConfig)
     generation: dict[str, Any] = field(default_factory=dict)
     architectures: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def branches_of(config: BundleConfig, file: Path) -> dict[str, Path | BranchConf
       BundleError: there is no branch in a folder, or two are of one modality.
       ConfigError: a description is wrong.
     """
-    listed, branches = config.branches, {}
+    listed, branches = config.branches or [], {}
     if isinstance(listed, Mapping):
         for name, branch in listed.items():
             if isinstance(branch, str):
