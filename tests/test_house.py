@@ -30,7 +30,9 @@ LAYERS = [
     {"model"},
     {"export"},
     {"train", "convert_qformer", "convert_transformers"},
-    {"convert", "testing", "scaffold"},
+    {"convert", "testing", "scaffold", "blueprint"},
+    {"dryrun"},
+    {"doctor"},
     {"cli"},
 ]
 MODALITIES = {"image", "video", "audio", "point_cloud"}

@@ -191,7 +191,7 @@ def _placed(branch: BranchConfig, saved: Path | None, places: "_Places") -> Bran
     if qformer := getattr(settings, "qformer", ""):
         bridge["qformer"] = places.of(qformer, f"{name} Q-Former")
     elif getattr(settings, "instruction_aware", False):
-        bridge["tokenizer"] = places.of(settings.tokenizer, f"{name} Q-Former's tokenizer")
+        bridge["tokenizer"] = places.of(settings.tokenizer, f"{name} tokenizer")
     return replace(branch, config=config, bridge=bridge)
 
 
