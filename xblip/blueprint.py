@@ -204,10 +204,11 @@ def _example(branch: BranchConfig, saved: Path | None) -> dict[str, Tensor]:
 def _check_saved(branch: Branch, folder: Path, llm: FrozenLLM) -> None:
     """Checks that a saved branch fits the encoder and the LLM as far as shapes tell."""
     _, encoder, trained = read_saved(folder)
-    for what, width, found in (("an encoder", encoder["width"], branch.encoder.width), ("an LLM", trained["width"], llm.width)):
-        if width != found:
+    widths = {"an encoder": (encoder["width"], branch.encoder.width), "an LLM": (trained["width"], llm.width)}
+    for what, (expected, found) in widths.items():
+        if expected != found:
             raise BundleError(
-                f"The branch in {folder} was trained for {what} of width {width}; the one that is named has {found}. Name "
+                f"The branch in {folder} was trained for {what} of width {expected}; the one that is named has {found}. Name "
                 "the one it was trained for, or train the branch again."
             )
     load_bridge(branch.bridge, folder)

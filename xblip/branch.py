@@ -181,7 +181,7 @@ class Branch(nn.Module):
           BundleError: no branch there, damaged weights, or a branch trained for another LLM or encoder.
         """
         folder = Path(folder)
-        config, trained_encoder, trained = read_saved(folder)
+        config, frozen, trained = read_saved(folder)
         if trained["fingerprint"] != llm.fingerprint:
             raise BundleError(
                 f'The branch in {folder} was trained for the LLM "{trained["source"]}" with fingerprint '
@@ -193,10 +193,10 @@ class Branch(nn.Module):
             branch = cls.build(config, llm_width=llm.width, folder=folder, encoders=encoders)
         except XBlipError as error:
             raise type(error)(f"The branch in {folder} cannot be built. {error}") from error
-        if branch.encoder.fingerprint != trained_encoder["fingerprint"]:
+        if branch.encoder.fingerprint != frozen["fingerprint"]:
             raise BundleError(
-                f"The branch in {folder} was trained on an encoder with fingerprint {trained_encoder['fingerprint']} (width "
-                f"{trained_encoder['width']}); the one found has {branch.encoder.fingerprint} (width {branch.encoder.width}). "
+                f"The branch in {folder} was trained on an encoder with fingerprint {frozen['fingerprint']} (width "
+                f"{frozen['width']}); the one found has {branch.encoder.fingerprint} (width {branch.encoder.width}). "
                 "Put the encoder it was trained on in its place, or train the branch for this one."
             )
         load_bridge(branch.bridge, folder)

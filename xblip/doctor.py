@@ -94,7 +94,9 @@ def accelerators() -> str:
             torch.cuda.init()
         except RuntimeError as error:
             reason = first_line(error).split(". ")[0].rstrip(".")
-            raise RuntimeError(f"torch is built for CUDA {torch.version.cuda}, but finds no device: {reason}.") from error
+            raise RuntimeError(
+                f"torch is built for CUDA {torch.version.cuda}, but finds no device: {reason}."
+            ) from error
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     names = [f"{device.name} ({_size(device.total_memory)})" for device in found]
     names += ["Apple GPU"] if torch.backends.mps.is_available() else []
@@ -143,7 +145,9 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
         network = re.sub(r"(Model|Transformer|For\w+)$", "", part.network)
         dtype = part.dtype.replace("bfloat", "bf").replace("float", "fp")
         table.add_row(part.name, network, *counts, dtype, _size(part.weight_bytes))
-    totals = [f"{sum(counts):,}" for counts in zip(*((part.frozen, part.trained) for part in report.parts), strict=True)]
+    totals = [
+        f"{sum(counts):,}" for counts in zip(*((part.frozen, part.trained) for part in report.parts), strict=True)
+    ]
     table.add_section()
     table.add_row("all", "", *totals, "", _size(report.asking_bytes["weights"]))
     yield table
@@ -165,7 +169,9 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
     cache = asking["keys and values"] + asking["logits"]
     table.add_row("ask", _size(asking["weights"]), "", "", _size(cache), _size(sum(asking.values())))
     for name, way in report.ways.items():
-        table.add_row(f"train {name}", *map(_size, way.training_bytes.values()), "", _size(sum(way.training_bytes.values())))
+        table.add_row(
+            f"train {name}", *map(_size, way.training_bytes.values()), "", _size(sum(way.training_bytes.values()))
+        )
     yield table
     beams = f" by {report.num_beams} beams" if report.num_beams > 1 else ""
     yield (

@@ -244,7 +244,9 @@ def import_torchaudio():
     try:
         import torchaudio
     except (ImportError, OSError, RuntimeError) as cause:
-        built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU, beside which no build for CUDA loads"
+        built_for = (
+            f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU, beside which no build for CUDA loads"
+        )
         raise xblip.PluginError(
             "The modality audio needs torchaudio, which cannot be imported here "
             f"({(str(cause).strip().splitlines() or [type(cause).__name__])[0]}). Install the torchaudio that was "
