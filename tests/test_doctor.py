@@ -291,7 +291,7 @@ def test_a_qformer_for_an_encoder_of_another_width_is_refused(write, tmp_path):
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("encoder", "trained for an encoder of width 99; the one that is named has 16"),
+        ("encoder", "trained for an encoder of width 99; the one named has 16"),
         ("llm", "for an LLM of width 99"),
     ],
 )

@@ -208,7 +208,7 @@ def _check_saved(branch: Branch, folder: Path, llm: FrozenLLM) -> None:
     for what, (expected, found) in widths.items():
         if expected != found:
             raise BundleError(
-                f"The branch in {folder} was trained for {what} of width {expected}; the one that is named has {found}. Name "
+                f"The branch in {folder} was trained for {what} of width {expected}; the one named has {found}. Name "
                 "the one it was trained for, or train the branch again."
             )
     load_bridge(branch.bridge, folder)

@@ -98,7 +98,7 @@ def accelerators() -> str:
                 f"torch is built for CUDA {torch.version.cuda}, but finds no device: {reason}."
             ) from error
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    names = [f"{device.name} ({_size(device.total_memory)})" for device in found]
+    names = [f"{device.name} ({in_units(device.total_memory)})" for device in found]
     names += ["Apple GPU"] if torch.backends.mps.is_available() else []
     return ", ".join(names) or "none: this torch is built for the CPU alone"
 
@@ -144,17 +144,17 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
         counts = [f"{count:,}" if count else "" for count in (part.frozen, part.trained)]
         network = re.sub(r"(Model|Transformer|For\w+)$", "", part.network)
         dtype = part.dtype.replace("bfloat", "bf").replace("float", "fp")
-        table.add_row(part.name, network, *counts, dtype, _size(part.weight_bytes))
+        table.add_row(part.name, network, *counts, dtype, in_units(part.weight_bytes))
     totals = [
         f"{sum(counts):,}" for counts in zip(*((part.frozen, part.trained) for part in report.parts), strict=True)
     ]
     table.add_section()
-    table.add_row("all", "", *totals, "", _size(report.asking_bytes["weights"]))
+    table.add_row("all", "", *totals, "", in_units(report.asking_bytes["weights"]))
     yield table
     table = _table("The way of one input", "input", "as tensors", "features", "soft prompt", f"{FILES} files >")
     for name, way in report.ways.items():
         loaded = "\n".join(f"{key} {_shape(shape)}" for key, shape in way.loaded.items())
-        table.add_row(name, loaded, _shape(way.features), _shape(way.soft_prompt), _size(way.features_bytes))
+        table.add_row(name, loaded, _shape(way.features), _shape(way.soft_prompt), in_units(way.features_bytes))
     about = "about " if report.is_estimate else ""
     yield table
     yield (
@@ -167,10 +167,10 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
     )
     asking = report.asking_bytes
     cache = asking["keys and values"] + asking["logits"]
-    table.add_row("ask", _size(asking["weights"]), "", "", _size(cache), _size(sum(asking.values())))
+    table.add_row("ask", in_units(asking["weights"]), "", "", in_units(cache), in_units(sum(asking.values())))
     for name, way in report.ways.items():
         table.add_row(
-            f"train {name}", *map(_size, way.training_bytes.values()), "", _size(sum(way.training_bytes.values()))
+            f"train {name}", *map(in_units, way.training_bytes.values()), "", in_units(sum(way.training_bytes.values()))
         )
     yield table
     beams = f" by {report.num_beams} beams" if report.num_beams > 1 else ""
@@ -199,7 +199,8 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _size(count: int) -> str:
+def in_units(count: float) -> str:
+    """Bytes in the largest unit that they fill."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"
