@@ -47,6 +47,16 @@ class TestYaml:
         run = write(tmp_path / "run.yaml", "base: bases/second.yaml\nsub: {z: 3}\nlist: [3]\n")
         assert load_yaml(run) == {"a": 1, "sub": {"x": 1, "y": 2, "z": 3}, "list": [3]}
 
+    def test_entries_of_a_mapping_may_be_told_their_own_key(self, tmp_path):
+        text = "parts: {left: {size: 1}, right: {size: 2, side: west}, none: folder, same: '${parts.left}'}\n"
+        write(tmp_path / "base.yaml", text)
+        run = write(tmp_path / "run.yaml", "base: base.yaml\none: ${parts.left}\nparts: {left: {deep: true}}\n")
+        loaded = load_yaml(run, ["one.size=3"], named={"parts": "side"})
+        assert loaded["one"] == {"size": 3, "side": "left", "deep": True}
+        assert loaded["parts"]["left"] == loaded["parts"]["same"] == {"size": 1, "side": "left", "deep": True}
+        assert loaded["parts"]["right"]["side"] == "west" and loaded["parts"]["none"] == "folder"
+        assert "side" not in load_yaml(run)["one"]
+
     def test_overrides_come_last_and_are_yaml(self, tmp_path):
         run = write(tmp_path / "run.yaml", "a: 1\nsub: {x: 1}\n")
         overrides = ["sub.x=[1, two]", "new.deep=true", "rate=1e-4", "a=null", "text='a=b'"]

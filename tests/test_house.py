@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import xblip
-from xblip import config as configs
 from xblip import hookspecs, plugins
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +30,9 @@ LAYERS = [
     {"export"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
-    {"convert", "testing", "scaffold"},
+    {"convert", "testing", "scaffold", "blueprint"},
+    {"dryrun"},
+    {"doctor"},
     {"cli"},
 ]
 MODALITIES = {"image", "video", "audio", "point_cloud"}
@@ -181,10 +182,10 @@ def test_a_training_config_builds_with_toy_parts(path, llm_folder, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_model_config_has_the_schema(path):
-    from xblip.bundle import BundleConfig
+    from xblip.bundle import branches_of, read_config
 
-    config = configs.build(BundleConfig, configs.load_yaml(path), where=path.name)
-    assert config.branches and config.llm.source
+    config, file = read_config(path)
+    assert branches_of(config, file) and config.llm.source
 
 
 def test_no_file_names_a_machine_or_a_registry():

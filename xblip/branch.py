@@ -88,22 +88,12 @@ class Branch(nn.Module):
         """
         name = config.modality
         modality = build_modality(config, folder)
-        modality_class = type(modality)
         if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
         dtype = getattr(torch, config.encoder_dtype)
         encoder = (encoders or Encoders()).build(modality.build_encoder, name=name, dtype=dtype)
-        own_kind = modality_class.bridge.get("kind", DEFAULT_BRIDGE)
-        kind = config.bridge.get("kind", own_kind)
-        if not isinstance(kind, str):
-            raise ConfigError(f"{name}.bridge.kind must be the name of a bridge, not {kind!r}.")
-        wanted = {**(modality_class.bridge if kind == own_kind else {}), **config.bridge}
-        wanted.pop("kind", None)
-        bridge_class = bridge_class or plugins.get("bridge", kind)
-        bridge_settings = configs.build(bridge_class.Config, wanted, where=f"{name}.bridge")
-        if folder is not None:
-            bridge_settings = bridge_class.resolve(bridge_settings, folder)
-        bridge = bridge_class(bridge_settings, encoder_width=encoder.width, llm_width=llm_width)
+        bridge_class, settings = bridge_settings(config, folder, bridge_class)
+        bridge = bridge_class(settings, encoder_width=encoder.width, llm_width=llm_width)
         return cls(config, modality=modality, encoder=encoder, bridge=bridge)
 
     @property
@@ -212,8 +202,8 @@ class Branch(nn.Module):
           BundleError: no branch there, damaged weights, or a branch trained for another LLM or encoder.
         """
         folder = Path(folder)
-        saved = read_branch_file(folder)
-        trained = saved.pop("llm")
+        config, facts = read_saved(folder)
+        trained = facts["llm"]
         if trained["fingerprint"] != llm.fingerprint:
             raise BundleError(
                 f'The branch in {folder} was trained for the LLM "{trained["source"]}" with fingerprint '
@@ -221,27 +211,26 @@ class Branch(nn.Module):
                 f"{llm.fingerprint} (width {llm.width}). Compose it with the LLM it was trained for, or train it for "
                 "this one."
             )
-        return cls.load_parts(folder / FILE, saved, llm_width=llm.width, encoders=encoders)
+        return cls.load_parts(folder / FILE, config, facts, llm_width=llm.width, encoders=encoders)
 
     @classmethod
     def load_parts(
         cls,
         file: Path,
-        saved: dict[str, Any],
+        config: BranchConfig,
+        facts: dict[str, dict[str, Any]],
         *,
         llm_width: int,
         encoders: Encoders | None = None,
         bridge_class: type[Bridge] | None = None,
     ) -> "Branch":
-        """Builds what `save_parts` wrote beside `file`, which holds `saved`; the others are as for `build`.
+        """Builds what `save_parts` wrote beside `file`, of which `read_parts` gave config and facts; see also `build`.
 
         Raises:
           BundleError: damaged weights, or another encoder than it was trained on.
         """
         what, folder = file.stem, file.parent
-        trained = saved.pop("encoder")
-        saved.pop("xblip", None)
-        config = configs.build(BranchConfig, saved, where=str(file))
+        trained = facts["encoder"]
         try:
             branch = cls.build(config, llm_width=llm_width, folder=folder, encoders=encoders, bridge_class=bridge_class)
         except XBlipError as error:
@@ -269,6 +258,26 @@ def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality
     return modality_class(settings)
 
 
+def bridge_settings(
+    config: BranchConfig, folder: Path | None = None, bridge_class: type[Bridge] | None = None
+) -> tuple[type[Bridge], Any]:
+    """Returns the class of a branch's bridge, `bridge_class` if given, and its settings; `folder` is a saved branch's.
+
+    Raises:
+      PluginError, ConfigError: the bridge is unknown, or its settings are wrong.
+    """
+    name, own = config.modality, plugins.get("modality", config.modality).bridge
+    own_kind = own.get("kind", DEFAULT_BRIDGE)
+    kind = config.bridge.get("kind", own_kind)
+    if not isinstance(kind, str):
+        raise ConfigError(f"{name}.bridge.kind must be the name of a bridge, not {kind!r}.")
+    wanted = {**(own if kind == own_kind else {}), **config.bridge}
+    wanted.pop("kind", None)
+    bridge_class = bridge_class or plugins.get("bridge", kind)
+    settings = configs.build(bridge_class.Config, wanted, where=f"{name}.bridge")
+    return bridge_class, settings if folder is None else bridge_class.resolve(settings, folder)
+
+
 def made_folder(folder: str | Path) -> Path:
     """Makes a folder to write into, if it is not there.
 
@@ -284,8 +293,12 @@ def made_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def read_branch_file(folder: Path) -> dict[str, Any]:
-    """Reads `branch.yaml`; a `BundleError` says what is missing."""
+def read_saved(folder: Path) -> tuple[BranchConfig, dict[str, dict[str, Any]]]:
+    """Reads a saved branch's config, and the facts of the "encoder" and of the "llm" that it was trained for.
+
+    Raises:
+      BundleError, ConfigError: there is no branch, or its file is damaged.
+    """
     if not (folder / FILE).is_file():
         raise BundleError(
             f"There is no branch in {folder.resolve()}: it lacks {FILE}. Give the folder that training wrote."
@@ -293,12 +306,18 @@ def read_branch_file(folder: Path) -> dict[str, Any]:
     return read_parts(folder / FILE, llm={"fingerprint", "width", "source"})
 
 
-def read_parts(file: Path, **needed: set[str]) -> dict[str, Any]:
-    """Reads what describes a branch or the like; a `BundleError` says what is missing.
+def read_parts(file: Path, **needed: set[str]) -> tuple[BranchConfig, dict[str, dict[str, Any]]]:
+    """Reads what describes a branch or the like.
 
     Args:
       file: a YAML that holds what `Branch.save_parts` gave.
-      needed: other parts that must be there, each with the keys that must be in it.
+      needed: facts that must be there beside the "encoder"'s, each with the keys that must be in it.
+
+    Returns:
+      The config, and the facts.
+
+    Raises:
+      BundleError, ConfigError: the file is damaged.
     """
     saved = configs.load_yaml(file)
     needed = {"encoder": {"fingerprint", "width"}, **needed}
@@ -310,7 +329,9 @@ def read_parts(file: Path, **needed: set[str]) -> dict[str, Any]:
         raise BundleError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}.")
     if not isinstance(saved["modality"], str):
         raise BundleError(f"{file} is damaged: its modality must be a name, not {saved['modality']!r:.80}.")
-    return saved
+    saved.pop("xblip", None)
+    facts = {part: saved.pop(part) for part in needed}
+    return configs.build(BranchConfig, saved, where=str(file)), facts
 
 
 def _resolved(source: str, folder: Path) -> str:

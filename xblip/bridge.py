@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from xblip.config import at_least
 from xblip.errors import BundleError, ConfigError, InputError
 from xblip.hookspecs import hookimpl
-from xblip.loading import LOADING_ERRORS, why_not_loaded
+from xblip.loading import LOADING_ERRORS, load_weights, why_not_loaded
 from xblip.modality import Features
 from xblip.qformer import KeysValues, QFormer, QFormerConfig
 
@@ -232,7 +232,10 @@ class QFormerBridge(Bridge):
         text = {}
         if texts is not None:
             counts = torch.tensor(rows, device=mask.device)
-            text = {name: part.repeat_interleave(counts, 0) for name, part in self.tokenize(texts).items()}
+            text = {
+                name: part.repeat_interleave(counts, 0, output_size=sum(rows))
+                for name, part in self.tokenize(texts).items()
+            }
         queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, **text)
         return queries[:, : self.config.num_query_tokens]
 
@@ -307,7 +310,10 @@ class MLPBridge(_TokenwiseBridge):
 
 
 def share(bridges: Iterable[Bridge]) -> None:
-    """Lets bridges of one kind hold their `shared` parts once in memory, where all of their weights are equal."""
+    """Lets bridges of one kind hold their `shared` parts once in memory, where all of their weights are equal.
+
+    Those of skeletons count as equal, since they have no values.
+    """
     kept: list[Bridge] = []
     for bridge in bridges:
         same = next((other for other in kept if other.name == bridge.name and _share_weights(bridge, other)), None)
@@ -330,13 +336,13 @@ def _share_weights(left: Bridge, right: Bridge) -> bool:
 
 def _are_equal(left: Tensor, right: Tensor) -> bool:
     facts = [(weight.dtype, weight.device, weight.requires_grad) for weight in (left, right)]
-    return facts[0] == facts[1] and torch.equal(left, right)
+    return facts[0] == facts[1] and (left.is_meta or torch.equal(left, right))
 
 
 def load_bridge(
     bridge: Bridge, folder: str | Path, *, without: Callable[[str], bool] | None = None, what: str = "branch"
 ) -> None:
-    """Loads a bridge's weights; every key must be there, and no other.
+    """Loads a bridge's weights; every key must be there, and no other. A skeleton's are compared by name and shape.
 
     Args:
       bridge: to load into.
@@ -348,13 +354,14 @@ def load_bridge(
       BundleError: the file is missing or damaged, or its keys or shapes are another bridge's.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     path = Path(folder, WEIGHTS)
     if not path.is_file():
         raise BundleError(f"The {what} in {folder} lacks its weights, {WEIGHTS}.")
     try:
-        loaded = load_file(path)
+        loaded = load_weights(path)
+        if not loaded and next(bridge.parameters()).is_meta:
+            return  # an empty file stands in for weights that are not here
         if without:
             kept = {name: value for name, value in bridge.state_dict().items() if without(name)}
             loaded = kept | {name: value for name, value in loaded.items() if not without(name)}

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xblip import config as configs
-from xblip.branch import Branch, made_folder, read_branch_file
-from xblip.errors import BundleError
+from xblip import plugins
+from xblip.branch import Branch, BranchConfig, made_folder, read_saved
+from xblip.errors import BundleError, ConfigError
 from xblip.frozen import Encoders
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.router import RouterConfig
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from xblip.model import XBlip
 
 FILE = "config.yaml"
+BRANCHES = {"branches": "modality"}
+"""Where configs describe branches, whose keys name their modality."""
 LLM = "llm"
 KEPT_OPTIONS = ("attn_implementation", "subfolder", "variant")
 """Loading options of the LLM that are saved; others are of a machine (device_map) or a person (token)."""
@@ -32,22 +35,34 @@ KEPT_OPTIONS = ("attn_implementation", "subfolder", "variant")
 
 @dataclass
 class BundleConfig:
-    """A bundle's `config.yaml`; `branches` are folders in the bundle, or elsewhere."""
+    """A bundle's `config.yaml`, or a model config.
+
+    Attributes:
+      llm: its source may be a folder beside the file.
+      branches: folders of branches, from the file's folder on; or each modality's by its name, where a description (the
+        fields of `BranchConfig`) may stand in the place of a folder. Paths in a description start at the working
+        directory, as in a training config.
+      router: how prompts are laid out.
+      generation: default generation options.
+      architectures: what a source holds that may not be here, see `xblip.blueprint`.
+    """
 
     llm: LLMConfig
-    branches: list[str] = field(default_factory=list)
+    branches: Any = None
     router: RouterConfig = field(default_factory=RouterConfig)
     generation: dict[str, Any] = field(default_factory=dict)
+    architectures: dict[str, Any] = field(default_factory=dict)
 
 
-def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a bundle's folder or hub id, or a model config (YAML of the same form).
+def read_config(source: str | Path) -> tuple[BundleConfig, Path]:
+    """Reads the config of a bundle's folder or hub id, or a model config (YAML of the same form).
 
     Returns:
-      The arguments of `XBlip.compose`.
+      The config, and the file it comes from.
 
     Raises:
       BundleError: there is no bundle.
+      ConfigError: the file is wrong.
     """
     path = Path(source)
     if not os.path.exists(path):
@@ -55,24 +70,81 @@ def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise BundleError(f"There is no bundle in {path}: it lacks {FILE}. Give a folder written by save_pretrained.")
-    config = configs.build(BundleConfig, configs.load_yaml(file), where=file.name)
-    folder = file.parent
-    inside = folder / config.llm.source
+    config = configs.build(BundleConfig, configs.load_yaml(file, named=BRANCHES), where=file.name)
+    inside = file.parent / config.llm.source
     if inside.is_dir():
         config.llm.source = str(inside)
     elif config.llm.source == LLM:
-        raise BundleError(f'The bundle in {folder} lacks its folder "{LLM}": copy it again, whole.')
+        raise BundleError(f'The bundle in {file.parent} lacks its folder "{LLM}": copy it again, whole.')
+    return config, file
+
+
+def named(name: str | Path) -> str | Path:
+    """Returns the folder of an installed bundle of that name, or the name itself where it is a path or a hub id.
+
+    Raises:
+      PluginError: it is a plain name, and no bundle is called so.
+    """
+    plain = "/" not in str(name) and not os.path.isfile(Path(name, FILE))
+    if plain and (str(name) in plugins.installed() or not os.path.exists(name)):
+        return plugins.get("model", str(name))
+    return name
+
+
+def branches_of(config: BundleConfig, file: Path) -> dict[str, Path | BranchConfig]:
+    """Returns each modality's branch: the folder that holds it, or its description.
+
+    Raises:
+      BundleError: there is no branch in a folder, or two are of one modality.
+      ConfigError: a description is wrong.
+    """
+    listed, branches = config.branches or [], {}
+    if isinstance(listed, Mapping):
+        for name, branch in listed.items():
+            if isinstance(branch, str):
+                branches[name] = file.parent / branch
+                continue
+            branches[name] = configs.build(BranchConfig, branch, where=f"branches.{name}")
+            if branches[name].modality != name:
+                raise ConfigError(
+                    f'branches.{name} describes a branch of "{branches[name].modality}": let its key name its modality.'
+                )
+        return branches
+    if not isinstance(listed, list) or not all(isinstance(folder, str) for folder in listed):
+        raise ConfigError(
+            f"{file}: branches must be a list of folders, or name each modality's folder or description, not {listed!r:.80}."
+        )
+    for branch in (file.parent / name for name in listed):
+        name = read_saved(branch)[0].modality
+        if name in branches:
+            raise BundleError(f'{file} lists two branches of "{name}": {branches[name]} and {branch}. Remove one.')
+        branches[name] = branch
+    return branches
+
+
+def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a bundle's folder or hub id, or a model config.
+
+    Returns:
+      The arguments of `XBlip.compose`.
+
+    Raises:
+      BundleError: there is no bundle, or a branch that is only described.
+    """
+    config, file = read_config(source)
     options = dict(llm_options)
     dtype = options.pop("dtype", options.pop("torch_dtype", config.llm.dtype))
     config.llm.dtype = str(dtype).removeprefix("torch.")
     config.llm.revision = options.pop("revision", config.llm.revision)
     config.llm.options.update(options)
-    branches: dict[str, Path] = {}
-    for branch in (folder / name for name in config.branches):
-        name = read_branch_file(branch)["modality"]
-        if name in branches:
-            raise BundleError(f'{file} lists two branches of "{name}": {branches[name]} and {branch}. Remove one.')
-        branches[name] = branch
+    branches = branches_of(config, file)
+    for name, branch in branches.items():
+        if isinstance(branch, BranchConfig):
+            raise BundleError(
+                f'{file} only describes its branch "{name}". Train it (`xblip train` on a config with `base: {file.name}` '
+                f"and `branch: ${{branches.{name}}}`) or convert published weights (`xblip convert`), then name its folder "
+                "in the description's place."
+            )
     return {
         "llm": config.llm,
         "branches": branches,

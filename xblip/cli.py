@@ -1,10 +1,11 @@
-"""The command line: ask, chat, train, convert, plugins, check, new.
+"""The command line: ask, chat, train, convert, doctor, plugins, check, new.
 
 Options for inputs come from the installed plugins (`--image`, `--point-cloud`, ...), so a third party's modality is
 there as soon as it is installed; they are read from the raw arguments, since their order is the order of the prompt.
 Nothing heavy is imported before a command runs.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -163,6 +164,27 @@ def convert(
         raise InputError(f'Bundles are converted to "transformers", not to "{to}".')
     wanted = Wanted(only=only, llm=llm, encoder=encoder, tokenizer=tokenizer, qformer=qformer, cue=cue)
     print(f"wrote {folder}: {(export if to else run)(source, folder, wanted)}")
+
+
+@app.command()
+def doctor(
+    config: Annotated[str, typer.Argument(help="A model or training config, or a bundle; none: the environment.")] = "",
+    batch_size: Annotated[int | None, typer.Option(help="Samples at once; that of a training config, or 1.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of LLM and encoders; what the config says unless given.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Say what loads here, and of a config its shapes, parameters, memory and missing files, before any download."""
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
+    from xblip.doctor import environment, environment_table, examine, report_tables
+
+    checks = environment()
+    report = examine(config, batch_size=batch_size, dtype=dtype) if config else None
+    if as_json:
+        found = {"environment": [vars(check) for check in checks]}
+        print(json.dumps(found | ({"config": dataclasses.asdict(report)} if report else {}), indent=2))
+        return
+    for shown in (environment_table(checks), *(report_tables(report) if report else ())):
+        Console(highlight=False).print(shown)
 
 
 @app.command("plugins")

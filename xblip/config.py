@@ -19,12 +19,16 @@ from xblip.errors import ConfigError, suggest
 T = TypeVar("T")
 
 
-def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_yaml(
+    path: str | Path, overrides: Sequence[str] = (), *, named: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Reads a YAML with its bases and overrides.
 
     Args:
       path: the YAML; `base:` in it is a path relative to it.
       overrides: "key.sub=value" each, the value in YAML.
+      named: keys that hold mappings of mappings, and the field in which each of these is told its own key, unless it
+        says it itself; so `${branches.NAME}` knows what it is wherever it is put by {"branches": "modality"}.
 
     Returns:
       Plain dictionaries and lists, interpolations resolved.
@@ -32,7 +36,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     Raises:
       ConfigError: a file is missing, does not parse or names itself as its base, or an override is malformed.
     """
-    merged = _read(Path(path), seen=())
+    merged = _read(Path(path), named or {}, seen=())
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(
@@ -45,7 +49,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise ConfigError(f"Cannot use {path}: {_flat(cause)}") from cause
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+def _read(path: Path, named: Mapping[str, str], seen: tuple[Path, ...]) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f'No config file at "{path}". Check the path; relative ones start at {Path.cwd()}.')
     if path.resolve() in seen:
@@ -56,12 +60,16 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"{path} is not a valid YAML file: {_flat(cause)}") from cause
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path} holds a list or a single value; expected keys with values.")
+    for key, parts in config.items_ex(resolve=False):
+        for name, part in parts.items_ex(resolve=False) if key in named and isinstance(parts, DictConfig) else ():
+            if isinstance(part, DictConfig):
+                part.setdefault(named[key], name)
     base = config.pop("base", None)
     if base is None:
         return config
     if not isinstance(base, str):
         raise ConfigError(f"{path}: `base` must be the path of one config, not {base!r}.")
-    below = _read(path.parent / base, (*seen, path.resolve()))
+    below = _read(path.parent / base, named, (*seen, path.resolve()))
     try:
         return OmegaConf.merge(below, config)
     except (OmegaConfBaseException, TypeError) as cause:

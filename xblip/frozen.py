@@ -150,12 +150,16 @@ def fingerprint(module: nn.Module) -> str:
     """Identifies a network by its tensors' names, shapes and values, 16 hexadecimal digits.
 
     Large tensors contribute 512 evenly spaced values each, so that gigabytes take no time; any training changes them.
+    Those of a skeleton have no values: which memory they would share tells two skeletons apart.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            digest.update(str(tensor.untyped_storage()._cdata).encode())
+            continue
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // 512)
         values = flat[::step].cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

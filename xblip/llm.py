@@ -298,10 +298,10 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def _fingerprint(model: Any, tokenizer: Any, config: LLMConfig) -> str:
-    """Of the stored weights when there are files, so that dtype and quantisation do not matter."""
+    """Of the stored weights when there are files, so that dtype and quantisation do not matter; not of a skeleton."""
     digest = hashlib.sha256()
     folder = Path(config.source) if Path(config.source).is_dir() else _cached_folder(model, config.source)
-    files = _weight_files(folder) if folder else []
+    files = _weight_files(folder) if folder and not model.get_input_embeddings().weight.is_meta else []
     digest.update((_file_fingerprint(files) if files else fingerprint(model)).encode())
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest.update(repr(vocabulary).encode())

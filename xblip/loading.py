@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
 """What transformers raises for files that are damaged or missing, and for options it does not know."""
@@ -35,7 +35,7 @@ def kept_models() -> dict[str, nn.Module]:
 
 @contextmanager
 def skeletons() -> Iterator[None]:
-    """Lets `load_model` read configs alone: its models have all shapes and no weights, on the meta device."""
+    """Lets `load_model` and `load_weights` read configs and shapes alone, and build everything on the meta device."""
     token = _SKELETONS.set(True)
     try:
         with torch.device("meta"):
@@ -61,12 +61,28 @@ def load_model(model_class: Any, source: str, config: Any, **options: Any) -> tu
     """
     if _SKELETONS.get():
         build = getattr(model_class, "from_config", None) or model_class._from_config
-        return build(config), set(), set()
+        dtype = options.get("dtype", "auto")
+        return build(config, **({} if dtype == "auto" else {"dtype": dtype})), set(), set()
     model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if info["mismatched_keys"]:
         name, found, expected = min(info["mismatched_keys"], key=str)
         raise ValueError(f"{name} has the shape {tuple(found)}, and config.json says {tuple(expected)}.")
     return model, set(info["missing_keys"]), set(info["unexpected_keys"])
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file; inside of `skeletons` its names and shapes alone.
+
+    Raises:
+      SafetensorError: the file is damaged.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    if not _SKELETONS.get():
+        return load_file(path)
+    with safe_open(path, framework="pt") as tensors:
+        return {name: torch.empty(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def first_line(error: BaseException) -> str:

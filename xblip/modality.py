@@ -10,7 +10,7 @@ tokens, T text tokens, D_enc / D_q / D_llm widths.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -109,6 +109,15 @@ class Modality(ABC):
           BundleError: it is one, but weights are missing or of other shapes.
         """
         return False
+
+    @classmethod
+    def diagnose(cls) -> dict[str, Callable[[], str]]:
+        """Says what the modality needs beside Python code, for `xblip doctor`; nothing, unless overridden.
+
+        Returns:
+          By name, a call that loads it and gives its version, or raises why it does not load.
+        """
+        return {}
 
     @classmethod
     def example(cls, folder: Path) -> "Example":

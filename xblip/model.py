@@ -5,7 +5,6 @@ per sample by the router, and run through the LLM together; a sample gets in a b
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,7 +318,4 @@ def load(name: str | Path, **llm_options: Any) -> XBlip:
     Raises:
       PluginError, BundleError: there is none of that name, or it is damaged.
     """
-    plain = "/" not in str(name) and not os.path.isfile(Path(name, bundle.FILE))
-    if plain and (str(name) in plugins.installed() or not os.path.exists(name)):
-        name = plugins.get("model", str(name))
-    return XBlip.from_pretrained(name, **llm_options)
+    return XBlip.from_pretrained(bundle.named(name), **llm_options)

@@ -111,7 +111,7 @@ class Retriever(nn.Module):
                 f"There is no retriever in {file.parent.resolve()}: it lacks {FILE}. Give a folder that "
                 "`xblip convert` or save_pretrained wrote."
             )
-        return cls(Branch.load_parts(file, read_parts(file), llm_width=0, bridge_class=RetrievalBridge)).eval()
+        return cls(Branch.load_parts(file, *read_parts(file), llm_width=0, bridge_class=RetrievalBridge)).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder with the encoder (named if it is on a hub), the Q-Former with its heads, and its tokenizer.

@@ -198,14 +198,14 @@ class Router:
             for row in rows
         ]
         side = "right" if apart or answers is not None else "left"
-        lengths = torch.tensor([row.shape[0] for row in embeds], device=embedded.device)
-        positions = torch.arange(int(lengths.max()), device=embedded.device)[None]
+        lengths = [row.shape[0] for row in embeds]
+        positions = torch.arange(max(lengths), device=embedded.device)[None]
         if side == "left":
             positions = positions.flip(1)
-        mask = (positions < lengths[:, None]).long()
+        mask = (positions < torch.tensor(lengths, device=embedded.device)[:, None]).long()
         batch = PromptBatch(torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side=side), mask)
         if answers is not None:
-            batch.labels = _labels(spoken, mask, beside_prompt=not apart)
+            batch.labels = _labels(spoken, None if apart else lengths, embedded.device)
         return batch
 
     def _answer_ids(self, answer: str) -> list[int]:
@@ -258,15 +258,12 @@ class Router:
             )
 
 
-def _labels(answers: Sequence[list[int]], mask: Tensor, *, beside_prompt: bool) -> Tensor:
-    """The answers' ids, where `beside_prompt` at the ends of the rows of `mask`, and -100 elsewhere."""
-    rows = [torch.tensor(answer, device=mask.device) for answer in answers]
-    if not beside_prompt:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
-    labels = torch.full_like(mask, IGNORE)
-    for row, answer, end in zip(labels, rows, mask.sum(1).tolist(), strict=True):
-        row[end - len(answer) : end] = answer
-    return labels
+def _labels(answers: Sequence[list[int]], ends: Sequence[int] | None, device: torch.device) -> Tensor:
+    """The answers' ids, each where its row `ends`, and -100 elsewhere; from the start of the row without `ends`."""
+    ends = [len(answer) for answer in answers] if ends is None else ends
+    rows = [[IGNORE] * (end - len(answer)) + answer for answer, end in zip(answers, ends, strict=True)]
+    rows = [torch.tensor(row, device=device) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 
 def _unmarked(text: str) -> str:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from xblip import config as configs
 from xblip.branch import Branch, BranchConfig, build_modality, load_bridge, made_folder
+from xblip.bundle import BRANCHES
 from xblip.data import Manifest, collate_samples
 from xblip.errors import BundleError, ConfigError, XBlipError, suggest
 from xblip.features import keep_features
@@ -76,6 +77,8 @@ class TrainConfig:
       router: how prompts are laid out.
       training: fields of transformers' `TrainingArguments`.
       generation: generation options for the answers of evaluation.
+      branches: descriptions that `branch` may name, such as `${branches.NAME}`, where a model config is the base.
+      architectures: of that model config too; training needs neither.
     """
 
     llm: LLMConfig
@@ -85,6 +88,8 @@ class TrainConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     training: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    branches: Any = None
+    architectures: dict[str, Any] = field(default_factory=dict)
 
 
 class BranchTrainer(Trainer):
@@ -292,7 +297,7 @@ def _refusing() -> Iterator[None]:
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a training config; paths in it start at the working directory."""
-    return configs.build(TrainConfig, configs.load_yaml(path, overrides), where="config")
+    return configs.build(TrainConfig, configs.load_yaml(path, overrides, named=BRANCHES), where="config")
 
 
 def parts_table(model: XBlip) -> Table:

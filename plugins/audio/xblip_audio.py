@@ -5,6 +5,7 @@ squeezed or cut to a fixed length. What the encoders are and how each is given i
 `xblip_audio_encoders`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -98,6 +99,26 @@ class Audio(xblip.Modality):
         from xblip_beats_convert import convert_beats
 
         return convert_beats(checkpoint, folder)
+
+    @classmethod
+    def diagnose(cls) -> dict[str, Callable[[], str]]:
+        """Needs torchaudio for features, and soundfile and PyAV's FFmpeg to decode."""
+
+        def libsndfile() -> str:
+            import soundfile
+
+            return f"{soundfile.__libsndfile_version__} by {soundfile.__version__}"
+
+        def ffmpeg() -> str:
+            import av
+
+            return f"{av.ffmpeg_version_info} by {av.__version__}"
+
+        return {
+            "torchaudio": lambda: import_torchaudio().__version__,
+            "libsndfile, by soundfile": libsndfile,
+            "FFmpeg, by PyAV": ffmpeg,
+        }
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:
@@ -223,10 +244,13 @@ def import_torchaudio():
     try:
         import torchaudio
     except (ImportError, OSError, RuntimeError) as cause:
+        built_for = (
+            f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU, beside which no build for CUDA loads"
+        )
         raise xblip.PluginError(
             "The modality audio needs torchaudio, which cannot be imported here "
             f"({(str(cause).strip().splitlines() or [type(cause).__name__])[0]}). Install the torchaudio that was "
-            f"built for torch {torch.__version__}; other modalities work without it."
+            f"built for torch {torch.__version__} ({built_for}); other modalities work without it."
         ) from cause
     return torchaudio
 

@@ -5,6 +5,7 @@ beside the encoder.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,17 @@ class Image(xblip.Modality):
         from xblip_image_convert import convert
 
         return convert(checkpoint, folder)
+
+    @classmethod
+    def diagnose(cls) -> dict[str, Callable[[], str]]:
+        """Needs Pillow."""
+
+        def pillow() -> str:
+            import PIL
+
+            return PIL.__version__
+
+        return {"Pillow": pillow}
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:

@@ -5,6 +5,7 @@ chance: a mesh is sampled on its surface by a generator of fixed seed, a large c
 point sampling. Equal files therefore give equal features, which is what allows them to be cached.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from xblip_point_files import SUFFIXES, Shape, check, from_array, read_file
+from xblip_point_files import SUFFIXES, Shape, check, from_array, open3d_version, read_file
 
 import xblip
 
@@ -114,6 +115,11 @@ class PointCloud(xblip.Modality):
         from xblip_point_convert import convert
 
         return convert(checkpoint, folder)
+
+    @classmethod
+    def diagnose(cls) -> dict[str, Callable[[], str]]:
+        """Needs open3d with the libusb that it links to, for formats other than .ply, .pcd, .xyz, .npy and .npz."""
+        return {"open3d, with libusb": open3d_version}
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:

@@ -192,6 +192,21 @@ def _check_member(archive: zipfile.ZipFile, name: str, label: str, max_points: i
         raise ValueError(f"its array declares {declared} bytes, but {there} are there")
 
 
+def open3d_version() -> str:
+    """Imports open3d in a process of its own and returns its version.
+
+    Raises:
+      PluginError: it cannot be imported.
+    """
+    program = "from xblip_point_open3d import import_open3d; print(import_open3d().__version__)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=Path(__file__).parent)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        raise xblip.PluginError(f"{reason.rstrip('.')}. Install open3d-cpu (Linux on x86-64) or open3d.")
+    return done.stdout.strip().splitlines()[-1]
+
+
 def _read_with_open3d(path: Path, label: str, timeout_seconds: float) -> Shape:
     program = Path(__file__).with_name("xblip_point_open3d.py")
     with tempfile.TemporaryDirectory() as folder:

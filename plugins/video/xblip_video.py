@@ -6,7 +6,7 @@ gives the same pictures in training and in use, and with either reader.
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,22 @@ class Video(xblip.Modality):
                 f"{takes}{owner}. Choose a VideoMAE, ViViT or TimeSformer, or any encoder of pictures."
             )
         return encoder
+
+    @classmethod
+    def diagnose(cls) -> dict[str, Callable[[], str]]:
+        """Needs PyAV, which brings FFmpeg, or decord."""
+
+        def ffmpeg() -> str:
+            import av
+
+            return f"{av.ffmpeg_version_info} by {av.__version__}"
+
+        def decord() -> str:
+            import decord
+
+            return decord.__version__
+
+        return {"FFmpeg, by PyAV": ffmpeg, "decord": decord}
 
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:

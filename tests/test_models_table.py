@@ -1,0 +1,50 @@
+"""docs/models.md: its tables are what the doctor says, of every config, in little time."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+
+from xblip.doctor import examine
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs" / "model").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("models_table", ROOT / "docs" / "models_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines() -> list[str]:
+    return (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_config_is_told_of(table):
+    text = "\n".join(lines())
+    assert not [path.stem for path in CONFIGS if f"`{path.stem}`" not in text]
+
+
+def test_the_row_of_a_small_config_is_what_the_doctor_says(table):
+    path = ROOT / "configs" / "model" / "numerals.yaml"
+    assert table._overview("numerals", examine(path)) in lines()
+
+
+@pytest.mark.slow
+def test_every_config_passes_quickly_and_the_tables_are_up_to_date(table):
+    found = {}
+    for path in CONFIGS:
+        started = time.monotonic()
+        found[path.stem] = examine(path)
+        assert time.monotonic() - started < 30, path.stem
+        assert found[path.stem].ways and found[path.stem].logits
+    for line in table.tables(found).splitlines():
+        assert line in lines(), "run python docs/models_table.py"
+    for config, name, published, source, why in table.PUBLISHED:
+        (part,) = [part for part in found[config].parts if part.name == name]
+        if source == table.CODE and not why:
+            assert f"{part.frozen + part.trained:,}" == published
