@@ -87,7 +87,7 @@ def test_a_bert_that_is_not_whole_is_refused(tmp_path):
         with pytest.raises(BundleError) as raised:
             convert(tmp_path / "bert", tmp_path / "out")
         assert str(raised.value) == (
-            f"The bridge in {tmp_path}/bert is not whole, or another version's: qformer.{missing} is missing. {AGAIN}"
+            f"The BERT in {tmp_path}/bert is not whole, or another version's: qformer.{missing} is missing. {AGAIN}"
         )
 
 

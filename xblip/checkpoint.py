@@ -7,7 +7,7 @@ are mapped into memory, so that naming a checkpoint of gigabytes costs nothing.
 import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -73,6 +73,45 @@ class Checkpoint:
                 f"{self.path} holds {len(forgotten)} weights that have no place here, among them {forgotten[0]}: it is "
                 "not what it was taken for, or another version of it."
             )
+
+    def check_fit(
+        self,
+        weights: Mapping[str, Tensor],
+        expected: Mapping[str, Tensor],
+        *,
+        what: str,
+        advice: str = "Copy it again, or choose a published one.",
+        may_lack: Sequence[str] = (),
+    ) -> list[str]:
+        """Compares weights that were taken with the names and shapes that are expected.
+
+        Args:
+          weights: to fit.
+          expected: to be filled, on any device.
+          what: they are said to be, for the message.
+          advice: what to do if they are not.
+          may_lack: parts of names that the checkpoint does not know, and that start afresh.
+
+        Returns:
+          The names that start afresh.
+
+        Raises:
+          BundleError: another name is missing, one is too many, or a shape differs.
+        """
+        fresh = [name for name in expected if name not in weights and any(part in name for part in may_lack)]
+        faults = [f"{name} is missing" for name in expected if name not in weights and name not in fresh]
+        faults += [f"{name} has no place" for name in weights if name not in expected]
+        faults += [
+            f"{name} has shape {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
+            for name, value in weights.items()
+            if name in expected and value.shape != expected[name].shape
+        ]
+        if faults:
+            more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise BundleError(
+                f"{what} in {self.path} is not whole, or another version's: {'; '.join(faults[:3])}{more}. {advice}"
+            )
+        return fresh
 
 
 class _Folder(Mapping):

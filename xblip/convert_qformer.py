@@ -13,7 +13,7 @@ from xblip.branch import Branch, BranchConfig, made_folder
 from xblip.bridge import TOKENIZER, WEIGHTS
 from xblip.checkpoint import Checkpoint
 from xblip.errors import BundleError, ConfigError
-from xblip.lavis import STAGE_ONE, Published, fit, named, published, renamed, rows, sizes, skeleton, with_qformer
+from xblip.lavis import STAGE_ONE, Published, named, published, renamed, rows, sizes, skeleton, with_qformer
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.loading import LOADING_ERRORS, why_not_loaded
 from xblip.qformer import QFormer, QFormerConfig
@@ -68,7 +68,7 @@ def from_lavis(checkpoint: Checkpoint, found: set[str], folder: Path, wanted: Wa
         known = rows(checkpoint.path, bridge.weights, "qformer.embeddings.word_embeddings.weight")
         bridge.settings["tokenizer"] = _save_tokenizer(wanted.tokenizer, folder, known)
     may_lack = ("projector.",) if any(name.startswith(STAGE_ONE) for name in checkpoint.tensors) else ()
-    fresh = fit(checkpoint.path, bridge.weights, skeleton(bridge).state_dict(), may_lack=may_lack)
+    fresh = checkpoint.check_fit(bridge.weights, skeleton(bridge).state_dict(), what="The bridge", may_lack=may_lack)
     checkpoint.fresh.update(dict.fromkeys(fresh, FRESH))
     if not wanted.llm:
         return save_initial(checkpoint, bridge.settings, bridge.weights, folder)
@@ -171,12 +171,12 @@ def from_bert(checkpoint: Checkpoint, folder: Path) -> str:
     The query positions' feed-forward is copied from the text's, as BLIP-2 does; cross-attention is not there.
     """
     weights = bert_weights(checkpoint)
-    settings = sizes(checkpoint.path, weights)
-    vocabulary = rows(checkpoint.path, weights, "qformer.embeddings.word_embeddings.weight")
+    settings = sizes(checkpoint.path, weights, what="The BERT")
+    vocabulary = rows(checkpoint.path, weights, "qformer.embeddings.word_embeddings.weight", what="The BERT")
     with torch.device("meta"):
         qformer = QFormer(QFormerConfig(encoder_width=1, vocab_size=vocabulary, **settings))
     expected = named("qformer.", qformer.state_dict())
-    fresh = fit(checkpoint.path, weights, expected, may_lack=(".crossattention.",))
+    fresh = checkpoint.check_fit(weights, expected, what="The BERT", may_lack=(".crossattention.",))
     checkpoint.fresh.update(dict.fromkeys([*fresh, "query_tokens", "layer_norm", "projector"], FRESH))
     return save_initial(checkpoint, settings, weights, folder)
 

@@ -5,7 +5,7 @@ which left a layer norm of its own 13B model at its initial values, unnoticed.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def _pooled(path: Path, weights: dict[str, Tensor]) -> Published:
     return Published("pooled_linear", settings, weights, width, outer // queries if hidden == 1 else outer)
 
 
-def sizes(path: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
+def sizes(path: Path, weights: Mapping[str, Tensor], *, what: str = "The bridge") -> dict[str, int]:
     """Reads a Q-Former's settings off its weights, whose attention heads are 64 wide as in all published ones.
 
     Raises:
@@ -172,12 +172,12 @@ def sizes(path: Path, weights: Mapping[str, Tensor]) -> dict[str, int]:
     reading = sorted(
         int(name.split(".")[3]) for name in weights if name.endswith(".crossattention.attention.key.weight")
     )
-    hidden = rows(path, weights, "qformer.encoder.layer.0.attention.attention.query.weight")
+    hidden = rows(path, weights, "qformer.encoder.layer.0.attention.attention.query.weight", what=what)
     found = {
         "hidden_size": hidden,
         "num_hidden_layers": max(layers) + 1,
         "num_attention_heads": max(1, hidden // 64),
-        "intermediate_size": rows(path, weights, "qformer.encoder.layer.0.intermediate_query.dense.weight"),
+        "intermediate_size": rows(path, weights, "qformer.encoder.layer.0.intermediate_query.dense.weight", what=what),
     }
     if len(reading) > 1:
         found["cross_attention_frequency"] = reading[1] - reading[0]
@@ -194,48 +194,13 @@ def skeleton(bridge: Published) -> Bridge:
         return bridge_class(settings, encoder_width=bridge.encoder_width, llm_width=bridge.llm_width or 1)
 
 
-def fit(
-    path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, may_lack: Sequence[str] = ()
-) -> list[str]:
-    """Compares weights with the names and shapes that are expected.
-
-    Args:
-      path: where they come from.
-      weights: to fit.
-      expected: to be filled, on any device.
-      may_lack: parts of names that the checkpoint does not know, and that start afresh.
-
-    Returns:
-      The names that start afresh.
-
-    Raises:
-      BundleError: another name is missing, one is too many, or a shape differs.
-    """
-    fresh = [name for name in expected if name not in weights and any(part in name for part in may_lack)]
-    faults = [f"{name} is missing" for name in expected if name not in weights and name not in fresh]
-    faults += [f"{name} has no place" for name in weights if name not in expected]
-    faults += [
-        f"{name} has shape {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-        for name, value in weights.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    if faults:
-        raise _not_whole(path, faults)
-    return fresh
-
-
-def _not_whole(path: Path, faults: list[str]) -> BundleError:
-    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return BundleError(
-        f"The bridge in {path} is not whole, or another version's: {'; '.join(faults[:3])}{more}. Copy it again, or choose "
-        "a published one."
-    )
-
-
-def rows(path: Path, weights: Mapping[str, Tensor], name: str) -> int:
+def rows(path: Path, weights: Mapping[str, Tensor], name: str, *, what: str = "The bridge") -> int:
     """The first size of a weight that must be there."""
     if name not in weights:
-        raise _not_whole(path, [f"{name} is missing"])
+        raise BundleError(
+            f"{what} in {path} is not whole, or another version's: {name} is missing. Copy it again, or choose a "
+            "published one."
+        )
     return weights[name].shape[0]
 
 

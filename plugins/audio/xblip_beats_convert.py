@@ -36,6 +36,9 @@ EXPECTED = {
     "conv_bias": False,
 }
 """Settings that `BeatsModel` knows in one value."""
+ADVICE = (
+    "Expected a published BEATs (microsoft/unilm), such as BEATs_iter3_plus_AS2M.pt; its tokenizers are not encoders."
+)
 WEIGHT_NORM = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 
 
@@ -62,15 +65,7 @@ def convert_beats(checkpoint: Any, folder: Path) -> bool:
     tensors = {_renamed(name): tensor for name, tensor in checkpoint.take().items()}
     with torch.device("meta"):
         model = BeatsModel(config)
-    expected = model.state_dict()
-    if unknown := sorted(set(tensors) - set(expected)):
-        raise _wrong(checkpoint, f"holds {len(unknown)} weights that a BEATs has not, among them {unknown[0]}")
-    if missing := sorted(set(expected) - set(tensors)):
-        raise _wrong(checkpoint, f"lacks {len(missing)} weights of a BEATs, among them {missing[0]}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)} where its cfg says {tuple(expected[name].shape)}"
-            raise _wrong(checkpoint, f"holds {name} of shape {shapes}")
+    checkpoint.check_fit(tensors, model.state_dict(), what="The BEATs", advice=ADVICE)
     model.load_state_dict(tensors, assign=True)
     model.save_pretrained(folder)
     BeatsFeatureExtractor().save_pretrained(folder)
@@ -101,7 +96,4 @@ def _renamed(name: str) -> str:
 
 
 def _wrong(checkpoint: Any, what: str) -> xblip.BundleError:
-    return xblip.BundleError(
-        f"{checkpoint.path} {what}. Expected a published BEATs (microsoft/unilm), such as BEATs_iter3_plus_AS2M.pt; its "
-        "tokenizers are not encoders."
-    )
+    return xblip.BundleError(f"{checkpoint.path} {what}. {ADVICE}")

@@ -122,7 +122,10 @@ def test_other_checkpoints_are_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"blocks.1.attn.v_bias": None}, r"blocks\.1\.attn\.v_bias"),
+        (
+            {"blocks.1.attn.v_bias": None},
+            r"layers\.1\.self_attn\.qkv\.bias is missing; blocks\.1\.attn\.q_bias has no place",
+        ),
         ({"blocks.2.norm1.weight": None}, r"layers\.2\.layer_norm1\.weight"),
         ({"blocks.1.gamma_1": torch.ones(WIDTH)}, r"blocks\.1\.gamma_1"),
         ({"blocks.1.norm1.bias": torch.ones(3)}, r"layers\.1\.layer_norm1\.bias"),
@@ -130,5 +133,5 @@ def test_other_checkpoints_are_left_alone(tmp_path):
 )
 def test_missing_surplus_and_misshapen_weights_are_named(tmp_path, change, named):
     weights = {name: value for name, value in (tensors() | change).items() if value is not None}
-    with pytest.raises(xblip.BundleError, match=rf"EVA-CLIP that is not whole, or of other shapes .*{named}"):
+    with pytest.raises(xblip.BundleError, match=rf"The EVA-CLIP-g in .* is not whole, or another version.*{named}"):
         Image.convert_encoder(Checkpoint(tmp_path, weights), tmp_path / "encoder")

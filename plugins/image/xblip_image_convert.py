@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import xblip
-
 PREFIXES = ("visual_encoder.", "")
 MARKS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.q_bias", "blocks.0.mlp.fc1.weight")
 UNUSED = ("norm.", "fc_norm.", "head.")
@@ -60,17 +58,11 @@ def convert(checkpoint: Any, folder: Path) -> bool:
     with torch.device("meta"):
         model = Blip2VisionModel(config)
     dtype = weights["patch_embed.proj.weight"].dtype
-    try:
-        named = {name: value.to(dtype) for name, value in _renamed(weights, IMAGE_SIZE // patch_size).items()}
-        last = {"post_layernorm.weight": torch.ones(width, dtype=dtype)}
-        last |= {"post_layernorm.bias": torch.zeros(width, dtype=dtype)}
-        model.load_state_dict(named | last, strict=True, assign=True)
-    except (KeyError, RuntimeError) as cause:
-        why = " ".join(str(cause).split())
-        raise xblip.BundleError(
-            f"{checkpoint.path} holds an EVA-CLIP that is not whole, or of other shapes than EVA-CLIP-g's: {why:.300} "
-            "Download it again, or convert another version of it."
-        ) from cause
+    named = {name: value.to(dtype) for name, value in _renamed(weights, IMAGE_SIZE // patch_size).items()}
+    last = {"post_layernorm.weight": torch.ones(width, dtype=dtype)}
+    last |= {"post_layernorm.bias": torch.zeros(width, dtype=dtype)}
+    checkpoint.check_fit(named | last, model.state_dict(), what="The EVA-CLIP-g")
+    model.load_state_dict(named | last, assign=True)
     checkpoint.fresh.update(dict.fromkeys(last, "scales by 1 and shifts by 0; `layer: -1` reads what comes before it"))
     model.save_pretrained(folder)
     BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
@@ -81,9 +73,9 @@ def _renamed(weights: dict[str, Tensor], grid: int) -> dict[str, Tensor]:
     """The tensors under the names of transformers, positions fitted to a grid, biases of q, k and v joined."""
     weights = dict(weights)
     weights["pos_embed"] = fitted(weights["pos_embed"], grid)
-    for name in [name for name in weights if name.endswith(".attn.q_bias")]:
-        block = name.removesuffix("q_bias")
-        query, value = weights.pop(name), weights.pop(f"{block}v_bias")
+    blocks = [name.removesuffix("q_bias") for name in weights if name.endswith(".attn.q_bias")]
+    for block in (block for block in blocks if f"{block}v_bias" in weights):
+        query, value = weights.pop(f"{block}q_bias"), weights.pop(f"{block}v_bias")
         weights[f"{block}qkv.bias"] = torch.cat([query, torch.zeros_like(value), value])
     for pattern, name in NAMES:
         weights = {re.sub(pattern, name, old): value for old, value in weights.items()}

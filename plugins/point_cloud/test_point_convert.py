@@ -147,7 +147,7 @@ def test_weights_keep_their_precision_and_converting_again_gives_the_same(saved,
     [
         (
             lambda weights: weights.pop("cls_pos"),
-            "damaged: cls_pos is missing. Choose one of .*; if it is one, download it again",
+            "ersion's: cls_pos is missing. Choose one of .*; or download it again",
         ),
         (lambda weights: weights.pop("norm.weight"), "norm.weight is missing"),
         (

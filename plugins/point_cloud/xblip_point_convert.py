@@ -5,6 +5,7 @@ heads of 64, and clouds of 8192 points, or of 10000 where they have colour.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ NUM_POINTS = {3: 8192, 6: 10_000}
 ADVICE = "Choose one of ULIP's or ULIP-2's checkpoints of PointBERT"
 
 
-def convert(checkpoint, folder: Path) -> bool:
+def convert(checkpoint: Any, folder: Path) -> bool:
     """Writes the point encoder of ULIP as a `PointBertModel` that gives group tokens and keeps the projection.
 
     Args:
@@ -48,7 +49,7 @@ def convert(checkpoint, folder: Path) -> bool:
                 f"The point encoder in {checkpoint.path} looks like {other}, which cannot be converted. {ADVICE}."
             )
     weights |= {PROJECTION + rest: tensor for rest, tensor in checkpoint.take(root + PROJECTION).items()}
-    model = _model(weights, checkpoint.path)
+    model = _model(checkpoint, weights)
     for family in {name.removeprefix(root).split(".")[0] for name in set(checkpoint.tensors) - checkpoint.taken}:
         checkpoint.leave_out(root + family, f"{family} is a part of ULIP beside its point encoder")
     model.config.output = "groups"
@@ -56,28 +57,16 @@ def convert(checkpoint, folder: Path) -> bool:
     return True
 
 
-def _model(weights: dict[str, Tensor], path: Path) -> PointBertModel:
+def _model(checkpoint: Any, weights: dict[str, Tensor]) -> PointBertModel:
     """Builds the model around weights by their published names, each of which must fit."""
     try:
         config = _config(weights)
     except ValueError as cause:
-        raise xblip.BundleError(f"The point encoder in {path} is not ULIP's: {cause} {ADVICE}.") from cause
+        raise xblip.BundleError(f"The point encoder in {checkpoint.path} is not ULIP's: {cause} {ADVICE}.") from cause
     with torch.device("meta"):
         model = PointBertModel(config)
     expected = {_published(name): tensor for name, tensor in model.state_dict().items()}
-    faults = [f"{name} is missing" for name in expected if name not in weights]
-    faults += [f"{name} has no place" for name in weights if name not in expected]
-    faults += [
-        f"{name} has shape {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in weights.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise xblip.BundleError(
-            f"The point encoder in {path} is not ULIP's PointBERT, or damaged: {'; '.join(faults[:5])}{more}. "
-            f"{ADVICE}; if it is one, download it again."
-        )
+    checkpoint.check_fit(weights, expected, what="ULIP's PointBERT", advice=f"{ADVICE}; or download it again.")
     model.load_state_dict({name: weights[_published(name)] for name in model.state_dict()}, assign=True)
     return model
 
