@@ -154,9 +154,14 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
     table = _table("The way of one input", "input", "as tensors", "features", "soft prompt", f"{FILES} files >")
     for name, way in report.ways.items():
         loaded = "\n".join(f"{key} {_shape(shape)}" for key, shape in way.loaded.items())
-        table.add_row(name, loaded, _shape(way.features), _shape(way.soft_prompt), in_units(way.features_bytes))
+        if way.error:
+            table.add_row(name, loaded, "[red]unknown[/red]")
+        else:
+            table.add_row(name, loaded, _shape(way.features), _shape(way.soft_prompt), in_units(way.features_bytes))
     about = "about " if report.is_estimate else ""
-    yield table
+    if report.ways:
+        yield table
+    yield from (f"[red]{name}: {escape(way.error)}[/red]\n" for name, way in report.ways.items() if way.error)
     yield (
         f"A prompt with one input of each: {about}{report.prompt_positions} positions, {report.soft_positions} of them "
         f"soft; logits {_shape(report.logits)}.\n"
@@ -169,6 +174,8 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
     cache = asking["keys and values"] + asking["logits"]
     table.add_row("ask", in_units(asking["weights"]), "", "", in_units(cache), in_units(sum(asking.values())))
     for name, way in report.ways.items():
+        if way.error:
+            continue
         table.add_row(
             f"train {name}", *map(in_units, way.training_bytes.values()), "", in_units(sum(way.training_bytes.values()))
         )
