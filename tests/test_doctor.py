@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -18,6 +21,7 @@ import xblip
 from xblip import cli, doctor
 from xblip.blueprint import HERE, MISSING, WEIGHTLESS
 from xblip.doctor import environment, environment_table, examine, report_tables
+from xblip.dryrun import _loss, _on_meta, _saved_bytes
 from xblip.errors import XBlipError
 from xblip.testing import small_qformer
 
@@ -120,6 +124,15 @@ class TestTruth:
             part.trained for part in report.parts if part.name == "toy bridge"
         )
         assert way.training_bytes["activations"] > 0
+
+    def test_activations_are_what_the_model_itself_would_save(self, report, model, llm):
+        for name, way in report.ways.items():
+            branch = model.branches[name]
+            item = branch.read(type(branch.modality).example(Path()).sources[0])
+            weights = [*branch.parameters(), *llm.parameters()]
+            with _on_meta():  # with fused attention too
+                saved = _saved_bytes(lambda name=name, item=item: _loss(model, name, item, 1, 3), weights)
+            assert way.training_bytes["activations"] == saved > 0
 
     def test_everything_is_here(self, report):
         assert {source.state for source in report.sources} == {HERE}
@@ -372,7 +385,7 @@ class TestEnvironment:
         site.install("thermal", PLUGIN.format(name="thermal") + NEEDS)
         site.install("broken_one", "import nowhere_to_be_found\n")
         found = {(check.group, check.name): check for check in environment()}
-        assert found["thermal", "camera"].error == "libcamera.so.1: cannot open shared object file."
+        assert found["thermal", "camera"].error == "libcamera.so.1: cannot open shared object file"
         assert found["thermal", "lens"].version == "3.2"
         (broken,) = [check for check in found.values() if check.group == "broken_one"]
         assert "No module named 'nowhere_to_be_found'" in broken.error
@@ -380,7 +393,7 @@ class TestEnvironment:
     def test_a_diagnosis_that_fails_is_told(self, site):
         site.install("thermal", PLUGIN.format(name="thermal") + NEEDS.replace("return", "raise OSError('gone') or"))
         (check,) = [check for check in environment() if check.group == "thermal" and check.error]
-        assert (check.name, check.error) == ("diagnose", "OSError: gone.")
+        assert (check.name, check.error) == ("diagnose", "OSError: gone")
 
     def test_a_torch_for_cuda_without_a_device_is_a_fault(self, monkeypatch):
         def no_driver():
@@ -393,6 +406,20 @@ class TestEnvironment:
         assert check.error == (
             "torch is built for CUDA 13.0, but finds no device: Found no NVIDIA driver on your system."
         )
+
+    def test_it_starts_where_torch_does_not(self, tmp_path):
+        (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+        path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        run = subprocess.run(
+            [sys.executable, "-m", "xblip.cli", "doctor", "--json"],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        checks = {check["name"]: check for check in json.loads(run.stdout)["environment"]}
+        assert checks["torch"]["error"] == "libcudart.so.13: cannot open shared object file"
+        assert checks["numpy"]["version"] and checks["xblip-image 0.1.0"]["error"]
 
     def test_a_torch_for_the_cpu_is_none(self, monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", None)

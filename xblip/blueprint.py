@@ -64,6 +64,11 @@ class Source:
     get: str = ""
     used_for: list[str] = field(default_factory=list)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be loaded as it is."""
+        return self.state in (HERE, CACHED)
+
 
 @dataclass
 class Plan:

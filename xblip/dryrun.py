@@ -21,8 +21,6 @@ from xblip.model import XBlip
 from xblip.sample import Media, Sample
 
 INSTRUCTION = "What is this?"
-FILES = 1000
-"""Of how many files the features are told."""
 BYTES_OF_TRAINING = 12
 """Of each number that trains, beside itself: its gradient and AdamW's two states in float32."""
 
@@ -57,7 +55,7 @@ class Way:
       loaded: shapes of the tensors that its media become, by name.
       features: (S, N, D_enc).
       soft_prompt: (L, D_llm).
-      features_bytes: of as many files as `FILES` says, each like the example.
+      features_bytes: of a thousand files, each like the example.
       training_bytes: what training takes, with this modality alone: weights, gradients and optimizer, activations.
       error: why all but `loaded` is unknown, or "".
     """
@@ -159,7 +157,7 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
     activations = _saved_bytes(lambda: _loss(model, name, item, batch_size, num_new_tokens), own)
     branch.eval()
     way.features, way.soft_prompt = list(features.values.shape), list(soft.shape)
-    way.features_bytes = FILES * features.values.numel() * encoder.itemsize
+    way.features_bytes = 1000 * features.values.numel() * encoder.itemsize
     way.training_bytes = {
         "weights": sum(weight.nbytes for weight in own),
         "gradients and AdamW": trained * BYTES_OF_TRAINING,
