@@ -17,7 +17,7 @@ from xblip.errors import BundleError, ConfigError, PluginError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.model import XBlip
 from xblip.sample import Sample
-from xblip.testing import ToyModality, save_toy_llm
+from xblip.testing import ToyModality, save_toy_llm, small_qformer
 
 TOY, BEADS = [1.0, 2.0, 3.0, 4.0] * 2, [[1.0, 2.0], [3.0]]
 SAMPLES = [
@@ -331,3 +331,36 @@ def test_a_hub_bundle_is_found_in_the_local_cache(model, bundle, tmp_path, monke
 
 def test_json_of_tokenizers_travels(bundle):
     assert json.loads((bundle / "toy" / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]["red"]
+
+
+class TestDescribedBranches:
+    """A model config may name each branch by its modality: its folder, or a description that training takes."""
+
+    def test_folders_by_name(self, model, bundle):
+        edited(bundle / "config.yaml", branches={"toy": "toy", "beads": str(bundle / "beads")})
+        assert_alike(model, xblip.load(bundle), SAMPLES)
+
+    def test_a_folder_under_another_name_is_refused(self, bundle):
+        edited(bundle / "config.yaml", branches={"toy": "beads"})
+        with pytest.raises(BundleError, match='holds a branch of "beads", not of "toy"'):
+            xblip.load(bundle)
+
+    def test_a_description_is_trained_and_its_folder_takes_its_place(self, llm_folder, tmp_path):
+        from xblip.train import load_train_config, train
+
+        described = {"llm": {"source": str(llm_folder), "dtype": "float32"}, "architectures": {"far/away": {}}}
+        described["branches"] = {"toy": {"bridge": small_qformer(llm_folder, num_query_tokens=2), "cue": "red : "}}
+        (tmp_path / "model.yaml").write_text(yaml.safe_dump(described))
+        with pytest.raises(BundleError, match=r"only describes its branch \"toy\".*`base: model.yaml`.*branches\.toy"):
+            xblip.load(tmp_path / "model.yaml")
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"toy": TOY, "instruction": "what ?", "answer": "red"}) + "\n")
+        run = {"base": "model.yaml", "branch": "${branches.toy}", "data": {"train": str(tmp_path / "rows.jsonl")}}
+        run["training"] = {"output_dir": str(tmp_path / "toy"), "max_steps": 1, "use_cpu": True, "report_to": []}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+        config = load_train_config(tmp_path / "run.yaml", ["branch.bridge.num_query_tokens=3"])
+        assert config.branch.modality == "toy" and config.branch.cue == "red : "
+        train(config)
+        edited(tmp_path / "model.yaml", branches={"toy": "toy"})
+        loaded = xblip.load(tmp_path / "model.yaml")
+        assert loaded.branches["toy"].bridge.config.num_query_tokens == 3 and loaded.branches["toy"].cue == "red : "
+        assert loaded.ask("what ?", toy=TOY, max_new_tokens=1)

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -14,9 +18,10 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 
 import xblip
-from xblip import doctor
+from xblip import cli, doctor
 from xblip.blueprint import HERE, MISSING, WEIGHTLESS
 from xblip.doctor import environment, environment_table, examine, report_tables
+from xblip.dryrun import _loss, _on_meta, _saved_bytes
 from xblip.errors import XBlipError
 from xblip.testing import small_qformer
 
@@ -120,6 +125,15 @@ class TestTruth:
         )
         assert way.training_bytes["activations"] > 0
 
+    def test_activations_are_what_the_model_itself_would_save(self, report, model, llm):
+        for name, way in report.ways.items():
+            branch = model.branches[name]
+            item = branch.read(type(branch.modality).example(Path()).sources[0])
+            weights = [*branch.parameters(), *llm.parameters()]
+            with _on_meta():  # with fused attention too
+                saved = _saved_bytes(lambda name=name, item=item: _loss(model, name, item, 1, 3), weights)
+            assert way.training_bytes["activations"] == saved > 0
+
     def test_everything_is_here(self, report):
         assert {source.state for source in report.sources} == {HERE}
 
@@ -201,6 +215,24 @@ class TestStandIns:
         report = examine(write(**pictures(image=far(str(tmp_path / "vit")))))
         assert [source.state for source in report.sources] == [MISSING, WEIGHTLESS]
 
+    def test_an_encoder_whose_shapes_depend_on_values_is_told_and_the_rest_goes_on(self, write, capsys):
+        config = {"model_type": "siglip2", "vision_config": {key: VIT[key] for key in VIT if key != "image_size"}}
+        known = {"far/naflex": {"config": config, "processor": {"image_processor_type": "Siglip2ImageProcessor"}}}
+        described = pictures(image=far("far/naflex"), video=far())
+        report = examine(write(**{**described, "architectures": {**ARCHITECTURES, **known}}))
+        assert report.ways["image"].loaded["spatial_shapes"] == [1, 2] and report.ways["video"].soft_prompt == [40, 24]
+        assert (
+            report.ways["image"].error.startswith("what becomes of it depends on values")
+            and report.soft_positions == 40
+        )
+        for shown in report_tables(report):
+            Console(width=80).print(shown)
+        assert "image: what becomes of it depends" in capsys.readouterr().out
+
+    def test_a_model_without_branches(self, write):
+        report = examine(write(llm={"source": "far/llama"}))
+        assert [part.name for part in report.parts] == ["LLM"] and not report.ways and report.soft_positions == 0
+
     def test_an_encoder_decoder(self, write):
         config = {"model_type": "t5", "d_model": 24, "d_kv": 4, "num_heads": 4, "num_layers": 2, "vocab_size": 40}
         config["decoder_start_token_id"] = 0
@@ -255,7 +287,14 @@ def test_image_and_video_of_a_bundle_hold_one_encoder():
         ),
         (
             {**pictures(), "architectures": {**ARCHITECTURES, "far/llama": {"tokenizer": TOKENIZER}}},
-            "Cannot load the LLM",
+            'Cannot load the LLM "far/llama": ',
+        ),
+        (
+            {
+                **pictures(),
+                "architectures": {**ARCHITECTURES, "far/vit": {"config": ARCHITECTURES["far/vit"]["config"]}},
+            },
+            'Cannot load the image processor of "far/vit"',
         ),
         ({"router": {"cues": False}}, "is no config of a model: it names no llm. Expected a model config"),
         ({**pictures(), "routr": {}}, 'Unknown key "model.yaml.routr". Did you mean "router"?'),
@@ -276,6 +315,19 @@ def test_what_is_wrong_with_a_config_is_told(write, changes, message):
 def test_wrong_options_are_told(write, options, message):
     with pytest.raises(XBlipError, match=message):
         examine(write(**pictures()), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.yaml", 'No config file at "nowhere.yaml"'),
+        ("nowhere", 'No model is called "nowhere"'),
+        ("nobody/nothing", 'There is no "nobody/nothing" on this machine'),
+    ],
+)
+def test_what_is_not_here_is_not_downloaded(name, message):
+    with pytest.raises(XBlipError, match=message):
+        examine(name)
 
 
 def test_a_qformer_for_an_encoder_of_another_width_is_refused(write, tmp_path):
@@ -333,7 +385,7 @@ class TestEnvironment:
         site.install("thermal", PLUGIN.format(name="thermal") + NEEDS)
         site.install("broken_one", "import nowhere_to_be_found\n")
         found = {(check.group, check.name): check for check in environment()}
-        assert found["thermal", "camera"].error == "libcamera.so.1: cannot open shared object file."
+        assert found["thermal", "camera"].error == "libcamera.so.1: cannot open shared object file"
         assert found["thermal", "lens"].version == "3.2"
         (broken,) = [check for check in found.values() if check.group == "broken_one"]
         assert "No module named 'nowhere_to_be_found'" in broken.error
@@ -341,7 +393,7 @@ class TestEnvironment:
     def test_a_diagnosis_that_fails_is_told(self, site):
         site.install("thermal", PLUGIN.format(name="thermal") + NEEDS.replace("return", "raise OSError('gone') or"))
         (check,) = [check for check in environment() if check.group == "thermal" and check.error]
-        assert (check.name, check.error) == ("diagnose", "OSError: gone.")
+        assert (check.name, check.error) == ("diagnose", "OSError: gone")
 
     def test_a_torch_for_cuda_without_a_device_is_a_fault(self, monkeypatch):
         def no_driver():
@@ -354,6 +406,20 @@ class TestEnvironment:
         assert check.error == (
             "torch is built for CUDA 13.0, but finds no device: Found no NVIDIA driver on your system."
         )
+
+    def test_it_starts_where_torch_does_not(self, tmp_path):
+        (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+        path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+        run = subprocess.run(
+            [sys.executable, "-m", "xblip.cli", "doctor", "--json"],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        checks = {check["name"]: check for check in json.loads(run.stdout)["environment"]}
+        assert checks["torch"]["error"] == "libcudart.so.13: cannot open shared object file"
+        assert checks["numpy"]["version"] and checks["xblip-image 0.1.0"]["error"]
 
     def test_a_torch_for_the_cpu_is_none(self, monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", None)
@@ -387,6 +453,39 @@ def test_tables_keep_to_the_width_of_the_terminal(write, width, capsys):
     for part in ("that of image", "pixel_values 1×3×32×32", "missing: far/vit (image encoder, video encoder)"):
         assert part in text
     assert "    hf download far/vit" in lines
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, monkeypatch, capsys):
+        def run(*arguments: str) -> tuple[int, str, str]:
+            monkeypatch.setattr("sys.argv", ["xblip", "doctor", *arguments])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            return ended.value.code or 0, *capsys.readouterr()
+
+        return run
+
+    def test_without_a_config_it_tells_of_the_environment(self, run):
+        status, out, _ = run()
+        assert status == 0 and "Environment" in out and "torchaudio" in out and "Parts" not in out
+
+    def test_json_is_for_scripts(self, run, write):
+        status, out, _ = run(str(write(**pictures())), "--json", "--batch-size", "2", "--dtype", "float16")
+        found = json.loads(out)
+        assert (
+            status == 0
+            and {"group": "xblip", "name": "numpy", "version": numpy.__version__, "error": ""} in (found["environment"])
+        )
+        assert found["config"]["batch_size"] == 2 and found["config"]["parts"][0]["dtype"] == "float16"
+
+    def test_tables(self, run, write):
+        status, out, _ = run(str(write(**pictures())))
+        assert status == 0 and "Memory at batch size 1" in out and "0 of 2 sources are here." in out
+
+    def test_a_fault_is_one_line(self, run, write):
+        status, out, err = run(str(write(**pictures("far/unknown"))))
+        assert (status, out) == (2, "") and len(err.splitlines()) == 1
 
 
 def test_a_report_is_json(write):

@@ -11,6 +11,7 @@ from torch import nn
 from xblip.encoder import TransformersEncoder
 from xblip.errors import BundleError
 from xblip.frozen import FrozenEncoder, fingerprint
+from xblip.loading import load_weights, skeletons
 from xblip.testing import ToyEncoder
 
 
@@ -25,6 +26,23 @@ class Returning(nn.Module):
 
     def forward(self, values):
         return self.output
+
+
+class TestSkeletons:
+    def test_they_have_the_shapes_of_what_is_stored_and_no_values(self, tmp_path):
+        save_file({"weight": torch.ones(2, 3), "bias": torch.ones(())}, tmp_path / "weights.safetensors")
+        with skeletons():
+            loaded = load_weights(tmp_path / "weights.safetensors")
+        assert {name: (tuple(part.shape), part.is_meta) for name, part in loaded.items()} == {
+            "weight": ((2, 3), True),
+            "bias": ((), True),
+        }
+        assert not load_weights(tmp_path / "weights.safetensors")["weight"].is_meta
+
+    def test_each_has_a_fingerprint_of_its_own(self):
+        with skeletons():
+            one, other = ToyEncoder(4), ToyEncoder(4)
+        assert fingerprint(one) == fingerprint(one) != fingerprint(other)
 
 
 class TestFrozen:

@@ -8,7 +8,7 @@ any folder, and nobody need know.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from xblip import bundle
 from xblip import config as configs
 from xblip.branch import Branch, BranchConfig, bridge_settings, build_modality, read_saved
 from xblip.bridge import TOKENIZER, WEIGHTS, load_bridge
-from xblip.errors import BundleError, ConfigError
+from xblip.errors import BundleError, ConfigError, XBlipError
 from xblip.frozen import Encoders
 from xblip.llm import TOKENS, FrozenLLM, LLMConfig
 from xblip.loading import skeletons
@@ -64,6 +64,11 @@ class Source:
     get: str = ""
     used_for: list[str] = field(default_factory=list)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be loaded as it is."""
+        return self.state in (HERE, CACHED)
+
 
 @dataclass
 class Plan:
@@ -106,12 +111,12 @@ class Blueprint:
 
 
 def read_plan(source: str | Path) -> Plan:
-    """Reads a model config, a training config, or a bundle by its name, folder or hub id.
+    """Reads a model config, a training config, or a bundle by its name or folder.
 
     Raises:
       ConfigError, BundleError, PluginError: there is none, or something in it is wrong.
     """
-    if os.path.isfile(source):
+    if os.path.isfile(source) or Path(source).suffix in (".yaml", ".yml"):
         values = configs.load_yaml(source, named=bundle.BRANCHES)
         if "branch" in values:
             return _training_plan(source)
@@ -120,7 +125,12 @@ def read_plan(source: str | Path) -> Plan:
                 f"{source} is no config of a model: it names no llm. Expected a model config (llm, branches), a training "
                 "config (llm, branch, data), or a bundle's folder."
             )
-    config, file = bundle.read_config(bundle.named(source))
+    place = bundle.named(source)
+    if not os.path.exists(place):
+        raise BundleError(
+            f'There is no "{source}" on this machine: give a config, a bundle\'s folder, or the name of an installed bundle.'
+        )
+    config, file = bundle.read_config(place)
     branches: dict[str, tuple[BranchConfig, Path | None]] = {}
     for name, branch in bundle.branches_of(config, file).items():
         branches[name] = (branch, None) if isinstance(branch, BranchConfig) else (read_saved(branch)[0], branch)
@@ -156,8 +166,9 @@ def draw(plan: Plan, *, dtype: str = "") -> Iterator[Blueprint]:
       ConfigError: a source is not here, and `architectures` does not say what it holds; or a setting is wrong.
       BundleError: parts do not fit each other.
     """
-    with TemporaryDirectory() as folder:
-        places = _Places(plan.architectures, Path(folder))
+    with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory())
+        places = stack.enter_context(_naming(_Places(plan.architectures, Path(folder))))
         place = places.of(plan.llm.source, "LLM", revision=plan.llm.revision)
         config = replace(plan.llm, source=place, dtype=dtype or plan.llm.dtype)
         described = {name: _placed(branch, saved, places) for name, (branch, saved) in plan.branches.items()}
@@ -178,6 +189,18 @@ def draw(plan: Plan, *, dtype: str = "") -> Iterator[Blueprint]:
                     _check_saved(branches[name], saved, llm)
             model = XBlip(llm=llm, branches=branches, router=plan.router, generation=plan.generation).eval()
         yield Blueprint(model, list(places.sources.values()), items)
+
+
+@contextmanager
+def _naming(places: "_Places") -> Iterator["_Places"]:
+    """Lets errors name sources as the config does, not the folders that stand in for them."""
+    try:
+        yield places
+    except XBlipError as error:
+        message = str(error)
+        for name, place in places.places.items():
+            message = message.replace(place, name)
+        raise type(error)(message) from error
 
 
 def _placed(branch: BranchConfig, saved: Path | None, places: "_Places") -> BranchConfig:
@@ -222,13 +245,14 @@ class _Places:
 
     Attributes:
       sources: by name, all that were asked for.
+      places: of these, by name.
     """
 
     def __init__(self, architectures: dict[str, Any], folder: Path):
         self.sources: dict[str, Source] = {}
         self._architectures = architectures
         self._folder = folder
-        self._places: dict[str, str] = {}
+        self.places: dict[str, str] = {}
 
     def of(self, name: str, use: str, *, revision: str | None = None) -> str:
         """Returns the place of a source that is used for a part.
@@ -251,10 +275,10 @@ class _Places:
                 state = WEIGHTLESS
             get = architecture.get if state in (MISSING, WEIGHTLESS) else ""
             self.sources[name] = Source(name, state, get)
-            own = self._folder / str(len(self._places)) / Path(name).name
-            self._places[name] = place or str(_stand_in(architecture, own, where))
+            own = self._folder / str(len(self.places)) / Path(name).name
+            self.places[name] = place or str(_stand_in(architecture, own, where))
         self.sources[name].used_for.append(use)
-        return self._places[name]
+        return self.places[name]
 
 
 def _cached(name: str, revision: str | None) -> str | None:

@@ -1,6 +1,7 @@
 """The doctor: what loads on this machine and what does not and why; and of a config all that can be known beforehand.
 
-It changes nothing and downloads nothing.
+It changes nothing and downloads nothing, and it starts where torch does not: nothing that may fail is imported before it
+is tried.
 """
 
 import importlib
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
@@ -17,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from xblip import plugins
-from xblip.blueprint import CACHED, HERE, draw, read_plan
-from xblip.dryrun import FILES, Report, dry_run
 from xblip.errors import ConfigError, suggest
-from xblip.loading import first_line
+
+if TYPE_CHECKING:
+    from xblip.dryrun import Report
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "huggingface_hub", "numpy", "omegaconf")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +65,7 @@ def _diagnosed(group: str, diagnose: Callable[[], dict[str, Callable[[], str]]])
     try:
         needs = diagnose()
     except Exception as error:
-        return [Check(group, "diagnose", error=f"{type(error).__name__}: {first_line(error)}")]
+        return [Check(group, "diagnose", error=f"{type(error).__name__}: {_reason(error)}")]
     return [_check(group, name, needed) for name, needed in needs.items()]
 
 
@@ -72,8 +74,12 @@ def _check(group: str, name: str, needed: Callable[[], str]) -> Check:
     try:
         return Check(group, name, needed())
     except Exception as error:
-        kind = "" if str(error).strip() else type(error).__name__
-        return Check(group, name, error=kind or first_line(error))
+        return Check(group, name, error=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _version(name: str) -> str:
@@ -93,7 +99,7 @@ def accelerators() -> str:
         try:
             torch.cuda.init()
         except RuntimeError as error:
-            reason = first_line(error).split(". ")[0].rstrip(".")
+            reason = _reason(error).split(". ")[0].rstrip(".")
             raise RuntimeError(
                 f"torch is built for CUDA {torch.version.cuda}, but finds no device: {reason}."
             ) from error
@@ -103,7 +109,7 @@ def accelerators() -> str:
     return ", ".join(names) or "none: this torch is built for the CPU alone"
 
 
-def examine(config: str | Path, *, batch_size: int | None = None, dtype: str = "") -> Report:
+def examine(config: str | Path, *, batch_size: int | None = None, dtype: str = "") -> "Report":
     """Tries a config on the meta device.
 
     Args:
@@ -118,6 +124,9 @@ def examine(config: str | Path, *, batch_size: int | None = None, dtype: str = "
         raise ConfigError(f'Unknown dtype "{dtype}".{suggest(dtype, DTYPES)}')
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+    from xblip.blueprint import draw, read_plan
+    from xblip.dryrun import dry_run
+
     plan = read_plan(config)
     with draw(plan, dtype=dtype) as blueprint:
         return dry_run(blueprint, batch_size=batch_size or plan.batch_size)
@@ -134,7 +143,7 @@ def environment_table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def report_tables(report: Report) -> Iterable[Table | Text | str]:
+def report_tables(report: "Report") -> Iterable[Table | Text | str]:
     """Shows a dry run: parts, ways, memory, and what is missing."""
     table = _table("Parts", "part", "network", "frozen >", "trained >", "dtype", "memory >")
     for part in report.parts:
@@ -151,12 +160,17 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
     table.add_section()
     table.add_row("all", "", *totals, "", in_units(report.asking_bytes["weights"]))
     yield table
-    table = _table("The way of one input", "input", "as tensors", "features", "soft prompt", f"{FILES} files >")
+    table = _table("The way of one input", "input", "as tensors", "features", "soft prompt", "1000 files >")
     for name, way in report.ways.items():
         loaded = "\n".join(f"{key} {_shape(shape)}" for key, shape in way.loaded.items())
-        table.add_row(name, loaded, _shape(way.features), _shape(way.soft_prompt), in_units(way.features_bytes))
+        if way.error:
+            table.add_row(name, loaded, "[red]unknown[/red]")
+        else:
+            table.add_row(name, loaded, _shape(way.features), _shape(way.soft_prompt), in_units(way.features_bytes))
     about = "about " if report.is_estimate else ""
-    yield table
+    if report.ways:
+        yield table
+    yield from (f"[red]{name}: {escape(way.error)}[/red]\n" for name, way in report.ways.items() if way.error)
     yield (
         f"A prompt with one input of each: {about}{report.prompt_positions} positions, {report.soft_positions} of them "
         f"soft; logits {_shape(report.logits)}.\n"
@@ -169,6 +183,8 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
     cache = asking["keys and values"] + asking["logits"]
     table.add_row("ask", in_units(asking["weights"]), "", "", in_units(cache), in_units(sum(asking.values())))
     for name, way in report.ways.items():
+        if way.error:
+            continue
         table.add_row(
             f"train {name}", *map(in_units, way.training_bytes.values()), "", in_units(sum(way.training_bytes.values()))
         )
@@ -178,10 +194,10 @@ def report_tables(report: Report) -> Iterable[Table | Text | str]:
         f"For answers of {report.num_new_tokens} tokens{beams}. An estimate from below: weights, gradients and AdamW are "
         "exact, activations are those that training saves, with fused attention; what is used for a moment is not in it.\n"
     )
-    there = [source for source in report.sources if source.state in (HERE, CACHED)]
-    yield f"[italic]Files[/italic]\n{len(there)} of {len(report.sources)} sources are here."
+    there = sum(source.is_here for source in report.sources)
+    yield f"[italic]Files[/italic]\n{there} of {len(report.sources)} sources are here."
     for source in report.sources:
-        if source not in there:
+        if not source.is_here:
             yield f"{source.state}: {escape(source.name)} ({', '.join(source.used_for)})"
             yield Text(f"    {source.get or 'put it in its place'}", no_wrap=True, overflow="ignore")
 

@@ -16,12 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from xblip.blueprint import Blueprint, Source
 from xblip.llm import PromptBatch
+from xblip.loading import first_line
 from xblip.model import XBlip
 from xblip.sample import Media, Sample
 
 INSTRUCTION = "What is this?"
-FILES = 1000
-"""Of how many files the features are told."""
 BYTES_OF_TRAINING = 12
 """Of each number that trains, beside itself: its gradient and AdamW's two states in float32."""
 
@@ -56,15 +55,17 @@ class Way:
       loaded: shapes of the tensors that its media become, by name.
       features: (S, N, D_enc).
       soft_prompt: (L, D_llm).
-      features_bytes: of as many files as `FILES` says, each like the example.
+      features_bytes: of a thousand files, each like the example.
       training_bytes: what training takes, with this modality alone: weights, gradients and optimizer, activations.
+      error: why all but `loaded` is unknown, or "".
     """
 
     loaded: dict[str, list[int]]
-    features: list[int]
-    soft_prompt: list[int]
-    features_bytes: int
-    training_bytes: dict[str, int]
+    features: list[int] = field(default_factory=list)
+    soft_prompt: list[int] = field(default_factory=list)
+    features_bytes: int = 0
+    training_bytes: dict[str, int] = field(default_factory=dict)
+    error: str = ""
 
 
 @dataclass
@@ -108,8 +109,14 @@ def dry_run(blueprint: Blueprint, *, batch_size: int) -> Report:
     report.parts = _parts(model)
     with _on_meta():
         for name, item in blueprint.items.items():
-            report.ways[name] = _way(model, name, item, batch_size=batch_size, num_new_tokens=new)
-        _ask(model, blueprint.items, report)
+            way = report.ways[name] = Way({key: list(tensor.shape) for key, tensor in item.items()})
+            try:
+                _go(way, model, name, item, batch_size=batch_size, num_new_tokens=new)
+            except (NotImplementedError, RuntimeError) as error:
+                way.error = (
+                    f"what becomes of it depends on values, so it is unknown without weights: {first_line(error)}"
+                )
+        _ask(model, {name: item for name, item in blueprint.items.items() if not report.ways[name].error}, report)
     return report
 
 
@@ -134,7 +141,12 @@ def _parts(model: XBlip) -> list[Part]:
     return parts
 
 
-def _way(model: XBlip, name: str, item: dict[str, Tensor], *, batch_size: int, num_new_tokens: int) -> Way:
+def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_size: int, num_new_tokens: int) -> None:
+    """Fills in a modality's way.
+
+    Raises:
+      RuntimeError, NotImplementedError: it needs values that tensors on the meta device have not.
+    """
     branch = model.branches[name]
     features = branch.encode([item])
     (soft,) = branch.bridge(features, [INSTRUCTION])
@@ -144,17 +156,13 @@ def _way(model: XBlip, name: str, item: dict[str, Tensor], *, batch_size: int, n
     branch.train()
     activations = _saved_bytes(lambda: _loss(model, name, item, batch_size, num_new_tokens), own)
     branch.eval()
-    return Way(
-        {key: list(tensor.shape) for key, tensor in item.items()},
-        list(features.values.shape),
-        list(soft.shape),
-        FILES * features.values.numel() * encoder.itemsize,
-        {
-            "weights": sum(weight.nbytes for weight in own),
-            "gradients and AdamW": trained * BYTES_OF_TRAINING,
-            "activations": activations,
-        },
-    )
+    way.features, way.soft_prompt = list(features.values.shape), list(soft.shape)
+    way.features_bytes = 1000 * features.values.numel() * encoder.itemsize
+    way.training_bytes = {
+        "weights": sum(weight.nbytes for weight in own),
+        "gradients and AdamW": trained * BYTES_OF_TRAINING,
+        "activations": activations,
+    }
 
 
 def _loss(model: XBlip, name: str, item: dict[str, Tensor], rows: int, num_new_tokens: int) -> Tensor:
@@ -182,7 +190,7 @@ def _ask(model: XBlip, items: dict[str, dict[str, Tensor]], report: Report) -> N
     llm, rows, new = model.llm, report.batch_size * report.num_beams, report.num_new_tokens
     batch = _prompts(model, [Media(name, item) for name, item in items.items()], rows)
     report.prompt_positions = batch.attention_mask.shape[1]
-    report.soft_positions = sum(way.soft_prompt[0] for way in report.ways.values())
+    report.soft_positions = sum(report.ways[name].soft_prompt[0] for name in items)
     options: dict[str, Any] = {"inputs_embeds": batch.inputs_embeds, "use_cache": True}
     if llm.is_encoder_decoder:
         options["decoder_input_ids"] = torch.zeros(rows, new, dtype=torch.long, device=llm.device)

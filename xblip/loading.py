@@ -88,7 +88,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, ended by a full stop, for use inside a longer message."""
     lines = str(error).strip().splitlines()
-    return (lines[0].rstrip(". ") if lines else type(error).__name__) + "."
+    return (lines[0].rstrip(". !") if lines else type(error).__name__) + "."
 
 
 def why_not_loaded(source: str, error: BaseException) -> str:

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from sounds import flac_without_length, noise, pitch, tone, write, write_mp3_without_length
+from xblip_audio import Audio
 from xblip_audio_files import read_file
 
 import xblip
@@ -274,6 +275,22 @@ def test_wrong_objects_are_refused(modality, source, message):
 def test_no_clips_at_all_cannot_be_asked_for(modality):
     with pytest.raises(xblip.ConfigError, match="max_clips of a sound must be at least 1, not 0"):
         modality(max_clips=0).load((noise(100), 16000))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [(None, r"\(the CPU, beside which no build for CUDA loads\)"), ("13.0", r"\(CUDA 13\.0\); other modalities work")],
+)
+def test_a_torchaudio_for_another_torch_is_explained(monkeypatch, cuda, message):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(xblip.PluginError, match=message):
+        Audio.diagnose()["torchaudio"]()
+
+
+def test_what_it_needs_can_be_asked_for():
+    found = {name: needed() for name, needed in Audio.diagnose().items()}
+    assert list(found) == ["torchaudio", "libsndfile, by soundfile", "FFmpeg, by PyAV"] and all(found.values())
 
 
 @pytest.mark.parametrize(

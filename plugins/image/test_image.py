@@ -202,3 +202,7 @@ def test_a_processor_that_gives_no_picture_is_one_clear_error(tmp_path):
 
 class TestImageContract(xblip.testing.ModalityContract):
     name = "image"
+
+
+def test_what_it_needs_can_be_asked_for():
+    assert Image.diagnose()["Pillow"]() == PIL.__version__

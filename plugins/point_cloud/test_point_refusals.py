@@ -181,6 +181,15 @@ def test_without_open3d_the_other_formats_go_on_working(modality, tmp_path, monk
         assert modality().load(source)["points"].shape == (1, 64, 3)
 
 
+def test_what_open3d_lacks_can_be_asked_for(tmp_path, monkeypatch):
+    (needed,) = PointCloud.diagnose().values()
+    assert needed()[0].isdigit()
+    (tmp_path / "libusb_package.py").write_text("raise OSError('libusb-1.0.so.0: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(xblip.PluginError, match=r"libusb-1\.0\.so\.0: cannot open.*Install open3d-cpu"):
+        needed()
+
+
 def test_missing_and_foreign_encoders_are_named(tmp_path):
     vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     ViTModel(vit).save_pretrained(tmp_path / "vit")

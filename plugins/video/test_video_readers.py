@@ -22,7 +22,7 @@ from numbered_videos import (
     write,
     write_audio,
 )
-from xblip_video import middles
+from xblip_video import Video, middles
 from xblip_video_readers import DecordReader, PyavReader
 
 import xblip
@@ -315,3 +315,10 @@ def test_a_name_may_have_a_colon(plain, clip, tmp_path, monkeypatch, reader, nam
     (tmp_path / name).write_bytes(clip.read_bytes())
     monkeypatch.chdir(tmp_path)
     assert numbers(plain(num_frames=2, reader=reader), name) == [10, 30]
+
+
+def test_what_it_needs_can_be_asked_for():
+    needed = Video.diagnose()
+    assert "by" in needed["FFmpeg, by PyAV"]() and list(needed) == ["FFmpeg, by PyAV", "decord"]
+    if has_decord():
+        assert needed["decord"]()[0].isdigit()
