@@ -7,7 +7,7 @@ any folder, and nobody need know.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,16 +110,16 @@ class Blueprint:
         return all(source.state != MISSING for source in self.sources if "LLM" in source.used_for)
 
 
-def read_plan(source: str | Path) -> Plan:
-    """Reads a model config, a training config, or a bundle by its name or folder.
+def read_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Reads a model config, a training config, or a bundle by its name or folder, with overrides.
 
     Raises:
       ConfigError, BundleError, PluginError: there is none, or something in it is wrong.
     """
     if os.path.isfile(source) or Path(source).suffix in (".yaml", ".yml"):
-        values = configs.load_yaml(source, named=bundle.BRANCHES)
+        values = configs.load_yaml(source, overrides, named=bundle.BRANCHES)
         if "branch" in values:
-            return _training_plan(source)
+            return _training_plan(source, overrides)
         if "llm" not in values:
             raise ConfigError(
                 f"{source} is no config of a model: it names no llm. Expected a model config (llm, branches), a training "
@@ -130,17 +130,17 @@ def read_plan(source: str | Path) -> Plan:
         raise BundleError(
             f'There is no "{source}" on this machine: give a config, a bundle\'s folder, or the name of an installed bundle.'
         )
-    config, file = bundle.read_config(place)
+    config, file = bundle.read_config(place, overrides)
     branches: dict[str, tuple[BranchConfig, Path | None]] = {}
     for name, branch in bundle.branches_of(config, file).items():
         branches[name] = (branch, None) if isinstance(branch, BranchConfig) else (read_saved(branch)[0], branch)
     return Plan(config.llm, branches, config.router, config.generation, config.architectures)
 
 
-def _training_plan(source: str | Path) -> Plan:
+def _training_plan(source: str | Path, overrides: Sequence[str]) -> Plan:
     from xblip.train import load_train_config, training_arguments
 
-    config = load_train_config(source)
+    config = load_train_config(source, overrides)
     named = {"training data": config.data.train, "evaluation data": config.data.eval}
     named["initial weights"] = config.init.folder and os.path.join(config.init.folder, WEIGHTS)
     return Plan(

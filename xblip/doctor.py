@@ -109,11 +109,14 @@ def accelerators() -> str:
     return ", ".join(names) or "none: this torch is built for the CPU alone"
 
 
-def examine(config: str | Path, *, batch_size: int | None = None, dtype: str = "") -> "Report":
+def examine(
+    config: str | Path, overrides: Sequence[str] = (), *, batch_size: int | None = None, dtype: str = ""
+) -> "Report":
     """Tries a config on the meta device.
 
     Args:
-      config: a model config, a training config, or a bundle by its name, folder or hub id.
+      config: a model config, a training config, or a bundle by its name or folder.
+      overrides: "key.sub=value" each.
       batch_size: None for that of a training config, and 1 of any other.
       dtype: of LLM and encoders; "" for what the config says.
 
@@ -127,7 +130,7 @@ def examine(config: str | Path, *, batch_size: int | None = None, dtype: str = "
     from xblip.blueprint import draw, read_plan
     from xblip.dryrun import dry_run
 
-    plan = read_plan(config)
+    plan = read_plan(config, overrides)
     with draw(plan, dtype=dtype) as blueprint:
         return dry_run(blueprint, batch_size=batch_size or plan.batch_size)
 
