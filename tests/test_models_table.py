@@ -24,6 +24,14 @@ def lines() -> list[str]:
     return (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_override_that_a_config_names_can_be_tried(path):
+    (line,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# Override:")]
+    overrides = [word.strip(",;") for word in line.split() if "=" in word]
+    assert overrides and examine(path, overrides).ways
+
+
 def test_every_config_is_told_of(table):
     text = "\n".join(lines())
     assert not [path.stem for path in CONFIGS if f"`{path.stem}`" not in text]
