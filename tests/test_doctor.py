@@ -283,7 +283,15 @@ def test_image_and_video_of_a_bundle_hold_one_encoder():
         ),
         (
             {**pictures(), "architectures": {"far/llama": {"tokenizer": {"eos_token": "</s>"}}}},
-            'architectures."far/llama".tokenizer.size must be the number of its words, not None',
+            'architectures."far/llama".tokenizer.size must be the number of tokens it knows, at least 2, not 0',
+        ),
+        (
+            {**pictures(), "architectures": {"far/llama": {"tokenizer": {"size": 9, "ends_texts": True}}}},
+            'architectures."far/llama".tokenizer.ends_texts needs an eos_token',
+        ),
+        (
+            {**pictures(), "architectures": {"far/llama": {"tokenizer": {"size": 9, "eos_tokn": "</s>"}}}},
+            'Unknown key "architectures."far/llama".tokenizer.eos_tokn". Did you mean "eos_token"?',
         ),
         (
             {**pictures(), "architectures": {**ARCHITECTURES, "far/llama": {"tokenizer": TOKENIZER}}},

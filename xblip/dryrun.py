@@ -105,7 +105,7 @@ def dry_run(blueprint: Blueprint, *, batch_size: int) -> Report:
     """
     model = blueprint.model
     new, beams = model.generation["max_new_tokens"], model.generation.get("num_beams", 1)
-    report = Report(batch_size, beams, new, sources=blueprint.sources, is_estimate=not blueprint.has_all_tokenizers)
+    report = Report(batch_size, beams, new, sources=blueprint.sources, is_estimate=not blueprint.has_its_tokenizer)
     report.parts = _parts(model)
     with _on_meta():
         for name, item in blueprint.items.items():
