@@ -222,12 +222,33 @@ class TestStandIns:
         report = examine(write(**{**described, "architectures": {**ARCHITECTURES, **known}}))
         assert report.ways["image"].loaded["spatial_shapes"] == [1, 2] and report.ways["video"].soft_prompt == [40, 24]
         assert (
-            report.ways["image"].error.startswith("what becomes of it depends on values")
+            report.ways["image"].error.startswith("it cannot be tried without weights: ")
             and report.soft_positions == 40
         )
         for shown in report_tables(report):
             Console(width=80).print(shown)
-        assert "image: what becomes of it depends" in capsys.readouterr().out
+        assert "image: it cannot be tried without weights" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("dtype", "error"), [("bfloat16", ""), ("float32", "asking cannot be tried without weights: ")]
+    )
+    def test_a_mixture_of_experts(self, write, capsys, dtype, error):
+        sizes = {name: value for name, value in ARCHITECTURES["far/llama"]["config"].items() if name != "dtype"}
+        config = {
+            **sizes,
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "dtype": dtype,
+        }
+        known = {"far/moe": {"config": config, "tokenizer": TOKENIZER | {"size": 40}}}
+        report = examine(write(**{**pictures("far/moe"), "architectures": {**ARCHITECTURES, **known}}))
+        assert report.error.startswith(error) and bool(report.error) == bool(error) == (not report.asking_bytes)
+        assert report.parts[-1].frozen > 0 and bool(report.ways["image"].error) == bool(error)
+        for shown in report_tables(report):
+            Console(width=80).print(shown)
+        assert error in " ".join(capsys.readouterr().out.split())
 
     def test_a_model_without_branches(self, write):
         report = examine(write(llm={"source": "far/llama"}))
