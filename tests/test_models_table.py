@@ -32,6 +32,13 @@ def test_the_override_that_a_config_names_can_be_tried(path):
     assert overrides and examine(path, overrides).ways
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_model_config_says_what_it_needs_and_how_it_differs(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for word in ("# Needs:", "# Differs:"):
+        assert any(line.startswith(word) for line in lines), f"{path.name} lacks {word}"
+
+
 def test_every_config_is_told_of(table):
     text = "\n".join(lines())
     assert not [path.stem for path in CONFIGS if f"`{path.stem}`" not in text]

@@ -210,9 +210,7 @@ def _ask(model: XBlip, items: dict[str, dict[str, Tensor]], report: Report) -> N
     report.logits = [rows, 1, output.logits.shape[-1]]
     report.asking_bytes = {
         "weights": sum(part.weight_bytes for part in report.parts),
-        "keys and values": sum(
-            tensor.nbytes for tensor in _tensors(output.get("past_key_values"))
-        ),
+        "keys and values": sum(tensor.nbytes for tensor in _tensors(output.get("past_key_values"))),
         "logits": rows * output.logits.shape[-1] * 4,
     }
 
