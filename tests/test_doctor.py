@@ -222,12 +222,33 @@ class TestStandIns:
         report = examine(write(**{**described, "architectures": {**ARCHITECTURES, **known}}))
         assert report.ways["image"].loaded["spatial_shapes"] == [1, 2] and report.ways["video"].soft_prompt == [40, 24]
         assert (
-            report.ways["image"].error.startswith("what becomes of it depends on values")
+            report.ways["image"].error.startswith("it cannot be tried without weights: ")
             and report.soft_positions == 40
         )
         for shown in report_tables(report):
             Console(width=80).print(shown)
-        assert "image: what becomes of it depends" in capsys.readouterr().out
+        assert "image: it cannot be tried without weights" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("dtype", "error"), [("bfloat16", ""), ("float32", "asking cannot be tried without weights: ")]
+    )
+    def test_a_mixture_of_experts(self, write, capsys, dtype, error):
+        sizes = {name: value for name, value in ARCHITECTURES["far/llama"]["config"].items() if name != "dtype"}
+        config = {
+            **sizes,
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "dtype": dtype,
+        }
+        known = {"far/moe": {"config": config, "tokenizer": TOKENIZER | {"size": 40}}}
+        report = examine(write(**{**pictures("far/moe"), "architectures": {**ARCHITECTURES, **known}}))
+        assert report.error.startswith(error) and bool(report.error) == bool(error) == (not report.asking_bytes)
+        assert report.parts[-1].frozen > 0 and bool(report.ways["image"].error) == bool(error)
+        for shown in report_tables(report):
+            Console(width=80).print(shown)
+        assert error in " ".join(capsys.readouterr().out.split())
 
     def test_a_model_without_branches(self, write):
         report = examine(write(llm={"source": "far/llama"}))
@@ -283,7 +304,15 @@ def test_image_and_video_of_a_bundle_hold_one_encoder():
         ),
         (
             {**pictures(), "architectures": {"far/llama": {"tokenizer": {"eos_token": "</s>"}}}},
-            'architectures."far/llama".tokenizer.size must be the number of its words, not None',
+            'architectures."far/llama".tokenizer.size must be the number of tokens it knows, at least 2, not 0',
+        ),
+        (
+            {**pictures(), "architectures": {"far/llama": {"tokenizer": {"size": 9, "ends_texts": True}}}},
+            'architectures."far/llama".tokenizer.ends_texts needs an eos_token',
+        ),
+        (
+            {**pictures(), "architectures": {"far/llama": {"tokenizer": {"size": 9, "eos_tokn": "</s>"}}}},
+            'Unknown key "architectures."far/llama".tokenizer.eos_tokn". Did you mean "eos_token"?',
         ),
         (
             {**pictures(), "architectures": {**ARCHITECTURES, "far/llama": {"tokenizer": TOKENIZER}}},
@@ -480,12 +509,12 @@ class TestCommand:
         assert found["config"]["batch_size"] == 2 and found["config"]["parts"][0]["dtype"] == "float16"
 
     def test_tables(self, run, write):
-        status, out, _ = run(str(write(**pictures())))
-        assert status == 0 and "Memory at batch size 1" in out and "0 of 2 sources are here." in out
+        status, out, _ = run(str(write(**pictures())), "branches.image.bridge.kind=linear")
+        assert status == 0 and "linear" in out and "Memory at batch size 1" in out and "0 of 2 sources are here." in out
 
     def test_a_fault_is_one_line(self, run, write):
         status, out, err = run(str(write(**pictures("far/unknown"))))
-        assert (status, out) == (2, "") and len(err.splitlines()) == 1
+        assert status == 2 and "Parts" not in out and len(err.splitlines()) == 1
 
 
 def test_a_report_is_json(write):

@@ -24,6 +24,21 @@ def lines() -> list[str]:
     return (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_override_that_a_config_names_can_be_tried(path):
+    (line,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# Override:")]
+    overrides = [word.strip(",;") for word in line.split() if "=" in word]
+    assert overrides and examine(path, overrides).ways
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_model_config_says_what_it_needs_and_how_it_differs(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for word in ("# Needs:", "# Differs:"):
+        assert any(line.startswith(word) for line in lines), f"{path.name} lacks {word}"
+
+
 def test_every_config_is_told_of(table):
     text = "\n".join(lines())
     assert not [path.stem for path in CONFIGS if f"`{path.stem}`" not in text]
@@ -45,6 +60,6 @@ def test_every_config_passes_quickly_and_the_tables_are_up_to_date(table):
     for line in table.tables(found).splitlines():
         assert line in lines(), "run python docs/models_table.py"
     for config, name, published, source, why in table.PUBLISHED:
-        (part,) = [part for part in found[config].parts if part.name == name]
         if source == table.CODE and not why:
+            (part,) = [part for part in found[config].parts if part.name == name]
             assert f"{part.frozen + part.trained:,}" == published

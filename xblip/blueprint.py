@@ -7,7 +7,7 @@ any folder, and nobody need know.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,20 +31,37 @@ HERE, CACHED, WEIGHTLESS, MISSING = "here", "in the hub's cache", "without weigh
 
 
 @dataclass
+class Vocabulary:
+    """A tokenizer, as far as shapes depend on it; its special tokens and chat template are named as in transformers.
+
+    Attributes:
+      size: number of tokens that it knows; 0 for no tokenizer.
+      ends_texts: whether it ends every text with `eos_token`.
+    """
+
+    size: int = 0
+    bos_token: str | None = None
+    eos_token: str | None = None
+    unk_token: str | None = None
+    pad_token: str | None = None
+    chat_template: str | None = None
+    ends_texts: bool = False
+
+
+@dataclass
 class Architecture:
     """What a source holds, for when it is not here: a value of `architectures`, under the source's name in the config.
 
     Attributes:
       config: its config.json, `model_type` and the sizes that differ from that class's defaults.
       processor: its preprocessor_config.json.
-      tokenizer: `size`, and by transformers' names its special tokens and chat template; `ends_texts` where it ends
-        every text with its end of sequence.
+      tokenizer: its tokenizer.
       get: a command or words that say how to get it.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
-    tokenizer: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Vocabulary = field(default_factory=Vocabulary)
     get: str = ""
 
 
@@ -105,21 +122,21 @@ class Blueprint:
     items: dict[str, dict[str, Tensor]]
 
     @property
-    def has_all_tokenizers(self) -> bool:
+    def has_its_tokenizer(self) -> bool:
         """Whether texts are counted by the LLM's own tokenizer, or by one that stands in for it."""
         return all(source.state != MISSING for source in self.sources if "LLM" in source.used_for)
 
 
-def read_plan(source: str | Path) -> Plan:
-    """Reads a model config, a training config, or a bundle by its name or folder.
+def read_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Reads a model config, a training config, or a bundle by its name or folder, with overrides.
 
     Raises:
       ConfigError, BundleError, PluginError: there is none, or something in it is wrong.
     """
     if os.path.isfile(source) or Path(source).suffix in (".yaml", ".yml"):
-        values = configs.load_yaml(source, named=bundle.BRANCHES)
+        values = configs.load_yaml(source, overrides, named=bundle.BRANCHES)
         if "branch" in values:
-            return _training_plan(source)
+            return _training_plan(source, overrides)
         if "llm" not in values:
             raise ConfigError(
                 f"{source} is no config of a model: it names no llm. Expected a model config (llm, branches), a training "
@@ -130,17 +147,17 @@ def read_plan(source: str | Path) -> Plan:
         raise BundleError(
             f'There is no "{source}" on this machine: give a config, a bundle\'s folder, or the name of an installed bundle.'
         )
-    config, file = bundle.read_config(place)
+    config, file = bundle.read_config(place, overrides)
     branches: dict[str, tuple[BranchConfig, Path | None]] = {}
     for name, branch in bundle.branches_of(config, file).items():
         branches[name] = (branch, None) if isinstance(branch, BranchConfig) else (read_saved(branch)[0], branch)
     return Plan(config.llm, branches, config.router, config.generation, config.architectures)
 
 
-def _training_plan(source: str | Path) -> Plan:
+def _training_plan(source: str | Path, overrides: Sequence[str]) -> Plan:
     from xblip.train import load_train_config, training_arguments
 
-    config = load_train_config(source)
+    config = load_train_config(source, overrides)
     named = {"training data": config.data.train, "evaluation data": config.data.eval}
     named["initial weights"] = config.init.folder and os.path.join(config.init.folder, WEIGHTS)
     return Plan(
@@ -295,7 +312,7 @@ def _cached(name: str, revision: str | None) -> str | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(True for kind in ("*.safetensors", "*.bin") for _ in folder.glob(kind))
+    return any(file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") for file in folder.iterdir())
 
 
 def _stand_in(architecture: Architecture, folder: Path, where: str) -> Path:
@@ -306,7 +323,7 @@ def _stand_in(architecture: Architecture, folder: Path, where: str) -> Path:
     for file, content in (("config.json", architecture.config), ("preprocessor_config.json", architecture.processor)):
         if content:
             (folder / file).write_text(json.dumps(content))
-    if architecture.tokenizer:
+    if architecture.tokenizer != Vocabulary():
         tokenizer = _stand_in_tokenizer(architecture.tokenizer, where)
         tokenizer.save_pretrained(folder)
         tokenizer.save_pretrained(folder / TOKENIZER)
@@ -314,23 +331,25 @@ def _stand_in(architecture: Architecture, folder: Path, where: str) -> Path:
     return folder
 
 
-def _stand_in_tokenizer(settings: dict[str, Any], where: str) -> Any:
+def _stand_in_tokenizer(vocabulary: Vocabulary, where: str) -> Any:
     """A tokenizer of so many words, of which it knows the special ones alone; it counts words, not their parts."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    settings = dict(settings)
-    size, ends_texts = settings.pop("size", None), settings.pop("ends_texts", False)
-    if not isinstance(size, int) or size < len(TOKENS) + 1:
-        raise ConfigError(f"{where}.tokenizer.size must be the number of its words, not {size!r}.")
-    special = [settings[name] for name in TOKENS if settings.get(name)]
-    words = list(dict.fromkeys(["word", *special]))
-    words += [f"word{number}" for number in range(size - len(words))]
+    special = {name: token for name in TOKENS if (token := getattr(vocabulary, name))}
+    words = list(dict.fromkeys(["word", *special.values()]))
+    if vocabulary.size < len(words):
+        raise ConfigError(
+            f"{where}.tokenizer.size must be the number of tokens it knows, at least {len(words)}, not {vocabulary.size}."
+        )
+    if vocabulary.ends_texts and not vocabulary.eos_token:
+        raise ConfigError(f"{where}.tokenizer.ends_texts needs an eos_token to end them with.")
+    words += [f"word{number}" for number in range(vocabulary.size - len(words))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="word"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if ends_texts:
-        end = settings["eos_token"]
+    if vocabulary.ends_texts:
+        end = vocabulary.eos_token
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {end}", special_tokens=[(end, words.index(end))]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=vocabulary.chat_template, **special)

@@ -9,7 +9,7 @@ encoders/<print>/    each encoder once, by fingerprint, unless its branch names 
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +54,8 @@ class BundleConfig:
     architectures: dict[str, Any] = field(default_factory=dict)
 
 
-def read_config(source: str | Path) -> tuple[BundleConfig, Path]:
-    """Reads the config of a bundle's folder or hub id, or a model config (YAML of the same form).
+def read_config(source: str | Path, overrides: Sequence[str] = ()) -> tuple[BundleConfig, Path]:
+    """Reads the config of a bundle's folder or hub id, or a model config (YAML of the same form), with overrides.
 
     Returns:
       The config, and the file it comes from.
@@ -70,7 +70,7 @@ def read_config(source: str | Path) -> tuple[BundleConfig, Path]:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise BundleError(f"There is no bundle in {path}: it lacks {FILE}. Give a folder written by save_pretrained.")
-    config = configs.build(BundleConfig, configs.load_yaml(file, named=BRANCHES), where=file.name)
+    config = configs.build(BundleConfig, configs.load_yaml(file, overrides, named=BRANCHES), where=file.name)
     inside = file.parent / config.llm.source
     if inside.is_dir():
         config.llm.source = str(inside)

@@ -169,6 +169,7 @@ def convert(
 @app.command()
 def doctor(
     config: Annotated[str, typer.Argument(help="A model or training config, or a bundle; none: the environment.")] = "",
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, e.g. llm.dtype=bfloat16.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples at once; that of a training config, or 1.")] = None,
     dtype: Annotated[str, typer.Option(help="Of LLM and encoders; what the config says unless given.")] = "",
     as_json: AsJson = False,
@@ -177,14 +178,17 @@ def doctor(
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     from xblip.doctor import environment, environment_table, examine, report_tables
 
+    console = Console(highlight=False)
     checks = environment()
-    report = examine(config, batch_size=batch_size, dtype=dtype) if config else None
+    if not as_json:
+        console.print(environment_table(checks))
+    report = examine(config, overrides or [], batch_size=batch_size, dtype=dtype) if config else None
     if as_json:
         found = {"environment": [vars(check) for check in checks]}
         print(json.dumps(found | ({"config": dataclasses.asdict(report)} if report else {}), indent=2))
         return
-    for shown in (environment_table(checks), *(report_tables(report) if report else ())):
-        Console(highlight=False).print(shown)
+    for shown in report_tables(report) if report else ():
+        console.print(shown)
 
 
 @app.command("plugins")

@@ -109,11 +109,14 @@ def accelerators() -> str:
     return ", ".join(names) or "none: this torch is built for the CPU alone"
 
 
-def examine(config: str | Path, *, batch_size: int | None = None, dtype: str = "") -> "Report":
+def examine(
+    config: str | Path, overrides: Sequence[str] = (), *, batch_size: int | None = None, dtype: str = ""
+) -> "Report":
     """Tries a config on the meta device.
 
     Args:
-      config: a model config, a training config, or a bundle by its name, folder or hub id.
+      config: a model config, a training config, or a bundle by its name or folder.
+      overrides: "key.sub=value" each.
       batch_size: None for that of a training config, and 1 of any other.
       dtype: of LLM and encoders; "" for what the config says.
 
@@ -127,7 +130,7 @@ def examine(config: str | Path, *, batch_size: int | None = None, dtype: str = "
     from xblip.blueprint import draw, read_plan
     from xblip.dryrun import dry_run
 
-    plan = read_plan(config)
+    plan = read_plan(config, overrides)
     with draw(plan, dtype=dtype) as blueprint:
         return dry_run(blueprint, batch_size=batch_size or plan.batch_size)
 
@@ -158,7 +161,7 @@ def report_tables(report: "Report") -> Iterable[Table | Text | str]:
         f"{sum(counts):,}" for counts in zip(*((part.frozen, part.trained) for part in report.parts), strict=True)
     ]
     table.add_section()
-    table.add_row("all", "", *totals, "", in_units(report.asking_bytes["weights"]))
+    table.add_row("all", "", *totals, "", in_units(sum(part.weight_bytes for part in report.parts)))
     yield table
     table = _table("The way of one input", "input", "as tensors", "features", "soft prompt", "1000 files >")
     for name, way in report.ways.items():
@@ -172,23 +175,28 @@ def report_tables(report: "Report") -> Iterable[Table | Text | str]:
         yield table
     yield from (f"[red]{name}: {escape(way.error)}[/red]\n" for name, way in report.ways.items() if way.error)
     yield (
-        f"A prompt with one input of each: {about}{report.prompt_positions} positions, {report.soft_positions} of them "
-        f"soft; logits {_shape(report.logits)}.\n"
+        f"[red]{escape(report.error)}[/red]\n"
+        if report.error
+        else (
+            f"A prompt with one input of each: {about}{report.prompt_positions} positions, {report.soft_positions} of them "
+            f"soft; logits {_shape(report.logits)}.\n"
+        )
     )
     table = _table(
         f"Memory at batch size {report.batch_size}",
         *("", "weights >", "gradients, AdamW >", "activations >", "cache >", "all >"),
     )
-    asking = report.asking_bytes
-    cache = asking["keys and values"] + asking["logits"]
-    table.add_row("ask", in_units(asking["weights"]), "", "", in_units(cache), in_units(sum(asking.values())))
+    if asking := report.asking_bytes:
+        cache = asking["keys and values"] + asking["logits"]
+        table.add_row("ask", in_units(asking["weights"]), "", "", in_units(cache), in_units(sum(asking.values())))
     for name, way in report.ways.items():
         if way.error:
             continue
         table.add_row(
             f"train {name}", *map(in_units, way.training_bytes.values()), "", in_units(sum(way.training_bytes.values()))
         )
-    yield table
+    if table.row_count:
+        yield table
     beams = f" by {report.num_beams} beams" if report.num_beams > 1 else ""
     yield (
         f"For answers of {report.num_new_tokens} tokens{beams}. An estimate from below: weights, gradients and AdamW are "

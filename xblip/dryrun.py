@@ -21,6 +21,8 @@ from xblip.model import XBlip
 from xblip.sample import Media, Sample
 
 INSTRUCTION = "What is this?"
+UNKNOWN = (NotImplementedError, RuntimeError, ValueError)
+"""What networks raise that look at values, or want a precision, which tensors on the meta device have not."""
 BYTES_OF_TRAINING = 12
 """Of each number that trains, beside itself: its gradient and AdamW's two states in float32."""
 
@@ -82,6 +84,7 @@ class Report:
       is_estimate: the LLM's tokenizer is not here, and words were counted in the place of tokens.
       logits: shape of the LLM's answer to that prompt, of the last position alone.
       asking_bytes: what asking takes: weights, cache of keys and values, logits.
+      error: why the last five are unknown, or "".
     """
 
     batch_size: int
@@ -95,6 +98,7 @@ class Report:
     is_estimate: bool = False
     logits: list[int] = field(default_factory=list)
     asking_bytes: dict[str, int] = field(default_factory=dict)
+    error: str = ""
 
 
 def dry_run(blueprint: Blueprint, *, batch_size: int) -> Report:
@@ -105,18 +109,19 @@ def dry_run(blueprint: Blueprint, *, batch_size: int) -> Report:
     """
     model = blueprint.model
     new, beams = model.generation["max_new_tokens"], model.generation.get("num_beams", 1)
-    report = Report(batch_size, beams, new, sources=blueprint.sources, is_estimate=not blueprint.has_all_tokenizers)
+    report = Report(batch_size, beams, new, sources=blueprint.sources, is_estimate=not blueprint.has_its_tokenizer)
     report.parts = _parts(model)
     with _on_meta():
         for name, item in blueprint.items.items():
             way = report.ways[name] = Way({key: list(tensor.shape) for key, tensor in item.items()})
             try:
                 _go(way, model, name, item, batch_size=batch_size, num_new_tokens=new)
-            except (NotImplementedError, RuntimeError) as error:
-                way.error = (
-                    f"what becomes of it depends on values, so it is unknown without weights: {first_line(error)}"
-                )
-        _ask(model, {name: item for name, item in blueprint.items.items() if not report.ways[name].error}, report)
+            except UNKNOWN as error:
+                way.error = f"it cannot be tried without weights: {first_line(error)}"
+        try:
+            _ask(model, {name: item for name, item in blueprint.items.items() if not report.ways[name].error}, report)
+        except UNKNOWN as error:
+            report.error = f"asking cannot be tried without weights: {first_line(error)}"
     return report
 
 
@@ -145,7 +150,7 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
     """Fills in a modality's way.
 
     Raises:
-      RuntimeError, NotImplementedError: it needs values that tensors on the meta device have not.
+      UNKNOWN: it cannot be tried.
     """
     branch = model.branches[name]
     features = branch.encode([item])
@@ -186,7 +191,11 @@ def _prompts(model: XBlip, media: list[Media], rows: int) -> PromptBatch:
 
 @torch.no_grad()
 def _ask(model: XBlip, items: dict[str, dict[str, Tensor]], report: Report) -> None:
-    """Fills in what asking with one input of each modality says."""
+    """Fills in what asking with one input of each modality says.
+
+    Raises:
+      UNKNOWN: it cannot be tried.
+    """
     llm, rows, new = model.llm, report.batch_size * report.num_beams, report.num_new_tokens
     batch = _prompts(model, [Media(name, item) for name, item in items.items()], rows)
     report.prompt_positions = batch.attention_mask.shape[1]
@@ -201,17 +210,17 @@ def _ask(model: XBlip, items: dict[str, dict[str, Tensor]], report: Report) -> N
     report.logits = [rows, 1, output.logits.shape[-1]]
     report.asking_bytes = {
         "weights": sum(part.weight_bytes for part in report.parts),
-        "keys and values": sum(tensor.nbytes for tensor in _tensors(output.past_key_values)),
+        "keys and values": sum(tensor.nbytes for tensor in _tensors(output.get("past_key_values"))),
         "logits": rows * output.logits.shape[-1] * 4,
     }
 
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
-    """Keys and values of a cache of transformers, of an encoder-decoder's two."""
+    """What a cache of transformers holds, of an encoder-decoder its two; nothing if there is none."""
     parts = [getattr(cache, name) for name in ("self_attention_cache", "cross_attention_cache") if hasattr(cache, name)]
     for part in parts or [cache]:
-        for layer in part.layers:
-            yield from (layer.keys, layer.values)
+        for layer in getattr(part, "layers", ()):
+            yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
 
 
 def _saved_bytes(run: Callable[[], Any], weights: Any) -> int:
