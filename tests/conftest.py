@@ -1,11 +1,14 @@
 """Fixtures shared by the tests."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import yaml
+from far import ARCHITECTURES
 from kit import Beads, Site, make_model
 
 from xblip import plugins
@@ -64,3 +67,15 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setenv("XBLIP_PLUGINS", "thermal,depth,touch,tiny_model,broken_one,curved")
     yield site
     site.close()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config of these keys and returns its path."""
+
+    def written(**values) -> Path:
+        path = tmp_path / "model.yaml"
+        path.write_text(yaml.safe_dump({"architectures": ARCHITECTURES, **values}))
+        return path
+
+    return written
