@@ -210,7 +210,7 @@ class TestDamage:
     def test_there_is_no_bundle(self, tmp_path):
         with pytest.raises(BundleError, match=r"There is no bundle in .*: it lacks config.yaml"):
             XBlip.from_pretrained(tmp_path)
-        with pytest.raises(BundleError, match=r'There is no bundle ".*none": no such folder, and no hub repository'):
+        with pytest.raises(BundleError, match=r'There is no bundle ".*none": no such file or folder'):
             xblip.load(tmp_path / "none")
         with pytest.raises(BundleError, match='There is no bundle "someone/something"'):
             xblip.load("someone/something")

@@ -167,7 +167,10 @@ class TestFolders:
 
     def test_what_is_not_there(self, tmp_path):
         with pytest.raises(BundleError, match=r"There is no retriever in .*: it lacks retriever.yaml"):
-            Retriever.from_pretrained(tmp_path / "nowhere")
+            Retriever.from_pretrained(tmp_path)
+        for name in (tmp_path / "nowhere", "someone/something"):
+            with pytest.raises(BundleError, match='There is no retriever ".*": no such file or folder'):
+                Retriever.from_pretrained(name)
 
     @pytest.mark.parametrize(
         ("missing", "message"),

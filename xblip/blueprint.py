@@ -23,7 +23,7 @@ from xblip.bridge import TOKENIZER, WEIGHTS, load_bridge
 from xblip.errors import BundleError, ConfigError, XBlipError
 from xblip.frozen import Encoders
 from xblip.llm import TOKENS, FrozenLLM, LLMConfig
-from xblip.loading import skeletons
+from xblip.loading import cached_snapshot, skeletons
 from xblip.model import XBlip
 from xblip.router import RouterConfig
 
@@ -300,15 +300,9 @@ class _Places:
 
 def _cached(name: str, revision: str | None) -> str | None:
     """Where a hub id lies in the local cache, if it is there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(name, revision=revision, local_files_only=True)
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
+    folder = cached_snapshot(name, revision)
     known = ("config.json", "tokenizer_config.json", "tokenizer.json")
-    return folder if any(Path(folder, file).is_file() for file in known) else None
+    return str(folder) if folder and any((folder / file).is_file() for file in known) else None
 
 
 def _has_weights(folder: Path) -> bool:

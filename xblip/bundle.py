@@ -20,6 +20,7 @@ from xblip.branch import Branch, BranchConfig, made_folder, read_saved
 from xblip.errors import BundleError, ConfigError
 from xblip.frozen import Encoders
 from xblip.llm import FrozenLLM, LLMConfig
+from xblip.loading import snapshot
 from xblip.router import RouterConfig
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Bund
     """
     path = Path(source)
     if not os.path.exists(path):
-        path = _from_hub(str(source))
+        path = snapshot(str(source), "bundle", advice="`xblip plugins` lists the installed ones.")
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise BundleError(f"There is no bundle in {path}: it lacks {FILE}. Give a folder written by save_pretrained.")
@@ -151,19 +152,6 @@ def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
         "router": config.router,
         "generation": config.generation,
     }
-
-
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
-        raise BundleError(
-            f'There is no bundle "{source}": no such folder, and no hub repository of that name can be reached. '
-            "Check the path; `xblip plugins` lists the installed bundles."
-        ) from cause
 
 
 def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[str, Branch]:

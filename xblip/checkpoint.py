@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 
 from xblip.errors import BundleError
-from xblip.loading import first_line
+from xblip.loading import first_sentence, snapshot
 
 INDEX = "model.safetensors.index.json"
 HARMLESS = [argparse.Namespace]
 """Classes that published checkpoints pickle beside their tensors, and that hold values alone."""
 NESTED = ("model", "state_dict", "module")
 """Keys under which training loops put the weights."""
-FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-"""Endings of files of weights."""
+PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""Of the files of a hub id that are read."""
+OFFLINE = (
+    "Offline: download it elsewhere (config.json, *.safetensors and the tokenizer's and processor's files), and give its "
+    "folder."
+)
 DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 """What torch raises for files that are damaged."""
 
@@ -142,26 +146,9 @@ def read(source: str | Path) -> Checkpoint:
     path = Path(source)
     if path.is_file():
         return _read_file(path)
-    return _read_folder(path if path.is_dir() else _downloaded(str(source)))
-
-
-def _downloaded(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(FILES):
-        raise BundleError(
-            f'There is no checkpoint "{source}": no such file or folder; relative ones start at {Path.cwd()}.'
-        )
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as cause:
-        raise BundleError(
-            f'There is no checkpoint "{source}": no such folder, and the hub cannot give it ({_reason(cause)}). Offline: '
-            "download it elsewhere (config.json, *.safetensors and the tokenizer's and processor's files), and give its "
-            "folder."
-        ) from cause
+    if not path.is_dir():
+        path = snapshot(str(source), "checkpoint", advice=OFFLINE, patterns=PATTERNS)
+    return _read_folder(path)
 
 
 def _read_folder(folder: Path) -> Checkpoint:
@@ -198,7 +185,7 @@ def _read_file(path: Path) -> Checkpoint:
                 "code. Have its state_dict saved alone by someone who trusts it."
             ) from cause
         raise BundleError(
-            f"{path} is damaged, or not saved by torch: {_reason(cause)}. Copy or download it again, whole."
+            f"{path} is damaged, or not saved by torch: {first_sentence(cause)}. Copy or download it again, whole."
         ) from cause
     return _unpacked(path, content)
 
@@ -227,7 +214,7 @@ def _names(file: Path) -> list[str]:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as cause:
-        raise BundleError(f"{file} is damaged: {_reason(cause)}. Copy or download it again, whole.") from cause
+        raise BundleError(f"{file} is damaged: {first_sentence(cause)}. Copy or download it again, whole.") from cause
 
 
 def _check_start(file: Path) -> None:
@@ -247,7 +234,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as cause:
-        raise BundleError(f"{file} is damaged: {_reason(cause)}. Copy it again.") from cause
+        raise BundleError(f"{file} is damaged: {first_sentence(cause)}. Copy it again.") from cause
     if not isinstance(content, dict):
         raise BundleError(f"{file} is damaged: it holds no settings. Copy it again.")
     return content
@@ -257,8 +244,3 @@ def _is_zip(path: Path) -> bool:
     """Whether torch saved it in its format since 1.6, which can be mapped into memory."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of what a library says, in one line."""
-    return first_line(error).split(". ")[0].removesuffix(".")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint
-from xblip.loading import LOADING_ERRORS, first_line, load_model, why_not_loaded
+from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 
 IGNORE = -100
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -300,26 +300,14 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
 def _fingerprint(model: Any, tokenizer: Any, config: LLMConfig) -> str:
     """Of the stored weights when there are files, so that dtype and quantisation do not matter; not of a skeleton."""
     digest = hashlib.sha256()
-    folder = Path(config.source) if Path(config.source).is_dir() else _cached_folder(model, config.source)
+    folder = Path(config.source) if Path(config.source).is_dir() else None
+    if folder is None and (revision := getattr(model.config, "_commit_hash", None)):
+        folder = cached_snapshot(config.source, revision)
     files = _weight_files(folder) if folder and not model.get_input_embeddings().weight.is_meta else []
     digest.update((_file_fingerprint(files) if files else fingerprint(model)).encode())
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest.update(repr(vocabulary).encode())
     return digest.hexdigest()[:16]
-
-
-def _cached_folder(model: Any, source: str) -> Path | None:
-    """Where a model that came from the hub lies in the local cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    revision = getattr(model.config, "_commit_hash", None)
-    if not revision:
-        return None
-    try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
 
 
 def _weight_files(folder: Path) -> list[Path]:

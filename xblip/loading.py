@@ -1,7 +1,7 @@
 """Loading models of `transformers`: what can go wrong, models that are kept to be shared, and skeletons without weights."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -11,8 +11,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from xblip.errors import BundleError
+
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, SafetensorError)
 """What transformers raises for files that are damaged or missing, and for options it does not know."""
+FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".yaml", ".yml")
+"""Endings of files, which no hub id has."""
 _KEPT: ContextVar[dict[str, nn.Module] | None] = ContextVar("_KEPT", default=None)
 _SKELETONS: ContextVar[bool] = ContextVar("_SKELETONS", default=False)
 
@@ -85,6 +89,50 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return {name: torch.empty(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
+def snapshot(source: str, what: str, *, advice: str, patterns: Sequence[str] | None = None) -> Path:
+    """Downloads a hub id, as far as it is not here already, and returns its folder.
+
+    Args:
+      source: of which there is no file or folder.
+      what: it should hold, for the message.
+      advice: what to do if the hub cannot give it.
+      patterns: of the files that are needed; None for all.
+
+    Raises:
+      BundleError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    missing = f'There is no {what} "{source}": no such file or folder'
+    if _looks_like_a_path(source):
+        raise BundleError(f"{missing}; relative ones start at {Path.cwd()}.")
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as cause:
+        raise BundleError(f"{missing}, and the hub cannot give it ({first_sentence(cause)}). {advice}") from cause
+
+
+def cached_snapshot(source: str, revision: str | None = None) -> Path | None:
+    """Returns where a hub id lies in the local cache, None if it does not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith(FILES)
+
+
+def first_sentence(error: Exception) -> str:
+    """The first sentence of what a library says, in one line and without its full stop."""
+    return first_line(error).split(". ")[0].removesuffix(".")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, ended by a full stop, for use inside a longer message."""
     lines = str(error).strip().splitlines()
@@ -93,7 +141,6 @@ def first_line(error: BaseException) -> str:
 
 def why_not_loaded(source: str, error: BaseException) -> str:
     """Why transformers cannot load a folder or hub id; a path that leads nowhere is called that."""
-    looks_like_a_path = source.count("/") > 1 or source.startswith((".", "/"))
-    if looks_like_a_path and not os.path.isdir(source):
+    if _looks_like_a_path(source) and not os.path.isdir(source):
         return f"no such folder; relative ones start at {Path.cwd()}."
     return first_line(error)

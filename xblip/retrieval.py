@@ -20,6 +20,7 @@ from xblip.bridge import QFormerBridge
 from xblip.bundle import copy_folder
 from xblip.config import at_least
 from xblip.errors import BundleError, ConfigError, InputError
+from xblip.loading import snapshot
 from xblip.modality import Features
 
 FILE = "retriever.yaml"
@@ -100,11 +101,13 @@ class Retriever(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Retriever":
-        """Loads the folder that `save_pretrained` or `xblip convert` wrote.
+        """Loads a folder that `save_pretrained` or `xblip convert` wrote, or a hub id.
 
         Raises:
           BundleError: there is no retriever, or it is damaged, or its encoder is another one.
         """
+        if not Path(folder).exists():
+            folder = snapshot(str(folder), "retriever", advice="Give a folder that save_pretrained wrote.")
         file = Path(folder, FILE)
         if not file.is_file():
             raise BundleError(
