@@ -169,7 +169,10 @@ def test_a_path_that_leads_nowhere(source):
 
 def test_a_hub_id_that_cannot_be_reached_says_what_to_place_where():
     before, after = message("Salesforce/no-such-model").split(" (", 1)  # between them, what the hub's library says
-    assert before == 'There is no checkpoint "Salesforce/no-such-model": no such file or folder, and the hub cannot give it'
+    assert (
+        before
+        == 'There is no checkpoint "Salesforce/no-such-model": no such file or folder, and the hub cannot give it'
+    )
     assert after.endswith(
         "). Offline: download it elsewhere (config.json, *.safetensors and the tokenizer's and processor's files), and "
         "give its folder."

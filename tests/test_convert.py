@@ -124,6 +124,14 @@ def test_the_command_prints_what_was_loaded_fresh_and_left_out(command, tmp_path
     ]  # fmt: skip
 
 
+def test_the_command_goes_to_transformers_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["xblip", "convert", str(tmp_path), str(tmp_path / "out"), "--to", "jax"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == 'error: Bundles are converted to "transformers", not to "jax".\n'
+
+
 def test_the_command_takes_a_cue_that_is_empty(command, toy, llm, llm_folder, tmp_path):
     path = lavis.saved(tmp_path / "toy.pth", lavis.values(lavis.linear(**lavis.TOY)))
     command(path, tmp_path / "out", "--llm", llm_folder, "--cue", "")

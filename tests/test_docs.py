@@ -42,7 +42,7 @@ needs_numerals = pytest.mark.skipif(not numerals_is_there(), reason="the bundle 
 @needs_numerals
 def test_the_readme_runs_as_written(tmp_path):
     shell = fresh_shell(tmp_path)
-    for folder in ("configs", "plugins"):
+    for folder in ("configs", "examples", "plugins"):
         (shell.folder / folder).symlink_to(ROOT / folder)
     first, *others = blocks("README.md")
     assert set(re.findall(r"^make \w+", first.text, re.MULTILINE)) == {"make demo", "make test"}, "what CI runs"

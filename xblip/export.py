@@ -70,7 +70,7 @@ def to_transformers(model: XBlip, folder: Path, *, only: str = "") -> tuple[str,
 def _family(branch: Branch) -> str:
     """Tells which family a branch can join; features must come out of the end of the vision model that both have."""
     bridge, encoder = branch.bridge, branch.encoder.module
-    _refuse(branch, bridge.name != "qformer", f"its bridge is a {bridge.name}")
+    _refuse(branch, bridge.name != "qformer", f"its bridge is of the kind {bridge.name}")
     family = "InstructBlip" if bridge.config.instruction_aware else "Blip2"
     goal = f"{family}ForConditionalGeneration"
     _refuse(branch, goal not in branch.modality.transformers_models, f"{goal} does not read its media")
