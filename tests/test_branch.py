@@ -145,7 +145,7 @@ class TestEncoderFolders:
         monkeypatch.setattr(encoders, "_load", lambda source: sources.append(source) or load(source))
         return XBlip.from_pretrained(folder), sources
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
     def test_a_folder_named_twice_is_loaded_once(self, llm, vit, tmp_path, monkeypatch, dtype):
         touch, feel = (self.branch(modality, llm, vit(0), encoder_dtype=dtype) for modality in (Touch, Feel))
         model = XBlip(llm=llm, branches={"touch": touch, "feel": feel}).eval()
@@ -158,6 +158,17 @@ class TestEncoderFolders:
         assert_alike(model, loaded, self.sample("touch", "feel"))
         loaded.to(torch.float64)
         assert {weight.dtype for weight in loaded.branches["feel"].encoder.parameters()} == {torch.float64}
+
+    def test_an_encoder_in_its_own_dtype_is_the_one_that_is_told_that_dtype(self, llm, vit, tmp_path):
+        from transformers import ViTModel
+
+        ViTModel.from_pretrained(vit(0), dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+        touch = self.branch(Touch, llm, tmp_path / "half", encoder_dtype="auto")
+        feel = self.branch(Feel, llm, tmp_path / "half", encoder_dtype="bfloat16")
+        XBlip(llm=llm, branches={"touch": touch, "feel": feel}).save_pretrained(tmp_path / "bundle")
+        loaded = XBlip.from_pretrained(tmp_path / "bundle")
+        encoders = [loaded.branches[name].encoder for name in ("touch", "feel")]
+        assert encoders[0] is encoders[1] and next(encoders[0].parameters()).dtype == torch.bfloat16
 
     def test_encoders_of_other_dtypes_are_held_apart(self, llm, vit, tmp_path, monkeypatch):
         branches = {"touch": self.branch(Touch, llm, vit(0))}

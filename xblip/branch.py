@@ -17,9 +17,9 @@ import xblip
 from xblip import config as configs
 from xblip import plugins
 from xblip.bridge import WEIGHTS, Bridge, load_bridge
-from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.frozen import Encoders, FrozenEncoder
-from xblip.llm import FrozenLLM
+from xblip.llm import DTYPES, FrozenLLM
 from xblip.modality import Features, Modality, collate
 
 FILE = "branch.yaml"
@@ -35,7 +35,7 @@ class BranchConfig:
       config: the modality's settings, by the modality's `Config`.
       bridge: `kind` (a bridge's name; "qformer" unless given) and that bridge's settings.
       cue: text before the soft prompt; None for the modality's own.
-      encoder_dtype: "float32", "bfloat16" or "float16".
+      encoder_dtype: "float32", "bfloat16", "float16", or "auto" for the one its weights are stored in.
     """
 
     modality: str
@@ -88,9 +88,9 @@ class Branch(nn.Module):
         """
         name = config.modality
         modality = build_modality(config, folder)
-        if config.encoder_dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}". Known: float32, bfloat16, float16.')
-        dtype = getattr(torch, config.encoder_dtype)
+        if config.encoder_dtype not in DTYPES:
+            raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}".{suggest(config.encoder_dtype, DTYPES)}')
+        dtype = None if config.encoder_dtype == "auto" else getattr(torch, config.encoder_dtype)
         encoder = (encoders or Encoders()).build(modality.build_encoder, name=name, dtype=dtype)
         bridge_class, settings = bridge_settings(config, folder, bridge_class)
         bridge = bridge_class(settings, encoder_width=encoder.width, llm_width=llm_width)

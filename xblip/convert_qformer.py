@@ -127,7 +127,9 @@ def _save_branch(path: Path, modality: str, bridge: Published, folder: Path, wan
         config["layer"] = -1  # the checkpoint's layer norm stands in the place of the encoder's own last one
     llm = FrozenLLM.from_pretrained(LLMConfig(source=wanted.llm))
     settings = {"kind": bridge.kind, **bridge.settings}
-    branch = Branch.build(BranchConfig(modality, config=config, bridge=settings, cue=cue), llm_width=llm.width)
+    branch = Branch.build(
+        BranchConfig(modality, config=config, bridge=settings, cue=cue, encoder_dtype="auto"), llm_width=llm.width
+    )
     for what, width, found, its in (
         ("LLM", bridge.llm_width, f'"{wanted.llm}"', llm.width),
         ("encoder", bridge.encoder_width, f"the one of {modality}", branch.encoder.width),

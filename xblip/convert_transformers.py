@@ -250,7 +250,7 @@ def _branch(modality: str, parts: Parts, processor: Any, staging: Path, llm: Fro
         config={"encoder": str(encoder), **parts.encoder},
         bridge=parts.bridge,
         cue="",
-        encoder_dtype=str(parts.vision.dtype).removeprefix("torch."),
+        encoder_dtype="auto",
     )
     branch = Branch.build(config, llm_width=llm.width)
     branch.bridge.load_state_dict({name: value.float() for name, value in parts.weights.items()}, strict=True)

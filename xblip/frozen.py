@@ -103,21 +103,22 @@ class Encoders:
     """Frozen encoders, each held once: a source named twice is loaded once, and equal encoders are kept once."""
 
     def __init__(self):
-        self._loaded: dict[torch.dtype, dict[str, nn.Module]] = {}
+        self._loaded: dict[torch.dtype | None, dict[str, nn.Module]] = {}
         self._built: list[FrozenEncoder] = []
         self._kept: dict[tuple, FrozenEncoder] = {}
 
-    def build(self, make: Callable[[], nn.Module], *, name: str, dtype: torch.dtype) -> FrozenEncoder:
-        """Freezes what `make` builds, in `dtype`; gives an earlier one if its weights and settings are the same."""
+    def build(self, make: Callable[[], nn.Module], *, name: str, dtype: torch.dtype | None) -> FrozenEncoder:
+        """Freezes what `make` builds, in `dtype` (None: as stored); gives an earlier one of equal weights and settings."""
         with keeping_models(self._loaded.setdefault(dtype, {})):
             module = make()
         weights, others = _weights(module), [(known, _weights(known.module)) for known in self._built]
         twin = next((known for known, held in others if held == weights), None)
         if twin is None and any(set(held.values()) & set(weights.values()) for _, held in others):
             module = make()  # holds weights that were cast already, and a fingerprint is of weights as stored
-        frozen = FrozenEncoder(module, name=name, known_as=twin and twin.fingerprint).to(dtype)
+        frozen = FrozenEncoder(module, name=name, known_as=twin and twin.fingerprint)
+        frozen = frozen if dtype is None else frozen.to(dtype)
         self._built.append(frozen)
-        return self._kept.setdefault((frozen.fingerprint, dtype, _settings(module)), frozen)
+        return self._kept.setdefault((frozen.fingerprint, dtype or _dtype(module), _settings(module)), frozen)
 
 
 def _weights(module: nn.Module) -> dict[str, int]:
