@@ -31,7 +31,7 @@ class Wanted:
       encoder: folder or hub id of its encoder; "" for none.
       tokenizer: folder or hub id of the Q-Former's tokenizer.
       qformer: folder of the converted Q-Former that stands before a projector alone (MiniGPT-4); "" for none.
-      cue: text before a branch's soft prompt; None for X-InstructBLIP's (" image: ") where the source has its prefixes,
+      cue: text before a branch's soft prompt; None for X-InstructBLIP's where the source has its prefixes,
         and none elsewhere.
     """
 

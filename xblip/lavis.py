@@ -79,7 +79,7 @@ def published(checkpoint: Checkpoint, prefix: str) -> Published:
 
     Args:
       checkpoint: in LAVIS's layout.
-      prefix: of the modality, such as "audio"; "" for a checkpoint of one that names none.
+      prefix: of the modality; "" for a checkpoint of one that names none.
 
     Raises:
       BundleError: a weight that tells its sizes is missing, or its LLM was trained with it.
