@@ -95,14 +95,25 @@ class TransformersEncoder(nn.Module):
         """
         from transformers import AutoImageProcessor
 
-        try:
-            processor = AutoImageProcessor.from_pretrained(source)
-        except LOADING_ERRORS as cause:
-            raise BundleError(
-                f'Cannot load the image processor of "{source}": {first_line(cause)} Expected '
-                "preprocessor_config.json beside the encoder's weights: put it there by save_pretrained."
-            ) from cause
+        processor = TransformersEncoder.read_beside(
+            AutoImageProcessor,
+            source,
+            failure=f'Cannot load the image processor of "{source}"',
+            expected="preprocessor_config.json beside the encoder's weights: put it there by save_pretrained.",
+        )
         return _PictureToTensors(processor, source)
+
+    @staticmethod
+    def read_beside(auto_class: Any, source: str, *, failure: str, expected: str) -> Any:
+        """Reads a config or processor that lies beside an encoder's weights, by an Auto class of transformers.
+
+        Raises:
+          BundleError: it cannot be read; the message is `failure`, the reason, and what was `expected`.
+        """
+        try:
+            return auto_class.from_pretrained(source)
+        except LOADING_ERRORS as cause:
+            raise BundleError(f"{failure}: {first_line(cause)} Expected {expected}") from cause
 
     def forward(self, **tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Takes (M, ...), returns (M, N, D_enc), with a mask (M, N) where the tensors hold one."""

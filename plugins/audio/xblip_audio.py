@@ -168,20 +168,19 @@ class Audio(xblip.Modality):
         from transformers import AutoConfig, AutoFeatureExtractor
 
         source = self.config.encoder
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as cause:
-            raise xblip.BundleError(
-                f'Cannot load an encoder from "{source}": {_first_line(cause)}. Expected the folder of a transformers '
-                "model, or a hub id that is reachable or already downloaded."
-            ) from cause
-        try:
-            extractor = AutoFeatureExtractor.from_pretrained(source)
-        except (OSError, ValueError) as cause:
-            raise xblip.BundleError(
-                f'Cannot load the feature extractor of the audio encoder "{source}": {_first_line(cause)}. Expected '
-                "preprocessor_config.json beside its weights: put it there by save_pretrained."
-            ) from cause
+        read = xblip.TransformersEncoder.read_beside
+        config = read(
+            AutoConfig,
+            source,
+            failure=f'Cannot load an encoder from "{source}"',
+            expected="the folder of a transformers model, or a hub id that is reachable or already downloaded.",
+        )
+        extractor = read(
+            AutoFeatureExtractor,
+            source,
+            failure=f'Cannot load the feature extractor of the audio encoder "{source}"',
+            expected="preprocessor_config.json beside its weights: put it there by save_pretrained.",
+        )
         known = (family for family in FAMILIES if config.model_type in family.model_types)
         family = next(known, SpectrogramPictures)
         if type(extractor).__name__ != family.extractor_name:
@@ -190,10 +189,6 @@ class Audio(xblip.Modality):
                 f"Expected {family.extractor_name}, the one of {config.model_type} models: save it there."
             )
         return family(extractor, config)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def mono(samples: np.ndarray | Tensor, label: str) -> np.ndarray:

@@ -5,6 +5,7 @@ model's own, so that sampling rate, mel bins and normalisation cannot differ fro
 clip is as long as the encoder's window; a token is real if the stretch of time that it stands for holds real sound.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -67,7 +68,7 @@ def heard(count: int, real: Tensor, whole: int) -> Tensor:
     return torch.arange(count, device=real.device) * whole < real[:, None] * count
 
 
-class Family:
+class Family(ABC):
     """One kind of encoder; a subclass says what differs.
 
     Class attributes:
@@ -88,17 +89,17 @@ class Family:
         """What sound must be brought to."""
         return self.extractor.sampling_rate
 
+    @abstractmethod
     def clips(self, samples: np.ndarray, max_clips: int) -> dict[str, Tensor]:
         """Turns samples (N,) at the encoder's rate into the encoder's tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
         """Makes the encoder of a loaded model; `source` names it in messages.
 
         Raises:
           BundleError: the feature extractor beside it is not the one that belongs to it.
         """
-        raise NotImplementedError
 
     def _extract(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         return dict(self.extractor(clips, sampling_rate=self.sampling_rate_hz, return_tensors="pt"))

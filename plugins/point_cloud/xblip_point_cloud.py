@@ -161,14 +161,12 @@ class PointCloud(xblip.Modality):
         from transformers import AutoConfig
         from xblip_point_bert import PointBertConfig
 
-        try:
-            config = AutoConfig.from_pretrained(self.config.encoder)
-        except (OSError, ValueError) as cause:
-            raise xblip.BundleError(
-                f'Cannot read the config of the point_cloud encoder "{self.config.encoder}": '
-                f"{str(cause).strip().splitlines()[0].rstrip('.')}. Expected the folder or hub id of a "
-                "Point-BERT encoder."
-            ) from cause
+        config = xblip.TransformersEncoder.read_beside(
+            AutoConfig,
+            self.config.encoder,
+            failure=f'Cannot read the config of the point_cloud encoder "{self.config.encoder}"',
+            expected="the folder or hub id of a Point-BERT encoder.",
+        )
         if not isinstance(config, PointBertConfig):
             raise xblip.BundleError(
                 f'The point_cloud encoder "{self.config.encoder}" is a {config.model_type} model. Expected a '

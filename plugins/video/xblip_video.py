@@ -173,26 +173,25 @@ class Video(xblip.Modality):
         """How many frames an encoder of whole videos takes; None for one of pictures."""
         from transformers import AutoConfig
 
-        try:
-            return getattr(AutoConfig.from_pretrained(self.config.encoder), "num_frames", None)
-        except (OSError, ValueError) as cause:
-            raise xblip.BundleError(
-                f'Cannot read what the video encoder "{self.config.encoder}" is: {str(cause).splitlines()[0]} Expected '
-                "the folder of a transformers model, or a hub id that is reachable or already downloaded."
-            ) from cause
+        config = xblip.TransformersEncoder.read_beside(
+            AutoConfig,
+            self.config.encoder,
+            failure=f'Cannot read what the video encoder "{self.config.encoder}" is',
+            expected="the folder of a transformers model, or a hub id that is reachable or already downloaded.",
+        )
+        return getattr(config, "num_frames", None)
 
     @functools.cached_property
     def _video_processor(self):
         from transformers import AutoVideoProcessor
 
-        try:
-            return AutoVideoProcessor.from_pretrained(self.config.encoder)
-        except (OSError, ValueError) as cause:
-            raise xblip.BundleError(
-                f'Cannot load the processor of the video encoder "{self.config.encoder}": '
-                f"{str(cause).splitlines()[0]} Expected video_preprocessor_config.json or preprocessor_config.json beside "
-                "its weights: put it there by save_pretrained."
-            ) from cause
+        return xblip.TransformersEncoder.read_beside(
+            AutoVideoProcessor,
+            self.config.encoder,
+            failure=f'Cannot load the processor of the video encoder "{self.config.encoder}"',
+            expected="video_preprocessor_config.json or preprocessor_config.json beside its weights: put it there by "
+            "save_pretrained.",
+        )
 
     def _one_segment(self, frames: "list[PIL.Image.Image]") -> dict[str, Tensor]:
         sizes = {frame.size for frame in frames}
