@@ -210,9 +210,10 @@ class TestDamage:
     def test_there_is_no_bundle(self, tmp_path):
         with pytest.raises(BundleError, match=r"There is no bundle in .*: it lacks config.yaml"):
             XBlip.from_pretrained(tmp_path)
-        with pytest.raises(BundleError, match=r'There is no bundle ".*none": no such file or folder'):
+        with pytest.raises(BundleError, match=r'There is no bundle ".*none": no such file or folder; relative ones'):
             xblip.load(tmp_path / "none")
-        with pytest.raises(BundleError, match='There is no bundle "someone/something"'):
+        hub = r'There is no bundle "someone/something": no such .*, and the hub cannot give it \(.*\)\. `xblip plugins`'
+        with pytest.raises(BundleError, match=hub):
             xblip.load("someone/something")
 
     def test_an_unknown_name_says_what_is_known(self, site):
