@@ -33,6 +33,7 @@ LAYERS = [
     {"convert", "testing", "scaffold", "blueprint"},
     {"dryrun"},
     {"doctor"},
+    {"cli_train"},
     {"cli"},
 ]
 MODALITIES = {"image", "video", "audio", "point_cloud"}

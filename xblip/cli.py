@@ -1,4 +1,4 @@
-"""The command line: ask, chat, train, convert, doctor, plugins, check, new.
+"""The command line: ask, chat, convert, doctor, plugins, check, new, and the commands of `xblip.cli_train`.
 
 Options for inputs come from the installed plugins (`--image`, `--point-cloud`, ...), so a third party's modality is
 there as soon as it is installed; they are read from the raw arguments, since their order is the order of the prompt.
@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from xblip import plugins
+from xblip import cli_train, plugins
 from xblip.errors import ConfigError, InputError, PluginError, XBlipError, suggest
 
 MODEL = "XBLIP_MODEL"
@@ -126,20 +126,8 @@ def chat(ctx: typer.Context, model: Model = "numerals") -> None:
             print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
 
 
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="A YAML such as configs/train/numerals-image.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, e.g. training.max_steps=10.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-) -> None:
-    """Train the bridge of one branch; encoder and LLM stay frozen."""
-    from xblip.train import load_train_config
-    from xblip.train import train as run
-
-    settings = load_train_config(config, overrides or [])
-    metrics = run(settings, resume=resume)
-    shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))}
-    print(f"wrote {settings.training['output_dir']}", *(f"{name} {value:.4f}" for name, value in shown.items()))
+for command in cli_train.COMMANDS:
+    app.command()(command)
 
 
 @app.command()
