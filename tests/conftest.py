@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+import subprocess
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,3 +80,15 @@ def write(tmp_path):
         return path
 
     return written
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of one mebibyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

@@ -4,8 +4,9 @@ A branch folder holds `branch.yaml`, `bridge.safetensors` and what the bridge ne
 and the LLM it was trained for by fingerprint, and refuses others: a soft prompt read by another LLM is silent rubbish.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,9 @@ class Branch(nn.Module):
 
     def forward(self, sources: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
         """Makes the soft prompt (L, D_llm) of each source in the light of its own instruction."""
-        return self.bridge(self.encode(sources), instructions)
+        features = self.encode(sources)
+        with _without_half_precision(features.values.device.type):
+            return self.bridge(features, instructions)
 
     def save(self, folder: str | Path, *, llm: FrozenLLM, encoder: str | None = None) -> None:
         """Writes the branch.
@@ -243,6 +246,16 @@ class Branch(nn.Module):
             )
         load_bridge(branch.bridge, folder, what=what)
         return branch
+
+
+@contextlib.contextmanager
+def _without_half_precision(device_type: str) -> Iterator[None]:
+    """Lets a bridge run in float32 under float16 autocast, in which a Q-Former's loss overflows (LAVIS, issue 267)."""
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
 
 
 def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality:

@@ -208,6 +208,10 @@ class Router:
             batch.labels = _labels(spoken, None if apart else lengths, embedded.device)
         return batch
 
+    def count_answer_tokens(self, answer: str) -> int:
+        """Returns how many tokens of an answer are learnt, the end of sequence included."""
+        return len(self._answer_ids(answer))
+
     def _answer_ids(self, answer: str) -> list[int]:
         return [*self.llm.tokenize(answer), self.llm.tokenizer.eos_token_id]
 
