@@ -100,7 +100,7 @@ class Router:
             current = [part for content, _ in turns for part in content if isinstance(part, Media)] + current
             turns = []
         if self.config.chat_template:
-            return self._templated(turns, current, sample.instruction)
+            return self._templated(turns, current, sample.instruction or "")
         tokenizer = self.llm.tokenizer
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         pieces: list[Piece] = bos if self.config.bos is Bos.start else []
@@ -110,7 +110,7 @@ class Router:
             pieces = [*pieces, self.config.prefix, *before, *after, answer, tokenizer.eos_token_id]
         pieces = [*pieces, self.config.prefix, *self._cued(current)]
         pieces += bos if self.config.bos is Bos.instruction else []
-        pieces += [sample.instruction + self.config.postfix, *self.llm.prompt_end()]
+        pieces += [(sample.instruction or "") + self.config.postfix, *self.llm.prompt_end()]
         if self.config.bos is Bos.every:
             begun = [[*bos, piece] if isinstance(piece, str) and piece else [piece] for piece in pieces]
             pieces = [piece for part in begun for piece in part]

@@ -23,6 +23,9 @@ from xblip.meters import Curves, Meter
 from xblip.resume import STATE, check_facts, reading, write_facts, writing
 from xblip.tasks import EvalBatch, Task
 
+CALLBACKS = (Curves,)
+"""Of every run."""
+
 
 class BridgeTrainer(Trainer):
     """transformers' Trainer for the bridges of a task.
@@ -43,7 +46,7 @@ class BridgeTrainer(Trainer):
         facts: Mapping[str, Any],
         **kwargs: Any,
     ):
-        super().__init__(model=task.model, callbacks=[Curves()], **kwargs)
+        super().__init__(model=task.model, callbacks=[callback() for callback in CALLBACKS], **kwargs)
         self.task = task
         self.plan = plan
         self.rates = rates
