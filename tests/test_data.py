@@ -289,7 +289,7 @@ class TestCache:
         ("a.parquet", b"PAR1", r'Cannot read the manifest ".*a.parquet" into the cache'),
         ("a.tar", b"x" * 2000, "is no tar that can be read in place: .* Is it cut, or compressed"),
         ("a.xlsx", b"PK", r'has the ending ".xlsx"\. Known: \.csv'),
-        ("a.jsnl", b"{}", r'has the ending ".jsnl"\. Did you mean ".json"'),
+        ("a.jsnl", b"{}", r'has the ending ".jsnl"\. Did you mean ".jsonl"'),
     ],
 )
 def test_a_file_that_is_no_manifest_is_named(tmp_path, name, data, message):

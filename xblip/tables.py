@@ -168,7 +168,8 @@ class Table:
         columns = Features(
             {"file": Value("int32"), "place": Value("string"), "text": Value("large_string"), "parts": Value("int32")}
         )
-        arguments = {"files": [str(file) for file in self.files], "suffix": self.suffix, "fields": fields}
+        # A tuple: for each entry of a list the generator would be called once.
+        arguments = {"files": tuple(map(str, self.files)), "suffix": self.suffix, "fields": fields}
         return Dataset.from_generator(
             _places, features=columns, cache_dir=cache, gen_kwargs=arguments, fingerprint="records"
         )
@@ -235,7 +236,7 @@ def _without_none(value: Any) -> Any:
     return [_without_none(part) for part in value] if isinstance(value, list) else value
 
 
-def _places(files: list[str], suffix: str, fields: Fields) -> Iterator[dict[str, Any]]:
+def _places(files: tuple[str, ...], suffix: str, fields: Fields) -> Iterator[dict[str, Any]]:
     """Yields the rows of a table of text."""
     splitting = [name for name in _splitting(fields) if name]
     empty = True
