@@ -1,10 +1,16 @@
 """Fixtures shared by the tests."""
 
+import atexit
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "HF_DATASETS_CACHE" not in os.environ:  # manifests of tests are read into a cache of their own
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="xblip-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

@@ -32,10 +32,16 @@ class TestSample:
         sample = Sample("which ?", [("image", 3)], history=history)
         assert [item.source for item in sample.all_media] == [1, 2, 3]
 
-    @pytest.mark.parametrize("instruction", ["", "  \n", None, 3])
+    @pytest.mark.parametrize("instruction", ["", "  \n", 3])
     def test_an_empty_instruction_is_an_error(self, instruction):
         with pytest.raises(InputError, match="The instruction is empty: say what to do or ask"):
             Sample(instruction)
+
+    def test_there_may_be_no_instruction_at_all(self):
+        assert Sample(None, [("image", "a.png")], "red").instruction is None
+
+    def test_where_it_comes_from_makes_no_difference(self):
+        assert Sample("what ?", origin="a.jsonl, line 1") == Sample("what ?")
 
     @pytest.mark.parametrize("media", ["a.png", b"x", Media("image", 1), {"image": "a.png"}, np.zeros((2, 3)), 3])
     def test_media_must_be_a_list(self, media):
@@ -84,6 +90,7 @@ class TestRow:
             ({"instruction": "what ?", "imge": "a.png"}, 'Unknown key "imge" in a sample. Did you mean "image"?'),
             ({"image": "a.png"}, "A sample lacks its `instruction`; it has image"),
             ({}, "A sample lacks its `instruction`; it has nothing"),
+            ({"instruction": None}, "A sample lacks its `instruction`"),
             (
                 {"instruction": "what ?", "media": [["imge", "a"]]},
                 'Unknown modality "imge" in a sample. Did you mean "image"?',

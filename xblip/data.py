@@ -1,100 +1,125 @@
-"""Training data: manifests of samples, and the collator that reads their media in the data loader's workers.
+"""Training data: manifests of rows, and the collator for data loaders whose workers read their media.
 
-A manifest is a JSONL file, one sample a row (the forms that `xblip.sample.from_row` takes), its relative paths starting
-at its own folder. Rows are kept as text until they are used, so that a long manifest costs little memory.
+A manifest is a file, or several of one kind: JSONL, JSON, CSV, TSV, Parquet, or the tars of a WebDataset (`xblip.tables`).
+Its rows come in any of the forms of `xblip.forms`, and stay on disk until they are used.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from xblip.errors import ConfigError, InputError, XBlipError
+from xblip.errors import InputError, XBlipError
+from xblip.forms import Fields, Row, read_row
+from xblip.media import FilePart
 from xblip.modality import Features, Modality
-from xblip.sample import Media, Sample, Turn, from_row
+from xblip.sample import Media, Sample, Turn
+from xblip.tables import Record, Table
+
+
+class Visit(NamedTuple):
+    """One time that a row is learnt from.
+
+    Attributes:
+      source: index of its manifest in the mixture.
+      index: of the row in its manifest.
+      epoch: how often all rows of its manifest have been visited before.
+    """
+
+    source: int
+    index: int
+    epoch: int
 
 
 class Manifest(Dataset):
-    """The samples of a JSONL file, their media read when they are fetched.
+    """The rows of a file, their media read when they are fetched.
 
     Attributes:
       features: frozen features that stand in for files, by path; see `xblip.features`.
     """
 
-    def __init__(self, path: str | Path, *, modalities: Mapping[str, Modality]):
-        """Reads the file's lines.
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        modalities: Mapping[str, Modality],
+        fields: Mapping[str, str] | None = None,
+        root: str | Path | None = None,
+    ):
+        """Opens the file.
 
         Args:
-          path: the JSONL.
+          path: the file, or a pattern such as "shards/*.tar".
           modalities: what reads the media, by name; rows may name no other.
+          fields: for each of our keys the column, or the format string over columns, that it is.
+          root: folder that relative paths of media start from; that of the manifest if None.
 
         Raises:
-          ConfigError: no such file, or no row in it.
+          ConfigError: no such file, no row in it, or a column of `fields` that it has not.
         """
         self.path = Path(path)
         self.modalities = dict(modalities)
         self.features: dict[str, Features] = {}
-        if not self.path.is_file():
-            raise ConfigError(f'No manifest at "{self.path}". Expected a JSONL file with one sample a row.')
-        try:
-            text = self.path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as cause:
-            raise ConfigError(f'The manifest "{self.path}" is not UTF-8 text that can be read: {cause}.') from cause
-        # Not splitlines(), which ends a line at characters that JSON allows inside a string too.
-        self.rows = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        if not self.rows:
-            raise ConfigError(f'The manifest "{self.path}" has no rows.')
+        self._fields = Fields(fields, modalities=self.modalities)
+        self._table = Table(path, self._fields)
+        self._root = self._table.folder if root is None else Path(root)
+        self._ends = None if self._table.parts is None else np.cumsum(self._table.parts)
+        self._lengths: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self._table) if self._ends is None else int(self._ends[-1])
+
+    def row(self, index: int) -> Row:
+        """Returns a row, media unread.
+
+        Raises:
+          InputError: the row has none of the forms; the message names file and line.
+        """
+        if self._ends is None:
+            return self._row(self._table[index], 0)
+        record = int(np.searchsorted(self._ends, index, side="right"))
+        return self._row(self._table[record], index - int(self._ends[record] - self._table.parts[record]))
+
+    def rows(self) -> Iterator[Row]:
+        """Yields all rows in their order, quicker than one by one; raises as `row` does."""
+        return (row for _, row in self._all())
+
+    def sample(self, index: int) -> Sample:
+        """Returns a row as a sample with its likeliest answer, media unread; raises as `row` does."""
+        return self.row(index).answered()
 
     def check(self) -> None:
         """Reads every row, media unread, so that a bad one is told before anything is loaded.
 
         Raises:
-          InputError: a row is no sample, or lacks an answer or an input; the message names file and line.
+          InputError: a row has none of the forms, or lacks an answer or an input; the message names file and line.
         """
-        for index, (number, _) in enumerate(self.rows):
-            sample = self.sample(index)
-            lacking = "answer" if sample.answer is None else "" if sample.all_media else "input"
+        lengths = np.empty(len(self), np.int32)
+        for index, (record, row) in enumerate(self._all()):
+            lacking = "answer" if not row.answers else "" if row.sample.all_media else "input"
             if lacking:
                 raise InputError(
-                    f"{self.path}, line {number}: it has no {lacking}; a branch learns from rows that have both an input "
-                    "and an answer. Add it, or remove the row."
+                    f"{row.origin}: it has no {lacking}; a branch learns from rows that have both an input "
+                    f"and an answer. Add it, or remove the row.{self._missing(record)}"
                 )
+            lengths[index] = _characters(row)
+        self._lengths = lengths
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def sample(self, index: int) -> Sample:
-        """Returns a sample as its row has it, media unread.
-
-        Raises:
-          InputError: the row is not JSON, or not a sample; the message names file and line.
-        """
-        number, line = self.rows[index]
-        where = f"{self.path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as cause:
-            raise InputError(f"{where}: not JSON ({cause.msg} at column {cause.colno}).") from cause
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected an object with keys such as instruction and answer.")
-        try:
-            return from_row(row, modalities=self.modalities.keys(), root=self.path.parent)
-        except XBlipError as error:
-            raise type(error)(f"{where}: {error}") from error
+    def lengths(self) -> np.ndarray:
+        """Returns the characters of text of each row, with its longest answer: what tokens go by."""
+        if self._lengths is None:
+            self._lengths = np.fromiter(map(_characters, self.rows()), np.int32, len(self))
+        return self._lengths
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.sample(index)
         try:
-            return dataclasses.replace(
-                sample,
-                media=[self._read(part) for part in sample.media],
-                history=[Turn(tuple(map(self._read, turn.content)), turn.answer) for turn in sample.history],
-            )
+            return with_media(sample, self._read)
         except XBlipError as error:
-            raise type(error)(f"{self.path}, line {self.rows[index][0]}: {error}") from error
+            raise type(error)(f"{sample.origin}: {error}") from error
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample | XBlipError]:
         """A batch for a data loader; a user's error comes as a value, since torch makes a text of what a worker raises."""
@@ -106,11 +131,60 @@ class Manifest(Dataset):
         except XBlipError as error:
             return error
 
-    def _read(self, part: str | Media) -> str | Media:
-        if isinstance(part, str):
-            return part
-        kept = self.features.get(file_of(part))
-        return Media(part.modality, self.modalities[part.modality].load(part.source) if kept is None else kept)
+    def _read(self, media: Media) -> Media:
+        kept = self.features.get(file_of(media))
+        return Media(media.modality, self.modalities[media.modality].load(media.source) if kept is None else kept)
+
+    def _all(self) -> Iterator[tuple[Record, Row]]:
+        for index, record in enumerate(self._table):
+            if isinstance(record, XBlipError):
+                raise record
+            for part in range(1 if self._ends is None else self._table.parts[index]):
+                yield record, self._row(record, part)
+
+    def _row(self, record: Record, part: int) -> Row:
+        try:
+            values = self._fields.of(record.values)
+            if self._table.suffix == ".tar":
+                self._name_members(values, record.values)
+            return read_row(values, modalities=self.modalities.keys(), root=self._root, origin=record.origin, part=part)
+        except XBlipError as error:
+            raise type(error)(f"{record.origin}: {error}{self._missing(record)}") from error
+
+    def _name_members(self, values: dict[str, Any], members: Mapping[str, Any]) -> None:
+        """Gives members of a tar that no field takes to the modalities that know their endings."""
+        chosen = self._fields.fields
+        if chosen is None:
+            for name, key in (("txt", "caption"), ("cls", "label"), *((name, "") for name in members)):
+                if name in values and (key or isinstance(values[name], FilePart)):
+                    part = values.pop(name)
+                    values.update({key: part} if key else {})
+        for name, part in members.items():
+            if not isinstance(part, FilePart) or part in values.values():
+                continue
+            suffix = Path(part.name).suffix.lower()
+            fitting = [name for name, modality in self.modalities.items() if suffix in modality.suffixes]
+            fitting = [modality for modality in fitting if modality not in (chosen or ())]
+            if len(fitting) > 1 or any(modality in values for modality in fitting):
+                raise InputError(f'It may have ".{name}" or another member as {" or ".join(fitting)}: say in `fields`.')
+            values.update({modality: part for modality in fitting})
+
+    def _missing(self, record: Record) -> str:
+        fault = self._fields.missing(record.values)
+        return f" Mind that {fault}" if fault else ""
+
+
+def with_media(sample: Sample, read: Callable[[Media], Media]) -> Sample:
+    """Returns the sample with each of its inputs, those of earlier turns too, as `read` gives it."""
+
+    def part(given: str | Media) -> str | Media:
+        return read(given) if isinstance(given, Media) else given
+
+    return dataclasses.replace(
+        sample,
+        media=[part(given) for given in sample.media],
+        history=[Turn(tuple(map(part, turn.content)), turn.answer) for turn in sample.history],
+    )
 
 
 def file_of(media: Media) -> str:
@@ -121,3 +195,11 @@ def file_of(media: Media) -> str:
 def collate_samples(samples: Sequence[Sample | XBlipError]) -> dict[str, Any]:
     """Returns what `XBlip.forward` takes, errors in the place of samples that cannot be read."""
     return {"samples": list(samples)}
+
+
+def _characters(row: Row) -> int:
+    sample = row.sample
+    texts = [sample.instruction or "", *(part for part in sample.media if isinstance(part, str))]
+    for turn in sample.history:
+        texts += [turn.answer, *(part for part in turn.content if isinstance(part, str))]
+    return sum(map(len, texts)) + max(map(len, row.answers), default=0)

@@ -18,23 +18,47 @@ MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".s
 
 
 @dataclass(frozen=True)
+class FilePart:
+    """A source that lies inside a file, as a member of a tar does; its bytes are read where they are used.
+
+    Attributes:
+      path: the file that holds it.
+      name: its own name, whose ending tells its format.
+      offset, size: where its bytes are.
+    """
+
+    path: str
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Returns its bytes."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
 class MediaFile:
-    """A source that is a file: a path, bytes, or an open binary file.
+    """A source that is a file: a path, bytes, an open binary file, or part of a file.
 
     Attributes:
       label: how error messages call it.
       path: where it lies, or None if it came as bytes.
       data: its bytes, or None if it has a path.
+      name: what it is called, if it came as bytes and that is known.
     """
 
     label: str
     path: Path | None = None
     data: bytes | None = None
+    name: str = ""
 
     @property
     def suffix(self) -> str:
-        """The file's ending in lower case with its dot; "" when it has none or came as bytes."""
-        return self.path.suffix.lower() if self.path else ""
+        """The file's ending in lower case with its dot; "" when it has none or came as bytes without a name."""
+        return (self.path or Path(self.name)).suffix.lower()
 
     def declared_bytes(self) -> int | None:
         """Returns how long its own headers say that an MP4, MOV, WebM, MKV, AVI or WAV file is at least, in bytes.
@@ -84,6 +108,8 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
     Raises:
       MediaError: the file is missing, a folder, unreadable or empty, or a URL.
     """
+    if isinstance(source, FilePart):
+        return _part_of_file(source, kind)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data, label = bytes(source), f"the {kind} given as bytes"
     elif hasattr(source, "read"):
@@ -96,6 +122,19 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
     if not data:
         raise MediaError(f"Cannot read {label}: it is empty.")
     return MediaFile(label=label, data=data)
+
+
+def _part_of_file(source: FilePart, kind: str) -> MediaFile:
+    label = f"{kind} {source.name!r} in {source.path}"
+    try:
+        data = source.read()
+    except OSError as cause:
+        raise MediaError(f"Cannot read {label}: {cause}.") from cause
+    if len(data) < source.size:
+        raise MediaError(f"Cannot read {label}: {source.path} ends before it does. Has it changed, or been cut?")
+    if not data:
+        raise MediaError(f"Cannot read {label}: it is empty.")
+    return MediaFile(label=label, data=data, name=source.name)
 
 
 def _contents(source: BinaryIO, label: str) -> bytes:

@@ -33,22 +33,26 @@ class Sample:
     """What is asked about what.
 
     Attributes:
-      instruction: the user's words, read by the Q-Formers and by the LLM.
+      instruction: the user's words, read by the Q-Formers and by the LLM; None for none at all, as when a caption is
+        learnt from the input alone.
       media: inputs in the LLM's order; a string among them is text that stands between them. A pair
         (modality, source) may stand for `Media`.
       answer: the answer to learn; None when asking.
       history: earlier turns of the conversation, oldest first.
+      origin: where it comes from, for messages, such as "captions.jsonl, line 17"; "" if nobody said.
     """
 
-    instruction: str
+    instruction: str | None
     media: list[str | Media] = field(default_factory=list)
     answer: str | None = None
     history: list[Turn] = field(default_factory=list)
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self):
-        if not isinstance(self.instruction, str) or not self.instruction.strip():
-            raise InputError("The instruction is empty: say what to do or ask, in words.")
-        check_text(self.instruction, "The instruction")
+        if self.instruction is not None:
+            if not isinstance(self.instruction, str) or not self.instruction.strip():
+                raise InputError("The instruction is empty: say what to do or ask, in words.")
+            check_text(self.instruction, "The instruction")
         if self.answer is not None:
             check_text(self.answer, "An answer")
         self.media = as_parts(self.media)
@@ -122,15 +126,23 @@ def from_row(row: Mapping[str, Any], *, modalities: Collection[str], root: Path 
     for key in row:
         if key not in other and key not in modalities:
             raise InputError(f'Unknown key "{key}" in a sample.{suggest(str(key), other | set(modalities))}')
-    if "instruction" not in row:
+    if row.get("instruction") is None:
         raise InputError(f"A sample lacks its `instruction`; it has {', '.join(row) or 'nothing'}.")
+    return Sample(row["instruction"], media_of(row, modalities=modalities, root=root), row.get("answer"))
+
+
+def media_of(row: Mapping[str, Any], *, modalities: Collection[str], root: Path | None = None) -> list[str | Media]:
+    """Returns a row's inputs in its order: those of its `media`, then `<modality>: source`.
+
+    Raises:
+      InputError: `media` is no list of inputs and texts, or names an unknown modality.
+    """
     media = as_parts(row.get("media", ()))
     media += [Media(key, source) for key, source in row.items() if key in modalities]
     for part in media:
         if isinstance(part, Media) and part.modality not in modalities:
             raise InputError(f'Unknown modality "{part.modality}" in a sample.{suggest(part.modality, modalities)}')
-    media = [Media(part.modality, _at(part.source, root)) if isinstance(part, Media) else part for part in media]
-    return Sample(row["instruction"], media, row.get("answer"))
+    return [Media(part.modality, _at(part.source, root)) if isinstance(part, Media) else part for part in media]
 
 
 def from_messages(
