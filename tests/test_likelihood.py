@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 
 from xblip import likelihood
+from xblip.errors import ConfigError
 from xblip.likelihood import LabelReader, log_likelihoods
 from xblip.llm import IGNORE, FrozenLLM, LLMConfig, PromptBatch
 from xblip.testing import toy_tokenizer
@@ -140,3 +141,45 @@ def test_half_precision_loses_no_more_than_its_own_rounding():
         (values.mean() * 65536).backward()  # as fp16 training scales its loss
         found.append(hidden.grad.float() / 65536)
     assert (found[0] - found[1]).norm() <= 3e-3 * found[0].norm()
+
+
+class TestCheckpointing:
+    def saved_bytes(self, llm, batch) -> int:
+        """Of what a forward pass keeps for the backward pass, weights left out."""
+        weights = {weight.data_ptr() for weight in llm.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor):
+            if tensor.data_ptr() not in weights:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            llm.token_log_likelihoods(batch)
+        return sum(kept.values())
+
+    @pytest.mark.parametrize("family", ["Llama", "OPT", "Gemma 2, capped", "T5", "BART"])
+    def test_gradients_stay_and_activations_go(self, family):
+        llm = build(*(HEAD_IS_LAST | MODEL_DOES_MORE)[family])
+        batch = make_batch(llm)
+        values = llm.token_log_likelihoods(batch)[0]
+        expected, before = gradient(values, batch), self.saved_bytes(llm, batch)
+        llm.checkpoint_layers()
+        llm.checkpoint_layers()  # once more changes nothing
+        again = llm.token_log_likelihoods(batch)[0]
+        assert torch.equal(again, values) and torch.equal(gradient(again, batch), expected)
+        assert self.saved_bytes(llm, batch) < before / 2
+        assert not any(module.training for module in llm.modules())
+
+    def test_generation_is_what_it_was(self):
+        llm = build(*HEAD_IS_LAST["Llama"])
+        batch = make_batch(llm)
+        batch.labels = None
+        before = llm.generate(batch, max_new_tokens=4)
+        llm.checkpoint_layers()
+        assert llm.generate(batch, max_new_tokens=4) == before
+
+    def test_a_model_without_such_layers_is_an_error(self, llm, monkeypatch):
+        monkeypatch.setattr(llm, "model", torch.nn.Linear(2, 2))
+        with pytest.raises(ConfigError, match="A Linear has no layers whose activations can be computed again: leave"):
+            llm.checkpoint_layers()

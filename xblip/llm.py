@@ -8,7 +8,7 @@ the soft prompts. Likelihoods are read where labels are (`xblip.likelihood`): a 
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint
@@ -202,6 +203,25 @@ class FrozenLLM(Frozen):
         values, mask = values.to(self.device), mask.to(self.device)
         return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
+    def checkpoint_layers(self) -> None:
+        """Lets training keep what goes into each layer alone, and run the layer again for its backward pass.
+
+        transformers' own gradient checkpointing waits for training mode, in which a frozen LLM never is.
+
+        Raises:
+          ConfigError: the model has no layers that transformers knows how to run again.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(
+                f"A {type(self.model).__name__} has no layers whose activations can be computed again: leave "
+                "gradient_checkpointing out."
+            )
+        for layer in layers:
+            layer.forward = _Checkpointed(layer.forward)
+
     def _run(self, batch: PromptBatch) -> Any:
         inputs = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask, "use_cache": False}
         if self.is_encoder_decoder:
@@ -249,6 +269,18 @@ class FrozenLLM(Frozen):
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
         return self.tokenize("abcdef") == [self.tokenizer.unk_token_id]
+
+
+class _Checkpointed:
+    """A layer's `forward` that keeps its inputs alone where there will be a backward pass."""
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward.forward if isinstance(forward, _Checkpointed) else forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def check_generation_options(options: Mapping[str, Any]) -> None:
