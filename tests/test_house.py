@@ -19,7 +19,7 @@ CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs"},
     {"config", "loading", "media"},
-    {"pictures", "checkpoint", "frozen", "encoder"},
+    {"pictures", "checkpoint", "frozen", "encoder", "likelihood"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms"},
     {"qformer_bridges", "pooled", "resamplers", "initial", "tables", "templates"},

@@ -205,7 +205,7 @@ class Router:
         mask = (positions < torch.tensor(lengths, device=embedded.device)[:, None]).long()
         batch = PromptBatch(torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side=side), mask)
         if answers is not None:
-            batch.labels = _labels(spoken, None if apart else lengths, embedded.device)
+            batch.labels = _labels(spoken, None if apart else lengths)
         return batch
 
     def count_answer_tokens(self, answer: str) -> int:
@@ -262,11 +262,11 @@ class Router:
             )
 
 
-def _labels(answers: Sequence[list[int]], ends: Sequence[int] | None, device: torch.device) -> Tensor:
+def _labels(answers: Sequence[list[int]], ends: Sequence[int] | None) -> Tensor:
     """The answers' ids, each where its row `ends`, and -100 elsewhere; from the start of the row without `ends`."""
     ends = [len(answer) for answer in answers] if ends is None else ends
     rows = [[IGNORE] * (end - len(answer)) + answer for answer, end in zip(answers, ends, strict=True)]
-    rows = [torch.tensor(row, device=device) for row in rows]
+    rows = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 
