@@ -17,16 +17,17 @@ from xblip import hookspecs, plugins
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
-    {"errors", "hookspecs"},
+    {"errors", "hookspecs", "gather"},
     {"config", "loading", "media"},
     {"pictures", "checkpoint", "frozen", "encoder"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router"},
-    {"qformer_bridges", "pooled", "resamplers", "initial"},
+    {"qformer_bridges", "retrieval_bridge", "pooled", "resamplers", "initial"},
     {"plugins", "data"},
     {"branch", "lavis"},
     {"bundle", "features"},
-    {"model", "retrieval"},
+    {"model", "retrieval", "contrast"},
+    {"align"},
     {"export"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
