@@ -17,18 +17,18 @@ from xblip import hookspecs, plugins
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
-    {"errors", "hookspecs"},
+    {"errors", "hookspecs", "gather"},
     {"config", "loading", "media"},
     {"pictures", "checkpoint", "frozen", "encoder", "likelihood"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms"},
-    {"qformer_bridges", "pooled", "resamplers", "initial", "tables", "templates"},
+    {"qformer_bridges", "retrieval_bridge", "pooled", "resamplers", "initial", "tables", "templates"},
     {"plugins", "data"},
     {"branch", "lavis", "mixture", "examples"},
     {"bundle", "features"},
-    {"model", "retrieval"},
-    {"export", "sharding", "resume", "meters"},
-    {"tasks"},
+    {"model", "retrieval", "contrast"},
+    {"export", "align", "sharding", "resume", "meters"},
+    {"tasks", "train_config"},
     {"trainer"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
