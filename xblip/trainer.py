@@ -18,8 +18,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from xblip.errors import ConfigError, XBlipError, suggest
+from xblip.examples import SkipLog
 from xblip.loading import first_line
 from xblip.meters import Curves, Meter
+from xblip.mixture import BatchPlan
 from xblip.resume import STATE, check_facts, reading, write_facts, writing
 from xblip.tasks import EvalBatch, Task
 
@@ -33,6 +35,7 @@ class BridgeTrainer(Trainer):
     Attributes:
       task: what trains.
       plan: which rows make which batch, of this process.
+      skipped: rows whose files are broken.
       rates: learning rates of their own, by part of a weight's name.
       facts: what a resumed run must share with the one that it goes on from.
     """
@@ -41,7 +44,8 @@ class BridgeTrainer(Trainer):
         self,
         *,
         task: Task,
-        plan: Any,
+        plan: BatchPlan,
+        skipped: SkipLog,
         rates: Mapping[str, float],
         facts: Mapping[str, Any],
         **kwargs: Any,
@@ -49,6 +53,7 @@ class BridgeTrainer(Trainer):
         super().__init__(model=task.model, callbacks=[callback() for callback in CALLBACKS], **kwargs)
         self.task = task
         self.plan = plan
+        self.skipped = skipped
         self.rates = rates
         self.facts = facts
         self.loss_is_scaled_for_ga = task.counts_tokens
@@ -80,11 +85,18 @@ class BridgeTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         for batch in batch_samples:
-            _raise_errors(batch["samples"])
+            self._check_rows(batch)
         if not self.task.counts_tokens or not batch_samples:
             return None
         tokens = sum(self.task.count_tokens(batch["samples"]) for batch in batch_samples)
         return self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
+
+    def _check_rows(self, batch: Mapping[str, Any]) -> None:
+        """Raises what workers could not, and notes rows whose files are broken."""
+        for sample in batch["samples"]:
+            if isinstance(sample, XBlipError):
+                raise sample
+        self.skipped.add(batch["skipped"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._samples = inputs["samples"]
@@ -143,7 +155,7 @@ class BridgeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._meter.take(self._summed)
+            logs |= self._meter.take(self._summed) | ({"skipped": len(self.skipped)} if self.skipped else {})
         super().log(logs, start_time)
 
     def _summed(self, numbers: Sequence[float]) -> list[float]:
