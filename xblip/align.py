@@ -174,7 +174,7 @@ class AlignModel(nn.Module):
             parts["itg"] = summed * world()[1] / facts[:, 4].sum().clamp(min=1)
         loss = sum(getattr(config, name) * part for name, part in parts.items())
         told = {name: part.detach() for name, part in parts.items()}
-        return {"loss": loss, **told, "temperature": bridge.temperature.detach()[0]}
+        return {"loss": loss, **told, "temperature": bridge.temperature.detach().clone()[0]}
 
     def draw_negatives(self, similarities: Tensor, equal: Tensor) -> Tensor:
         """Draws for each of B rows one that it is not to match, the nearer the more often.

@@ -168,9 +168,9 @@ class Momentum(nn.Module):
         return embedded(queries, media[2], self.bridge.embed_texts(text), keys)
 
     def queue(self) -> Embedded:
-        """Pairs of earlier steps, as many as there are."""
+        """Pairs of earlier steps, as many as there are; a copy, since backward needs them after `remember`."""
         count = min(int(self.pairs), self.config.queue_size)
-        return Embedded(self.media[:count], self.real[:count], self.texts[:count], self.keys[:count])
+        return Embedded(*(part[:count].clone() for part in (self.media, self.real, self.texts, self.keys)))
 
     @torch.no_grad()
     def remember(self, pairs: Embedded) -> None:
