@@ -74,6 +74,7 @@ class Branch(nn.Module):
         folder: Path | None = None,
         encoders: Encoders | None = None,
         bridge_class: type[Bridge] | None = None,
+        encoder: FrozenEncoder | None = None,
     ) -> "Branch":
         """Builds a branch with a fresh bridge.
 
@@ -83,16 +84,13 @@ class Branch(nn.Module):
           folder: what relative paths in the configs start from; None for the working directory.
           encoders: those of the model's other branches, to share; None for an encoder of its own.
           bridge_class: in the place of the class that is registered for the bridge's kind.
+          encoder: in the place of the modality's own, which is then not loaded; see `xblip.stored`.
 
         Raises:
           PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
         """
-        name = config.modality
         modality = build_modality(config, folder)
-        if config.encoder_dtype not in DTYPES:
-            raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}".{suggest(config.encoder_dtype, DTYPES)}')
-        dtype = None if config.encoder_dtype == "auto" else getattr(torch, config.encoder_dtype)
-        encoder = (encoders or Encoders()).build(modality.build_encoder, name=name, dtype=dtype)
+        encoder = encoder or build_encoder(config, modality, encoders)
         bridge_class, settings = bridge_settings(config, folder, bridge_class)
         bridge = bridge_class(settings, encoder_width=encoder.width, llm_width=llm_width)
         return cls(config, modality=modality, encoder=encoder, bridge=bridge)
@@ -271,6 +269,18 @@ def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality
     return modality_class(settings)
 
 
+def build_encoder(config: BranchConfig, modality: Modality, encoders: Encoders | None = None) -> FrozenEncoder:
+    """Builds a branch's encoder, frozen; `encoders` are those of the model's other branches, to share.
+
+    Raises:
+      ConfigError, BundleError: unknown `encoder_dtype`, or the encoder's files are wrong.
+    """
+    if config.encoder_dtype not in DTYPES:
+        raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}".{suggest(config.encoder_dtype, DTYPES)}')
+    dtype = None if config.encoder_dtype == "auto" else getattr(torch, config.encoder_dtype)
+    return (encoders or Encoders()).build(modality.build_encoder, name=config.modality, dtype=dtype)
+
+
 def bridge_settings(
     config: BranchConfig, folder: Path | None = None, bridge_class: type[Bridge] | None = None
 ) -> tuple[type[Bridge], Any]:
@@ -357,7 +367,7 @@ def _card(branch: Branch, llm: FrozenLLM) -> str:
     weights = list(branch.bridge.parameters())
     total = sum(parameter.numel() for parameter in weights)
     trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in branch.encoder.parameters())
+    frozen = branch.encoder.num_parameters
     share = "" if trained == total else f" ({trained:,} of them trained)"
     return (
         f"---\nlibrary_name: xblip\ntags: [xblip, {branch.modality.name}]\n---\n\n"
