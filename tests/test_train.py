@@ -16,7 +16,9 @@ from xblip.initial import InitConfig
 from xblip.llm import LLMConfig
 from xblip.model import XBlip
 from xblip.testing import ToyModality, small_qformer
-from xblip.train import BranchTrainer, DataConfig, TrainConfig, load_train_config, train, training_arguments
+from xblip.train import train
+from xblip.train_config import DataConfig, TrainConfig, load_train_config, training_arguments
+from xblip.trainer import BridgeTrainer
 
 
 @pytest.fixture
@@ -64,13 +66,13 @@ def test_a_branch_learns_and_is_composed(config, llm_folder, tmp_path, capsys):
 @pytest.mark.parametrize(("eval_steps", "times"), [(10, 2), (15, 2), (40, 1)])
 def test_the_last_weights_are_evaluated_once(config, monkeypatch, eval_steps, times):
     evaluated = []
-    evaluate = BranchTrainer.evaluate
+    evaluate = BridgeTrainer.evaluate
 
     def counted(self, *args, **kwargs):
         evaluated.append(1)
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(BranchTrainer, "evaluate", counted)
+    monkeypatch.setattr(BridgeTrainer, "evaluate", counted)
     config.training |= {"max_steps": 20, "save_steps": 20, "eval_strategy": "steps", "eval_steps": eval_steps}
     metrics = train(config)
     assert len(evaluated) == times and {"eval_loss", "eval_accuracy", "train_loss"} <= set(metrics)

@@ -31,6 +31,7 @@ from xblip.contrast import (
     similarities,
 )
 from xblip.errors import ConfigError, InputError
+from xblip.frozen import FrozenEncoder
 from xblip.gather import exchange, gather, largest, world
 from xblip.modality import Features
 from xblip.retrieval import Retriever
@@ -113,8 +114,13 @@ class AlignModel(nn.Module):
         Raises:
           PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
         """
+        return cls(cls.build_branch(branch), config)
+
+    @staticmethod
+    def build_branch(branch: BranchConfig, *, encoder: FrozenEncoder | None = None) -> Branch:
+        """Builds the branch that it trains, with fresh weights; `encoder` as for `Branch.build`."""
         branch = replace(branch, bridge={**branch.bridge, "language_head": True})
-        return cls(Retriever.build(branch).branch, config)
+        return Retriever.build(branch, encoder=encoder).branch
 
     def forward(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Computes the losses of B samples, each of one medium, whose answer is its caption.

@@ -18,6 +18,7 @@ from xblip import config as configs
 from xblip.branch import Branch, BranchConfig, made_folder, read_parts
 from xblip.bundle import copy_folder
 from xblip.errors import BundleError, ConfigError, InputError
+from xblip.frozen import FrozenEncoder
 from xblip.loading import snapshot
 from xblip.modality import Features
 from xblip.retrieval_bridge import RetrievalBridge, chosen
@@ -56,7 +57,7 @@ class Retriever(nn.Module):
         self.branch = branch
 
     @classmethod
-    def build(cls, config: BranchConfig) -> "Retriever":
+    def build(cls, config: BranchConfig, *, encoder: FrozenEncoder | None = None) -> "Retriever":
         """Builds a retriever with fresh weights beside its encoder; `config.bridge` is a `RetrievalBridge.Config`'s.
 
         Raises:
@@ -68,7 +69,7 @@ class Retriever(nn.Module):
                 f'A retriever reads by a Q-Former: bridge.kind must be "{RetrievalBridge.name}", not {kind!r}.'
             )
         config = replace(config, bridge={**config.bridge, "kind": kind})
-        return cls(Branch.build(config, llm_width=0, bridge_class=RetrievalBridge))
+        return cls(Branch.build(config, llm_width=0, bridge_class=RetrievalBridge, encoder=encoder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Retriever":
@@ -87,17 +88,21 @@ class Retriever(nn.Module):
             )
         return cls(Branch.load_parts(file, *read_parts(file), llm_width=0, bridge_class=RetrievalBridge)).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder with the encoder (named if it is on a hub), the Q-Former with its heads, and its tokenizer.
+    def save_pretrained(self, folder: str | Path, *, with_encoder: bool = True) -> None:
+        """Writes a folder with the Q-Former, its heads and its tokenizer.
+
+        Args:
+          folder: made if missing.
+          with_encoder: copy the encoder there too, unless it is on a hub; if not, it is named by its place.
 
         Raises:
           BundleError: nothing can be written there.
         """
         folder = made_folder(folder)
         encoder = self.branch.encoder_folder
-        if encoder is not None:
+        if with_encoder and encoder is not None:
             copy_folder(encoder, folder / ENCODER)
-        parts = self.branch.save_parts(folder, encoder=ENCODER)
+        parts = self.branch.save_parts(folder, encoder=ENCODER if with_encoder else None)
         configs.save_yaml(folder / FILE, {**parts, "xblip": xblip.__version__})
         Path(folder, "README.md").write_text(_card(self.branch))
 

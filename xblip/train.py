@@ -22,7 +22,8 @@ from xblip.align import AlignModel
 from xblip.branch import Branch, BranchConfig, build_modality, made_folder
 from xblip.data import Manifest
 from xblip.errors import ConfigError
-from xblip.examples import Examples, collate_examples
+from xblip.examples import Examples, SkipLog, collate_examples
+from xblip.frozen import Encoders
 from xblip.initial import initialise
 from xblip.llm import FrozenLLM
 from xblip.mixture import BatchPlan, Source
@@ -221,7 +222,7 @@ def build_task(
     if config.stage == "align":
         branch = AlignModel.build_branch(config.branch, encoder=encoders.get(config.branch.modality))
         _initialise(config, {config.branch.modality: branch}, console)
-        task: Task = AlignTask(AlignModel(branch, config.align))
+        task: Task = AlignTask(AlignModel(branch, config.align), config.align)
     else:
         llm = FrozenLLM.from_pretrained(config.llm)
         shared = Encoders()

@@ -117,12 +117,11 @@ class BridgeTrainer(Trainer):
 
     def _check_finite(self, value: Tensor, what: str) -> None:
         if not value.isfinite().all():
-            rows = [origin for sample in self._samples if (origin := getattr(sample, "origin", ""))]
+            rows = "; ".join(sample.origin for sample in self._samples)
             raise XBlipError(
-                f"The {what} at step {self.state.global_step + 1} is {value.item()}"
-                f"{f', of the samples {", ".join(rows)}' if rows else ''}. Nothing was learnt from it, and checkpoints "
-                "before it are whole. Look at these rows, lower training.learning_rate or set training.max_grad_norm, "
-                "and go on with --resume."
+                f"The {what} at step {self.state.global_step + 1} is {value.item()}, of these rows: {rows}. Nothing was "
+                "learnt from it, and checkpoints before it are whole. Look at the rows, lower training.learning_rate or "
+                "set training.max_grad_norm, and go on with --resume."
             )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -183,10 +182,15 @@ class BridgeTrainer(Trainer):
         firsts = range(0, len(dataset), size * processes)
         mine = [first + self.accelerator.process_index * size for first in firsts]
         rows = [list(range(start, min(start + size, len(dataset)))) for start in mine]
-        loader = self._loader(dataset, [part or [0] for part in rows])
+        loader = self._loader(dataset, [list(map(dataset.visit, part or [0])) for part in rows])
         for first, part, batch in zip(firsts, rows, loader, strict=True):
             self._check_rows(batch)
-            yield EvalBatch(part, batch["samples"], first)
+            samples = batch["samples"]
+            if part:  # a row that another one has taken the place of is not measured
+                kept = [place for place in range(len(part)) if place not in batch["replaced"]]
+                part = [part[place] for place in kept]
+                samples = [samples[place] for place in kept] or samples[:1]
+            yield EvalBatch(part, samples, first)
 
     def evaluated(self) -> dict[str, float]:
         """Returns the metrics of the weights as they are, measuring them only if the last step did not."""
