@@ -14,7 +14,7 @@ import pytest
 import torch
 from kit import ONE, TWO
 
-from xblip import media_file
+from xblip import decoding, media_file
 from xblip.data import Manifest
 from xblip.errors import ConfigError, InputError, MediaError
 from xblip.media import FilePart
@@ -29,8 +29,9 @@ class Numbers(ToyModality):
     suffixes = (".num", ".four")
 
     def load(self, source):
-        with media_file(source, kind="numbers").open() as file:
-            return super().load([float(word) for word in file.read().split()])
+        file = media_file(source, kind="numbers")
+        with decoding(file.label, "four numbers"), file.open() as opened:
+            return super().load([float(word) for word in opened.read().split()])
 
 
 class Others(Numbers):

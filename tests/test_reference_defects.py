@@ -33,6 +33,10 @@ SOURCES = [
 ]  # fmt: skip
 
 ELSEWHERE = {
+    "5 answers of a batch laid to other questions": [
+        "tests/test_examples.py::test_5_answers_of_a_batch_are_laid_to_other_rows",
+        "tests/test_forms.py::test_several_questions_of_one_record_keep_their_own_answers",
+    ],
     "6 frames in BGR": ["plugins/video/test_video_readers.py::test_colours_are_rgb"],
     "6 frames beyond the end of a video": [
         "plugins/video/test_video.py::test_middles_of_equal_parts",
@@ -60,6 +64,7 @@ ELSEWHERE = {
     ],
     "11 a file that cannot be read is skipped": [
         "tests/test_train.py::test_a_file_that_cannot_be_kept_is_named",
+        "tests/test_examples.py::test_another_row_of_the_source_takes_the_place_and_it_is_told",
     ],
     "13 a model that imports its tasks": ["tests/test_house.py::test_imports_run_strictly_downward"],
 }

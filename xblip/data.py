@@ -91,13 +91,16 @@ class Manifest(Dataset):
         """Returns a row as a sample with its likeliest answer, media unread; raises as `row` does."""
         return self.row(index).answered()
 
-    def check(self) -> None:
+    def check(self) -> set[tuple[str, str]]:
         """Reads every row, media unread, so that a bad one is told before anything is loaded.
+
+        Returns:
+          The tasks of its rows, each with the modality of the first input.
 
         Raises:
           InputError: a row has none of the forms, or lacks an answer or an input; the message names file and line.
         """
-        lengths = np.empty(len(self), np.int32)
+        lengths, tasks = np.empty(len(self), np.int32), set()
         for index, (record, row) in enumerate(self._all()):
             lacking = "answer" if not row.answers else "" if row.sample.all_media else "input"
             if lacking:
@@ -106,7 +109,9 @@ class Manifest(Dataset):
                     f"and an answer. Add it, or remove the row.{self._missing(record)}"
                 )
             lengths[index] = _characters(row)
+            tasks.add((row.sample.all_media[0].modality, row.task))
         self._lengths = lengths
+        return tasks
 
     def lengths(self) -> np.ndarray:
         """Returns the characters of text of each row, with its longest answer: what tokens go by."""
@@ -143,13 +148,14 @@ class Manifest(Dataset):
                 yield record, self._row(record, part)
 
     def _row(self, record: Record, part: int) -> Row:
+        origin = record.origin if self._ends is None else f"{record.origin}, part {part + 1}"
         try:
             values = self._fields.of(record.values)
             if self._table.suffix == ".tar":
                 self._name_members(values, record.values)
-            return read_row(values, modalities=self.modalities.keys(), root=self._root, origin=record.origin, part=part)
+            return read_row(values, modalities=self.modalities.keys(), root=self._root, origin=origin, part=part)
         except XBlipError as error:
-            raise type(error)(f"{record.origin}: {error}{self._missing(record)}") from error
+            raise type(error)(f"{origin}: {error}{self._missing(record)}") from error
 
     def _name_members(self, values: dict[str, Any], members: Mapping[str, Any]) -> None:
         """Gives members of a tar that no field takes to the modalities that know their endings."""
