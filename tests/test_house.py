@@ -27,7 +27,7 @@ LAYERS = [
     {"branch", "lavis", "mixture", "examples"},
     {"bundle", "features", "stored"},
     {"model", "retrieval", "contrast", "encoding"},
-    {"export", "align", "sharding", "resume", "meters", "precompute_ray"},
+    {"export", "align", "layers", "resume", "meters", "precompute_ray"},
     {"tasks", "train_config", "precompute"},
     {"trainer"},
     {"train", "convert_qformer", "convert_transformers"},

@@ -19,7 +19,7 @@ from xblip.data import Visit
 from xblip.errors import ConfigError, suggest
 
 WINDOW = 32  # micro-batches within which rows of about one length are put together
-BLUR = 24.0
+BLUR = 16.0
 """Characters by which lengths are blurred before rows are sorted by them. Sorted by bare lengths, rows to be answered by
 "yes" and those by "no" are in batches of their own, from which little is learnt; a few tokens of padding cost less."""
 

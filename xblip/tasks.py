@@ -22,7 +22,7 @@ from xblip.model import XBlip
 from xblip.resume import reading
 from xblip.retrieval import Retriever
 from xblip.sample import Sample
-from xblip.sharding import is_sharded
+from xblip.layers import is_sharded
 
 MOMENTUM = "momentum.pt"
 """What momentum distillation keeps, beside a retriever in a checkpoint."""

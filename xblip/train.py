@@ -30,7 +30,7 @@ from xblip.mixture import BatchPlan, Source
 from xblip.model import XBlip
 from xblip.resume import clear_unfinished, last_checkpoint, read_state, replacing
 from xblip.retrieval import Retriever
-from xblip.sharding import shard_llm
+from xblip.layers import WISHES, apply_wishes, shard_llm
 from xblip.store import FeatureStore
 from xblip.stored import stored_encoder
 from xblip.tasks import AlignTask, AnswerTask, Task
@@ -234,6 +234,7 @@ def build_task(
         }
         _initialise(config, branches, console)
         model = XBlip(llm=llm, branches=branches, router=config.router, generation=config.generation)
+        apply_wishes(llm, {name: config.training[name] for name in WISHES if name in config.training})
         if config.shard_llm:
             shard_llm(model, arguments.device)
         task = AnswerTask(model, eval_answers=config.data.eval_answers)

@@ -21,6 +21,7 @@ from xblip.data import Manifest
 from xblip.errors import ConfigError, suggest
 from xblip.examples import ContextConfig
 from xblip.initial import InitConfig
+from xblip.layers import WISHES
 from xblip.llm import LLMConfig
 from xblip.modality import Modality
 from xblip.router import RouterConfig
@@ -179,6 +180,9 @@ def check_config(config: TrainConfig) -> None:
             raise ConfigError("The stage align trains one branch: leave `also` out, and run it once for each.")
         if config.shard_llm:
             raise ConfigError("The stage align has no LLM that shard_llm could spread: leave it out.")
+        for name in WISHES:
+            if config.training.get(name):
+                raise ConfigError(f"training.{name} is for the LLM, and the stage align has none: leave it out.")
     elif config.llm is None:
         raise ConfigError(f"The stage {config.stage} learns through an LLM: name its folder or hub id by llm.source.")
     configs.at_least(config.data, eval_answers=0)
@@ -212,8 +216,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "disable_tqdm": not sys.stderr.isatty(),
     }
     words = {name: "no" for name in STRATEGIES if config.training.get(name) is False}
+    own = {name: value for name, value in config.training.items() if name not in WISHES}
     with refusing():
-        arguments = TrainingArguments(**{**defaults, **config.training, **words})
+        arguments = TrainingArguments(**{**defaults, **own, **words})
     configs.at_least(
         arguments,
         per_device_train_batch_size=1,

@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from xblip.errors import ConfigError, XBlipError, suggest
 from xblip.examples import SkipLog
+from xblip.layers import is_sharded
 from xblip.loading import first_line
 from xblip.meters import Curves, Meter
 from xblip.mixture import BatchPlan
@@ -50,6 +51,8 @@ class BridgeTrainer(Trainer):
         facts: Mapping[str, Any],
         **kwargs: Any,
     ):
+        if is_sharded(task.model):
+            kwargs["args"].place_model_on_device = False
         super().__init__(model=task.model, callbacks=[callback() for callback in CALLBACKS], **kwargs)
         self.task = task
         self.plan = plan
@@ -62,6 +65,15 @@ class BridgeTrainer(Trainer):
         frozen = [name for name, weight in self.model.named_parameters() if not weight.requires_grad]
         frozen += [name for name, _ in self.model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+
+    def _wrap_model(self, model, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
+        if training and is_sharded(self.model) and model is self.model:
+            devices = [self.args.device] if self.args.device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+        return super()._wrap_model(model, training, dataloader)
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.autocast()  # which Accelerate builds into models that it wraps itself alone
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, self.plan)
