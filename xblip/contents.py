@@ -62,11 +62,11 @@ class KnownFiles:
             self.fresh[place] = (place, *before, *np.frombuffer(key, np.uint64).tolist())
         return key
 
-    def remembers(self, path: str | Path) -> bool:
-        """Whether a file of that path was known, whatever it holds now."""
-        place = _path_hash(path)
-        index = int(np.searchsorted(self._paths, np.uint64(place)))
-        return place in self.fresh or (index < len(self._paths) and int(self._paths[index]) == place)
+    def keys(self, path: str | Path) -> list[bytes]:
+        """Returns what a file of that path held, whenever it was read."""
+        place = np.uint64(_path_hash(path))
+        first, last = np.searchsorted(self._paths, place), np.searchsorted(self._paths, place, side="right")
+        return [row.tobytes() for row in self.table[first:last, 5:]]
 
     def take(self) -> np.ndarray:
         """Returns the fresh rows (n, 7), and forgets them here."""

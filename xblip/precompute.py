@@ -43,7 +43,7 @@ MARGIN = 1.05
 
 
 class Summary(NamedTuple):
-    """What a run did: sources named, of these stored before, written now, and skipped; bytes of the store."""
+    """What a run did: sources named, of these stored before, written now, and skipped; bytes of the store's shards."""
 
     num_sources: int
     num_held: int
@@ -141,7 +141,7 @@ def precompute(
     written = sum(gather_object([written + writer.num_written]))
     _together(state, lambda: _check_skipped(skipped, job.folder, sources, max_skipped))
     size = sum(path.stat().st_size for path in Path(job.folder).glob(f"*{SUFFIX}"))
-    return Summary(len(sources), len(sources) - len(missing), written, skipped, size)
+    return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
 
 
 def verify(job: Job, manifests: Sequence[Manifest], *, use_cpu: bool = False, show: bool = False) -> str:

@@ -241,7 +241,7 @@ class FeatureStore:
     def _missing(self, source: Any, key: bytes) -> BundleError | MediaError:
         if key in self.skipped:
             return MediaError(f"{self.skipped[key]} (as xblip precompute found)")
-        changed = is_file(source) and self.files.remembers(source)
+        changed = is_file(source) and any(held in self for held in self.files.keys(source))
         what = "changed since its features were stored" if changed else "is not in the feature store"
         return BundleError(
             f'"{describe(source)}" {what} in {self.folder}: run xblip precompute CONFIG --to {self.folder} again, which '
