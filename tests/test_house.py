@@ -25,7 +25,7 @@ LAYERS = [
     {"qformer_bridges", "retrieval_bridge", "pooled", "resamplers", "initial", "tables", "templates", "store"},
     {"plugins", "data"},
     {"branch", "lavis", "mixture", "examples"},
-    {"bundle", "features", "stored"},
+    {"bundle", "stored"},
     {"model", "retrieval", "contrast", "encoding"},
     {"export", "align", "layers", "resume", "meters", "precompute_ray"},
     {"tasks", "train_config", "precompute"},

@@ -16,13 +16,15 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, e.g. training.max_steps=10.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
-    """Train the bridge of one branch; encoder and LLM stay frozen."""
-    from xblip.train import load_train_config
+    """Train bridges; encoders and LLM stay frozen."""
     from xblip.train import train as run
+    from xblip.train_config import load_train_config
 
     settings = load_train_config(config, overrides or [])
     metrics = run(settings, resume=resume)
-    shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))}
+    shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy", "recall_at_1"))}
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     print(f"wrote {settings.training['output_dir']}", *(f"{name} {value:.4f}" for name, value in shown.items()))
 
 
@@ -46,12 +48,17 @@ def precompute(
 ) -> None:
     """Store what a frozen encoder makes of a training config's files, so that training need not encode."""
     from xblip import precompute as run
-    from xblip.train import load_train_config
+    from xblip.branch import build_modality
+    from xblip.train_config import load_train_config, open_manifests
 
     settings = load_train_config(config, overrides or [])
     workers = settings.training.get("dataloader_num_workers", 0)
     job = run.Job(settings.branch, to, dtype=dtype, batch_segments=batch_segments, num_workers=workers)
-    manifests = run.manifests_of(settings.branch, [path for path in (settings.data.train, settings.data.eval) if path])
+    modalities = {settings.branch.modality: build_modality(settings.branch)}
+    named = {"data.train": settings.data.train, "data.eval": settings.data.eval}
+    manifests = [
+        manifest for where, given in named.items() for manifest in open_manifests(given, where, modalities=modalities)
+    ]
     use_cpu = settings.training.get("use_cpu", False)
     if verify:
         print(f"{to} is right: {run.verify(job, manifests, use_cpu=use_cpu, show=sys.stderr.isatty())}")

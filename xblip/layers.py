@@ -60,7 +60,9 @@ def layers_of(llm: FrozenLLM, wish: str) -> list[nn.Module]:
 
     layers = [layer for layer in llm.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
-        raise ConfigError(f"{wish}: transformers does not know the layers of a {type(llm.model).__name__}. Leave it out.")
+        raise ConfigError(
+            f"{wish}: transformers does not know the layers of a {type(llm.model).__name__}. Leave it out."
+        )
     return layers
 
 

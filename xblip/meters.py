@@ -60,7 +60,9 @@ class Meter:
         """
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         names = sorted(self._sums)
-        totals = summed([self._samples, float(self._tokens), self._batches, *(float(self._sums[name]) for name in names)])
+        totals = summed(
+            [self._samples, float(self._tokens), self._batches, *(float(self._sums[name]) for name in names)]
+        )
         samples, tokens, batches, *sums = totals
         shown = {
             "samples_per_second": round(samples / seconds, 2),

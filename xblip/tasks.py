@@ -18,11 +18,11 @@ from xblip import config as configs
 from xblip.align import AlignConfig, AlignModel
 from xblip.branch import Branch
 from xblip.bridge import load_bridge
+from xblip.layers import is_sharded
 from xblip.model import XBlip
 from xblip.resume import reading
 from xblip.retrieval import Retriever
 from xblip.sample import Sample
-from xblip.layers import is_sharded
 
 MOMENTUM = "momentum.pt"
 """What momentum distillation keeps, beside a retriever in a checkpoint."""

@@ -7,30 +7,27 @@ they are saved; what a run was made of goes into its checkpoints, and a resumed 
 import glob
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from xblip import config as configs
 from xblip.align import AlignModel
-from xblip.branch import Branch, BranchConfig, build_modality, made_folder
+from xblip.branch import Branch, build_modality, made_folder
 from xblip.data import Manifest
-from xblip.errors import ConfigError
+from xblip.errors import ConfigError, InputError
 from xblip.examples import Examples, SkipLog, collate_examples
 from xblip.frozen import Encoders
 from xblip.initial import initialise
+from xblip.layers import WISHES, apply_wishes, shard_llm
 from xblip.llm import FrozenLLM
 from xblip.mixture import BatchPlan, Source
 from xblip.model import XBlip
 from xblip.resume import clear_unfinished, last_checkpoint, read_state, replacing
-from xblip.retrieval import Retriever
-from xblip.layers import WISHES, apply_wishes, shard_llm
 from xblip.store import FeatureStore
 from xblip.stored import stored_encoder
 from xblip.tasks import AlignTask, AnswerTask, Task
@@ -82,7 +79,10 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     if checkpoint:
         console.print(f"Goes on from {checkpoint}, step {read_state(checkpoint).global_step}.")
     skipped = SkipLog(
-        output / "skipped.jsonl", rows=len(train_data), max_skipped=config.data.max_skipped, resume=resume
+        output / "skipped.jsonl",
+        rows=len(train_data) + len(eval_data),
+        max_skipped=config.data.max_skipped,
+        resume=resume,
     )
     with refusing():
         trainer = BridgeTrainer(
@@ -227,9 +227,7 @@ def build_task(
         llm = FrozenLLM.from_pretrained(config.llm)
         shared = Encoders()
         branches = {
-            part.modality: Branch.build(
-                part, llm_width=llm.width, encoders=shared, encoder=encoders.get(part.modality)
-            )
+            part.modality: Branch.build(part, llm_width=llm.width, encoders=shared, encoder=encoders.get(part.modality))
             for part in config.all_branches
         }
         _initialise(config, branches, console)
@@ -239,7 +237,9 @@ def build_task(
             shard_llm(model, arguments.device)
         task = AnswerTask(model, eval_answers=config.data.eval_answers)
     if not any(weight.requires_grad for weight in task.model.parameters()):
-        raise ConfigError("Nothing would train: all weights of this config are frozen. Let a bridge have some that are not.")
+        raise ConfigError(
+            "Nothing would train: all weights of this config are frozen. Let a bridge have some that are not."
+        )
     return task
 
 
