@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from xblip import plugins, trainer
 from xblip.errors import XBlipError
 from xblip.testing import ToyModality
-from xblip.train import load_train_config, train
+from xblip.train import train
+from xblip.train_config import load_train_config
 
 
 class Began(TrainerCallback):

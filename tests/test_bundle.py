@@ -347,7 +347,8 @@ class TestDescribedBranches:
             xblip.load(bundle)
 
     def test_a_description_is_trained_and_its_folder_takes_its_place(self, llm_folder, tmp_path):
-        from xblip.train import load_train_config, train
+        from xblip.train import train
+        from xblip.train_config import load_train_config
 
         described = {"llm": {"source": str(llm_folder), "dtype": "float32"}, "architectures": {"far/away": {}}}
         described["branches"] = {"toy": {"bridge": small_qformer(llm_folder, num_query_tokens=2), "cue": "red : "}}

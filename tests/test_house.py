@@ -173,7 +173,7 @@ def test_a_config_introduces_itself(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("*-*.yaml")), ids=lambda path: path.stem)
 def test_a_training_config_builds_with_toy_parts(path, llm_folder, tmp_path):
     from xblip.branch import Branch
-    from xblip.train import load_train_config, training_arguments
+    from xblip.train_config import load_train_config, training_arguments
 
     config = load_train_config(path, [f"llm.source={llm_folder}", f"training.output_dir={tmp_path}"])
     modality = plugins.get("modality", config.branch.modality)

@@ -13,7 +13,7 @@ from xblip.bridge import QFormerBridge
 from xblip.cli import app
 from xblip.errors import ConfigError
 from xblip.scaffold import RESERVED, modality_name, write_plugin
-from xblip.train import load_train_config, training_arguments
+from xblip.train_config import load_train_config, training_arguments
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def read_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
 
 
 def _training_plan(source: str | Path, overrides: Sequence[str]) -> Plan:
-    from xblip.train import load_train_config, training_arguments
+    from xblip.train_config import load_train_config, training_arguments
 
     config = load_train_config(source, overrides)
     named = {"training data": config.data.train, "evaluation data": config.data.eval}

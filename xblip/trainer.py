@@ -51,8 +51,6 @@ class BridgeTrainer(Trainer):
         facts: Mapping[str, Any],
         **kwargs: Any,
     ):
-        if is_sharded(task.model):
-            kwargs["args"].place_model_on_device = False
         super().__init__(model=task.model, callbacks=[callback() for callback in CALLBACKS], **kwargs)
         self.task = task
         self.plan = plan
@@ -65,6 +63,10 @@ class BridgeTrainer(Trainer):
         frozen = [name for name, weight in self.model.named_parameters() if not weight.requires_grad]
         frozen += [name for name, _ in self.model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+
+    def _move_model_to_device(self, model, device) -> None:
+        if not is_sharded(model):  # what is sharded lies where it belongs
+            super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         if training and is_sharded(self.model) and model is self.model:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import xblip
 from xblip.testing import WORDS, ModalityContract, save_toy_llm
-from xblip.train import load_train_config, train
+from xblip.train import train
+from xblip.train_config import load_train_config
 from xblip_thermal import Thermal
 
 

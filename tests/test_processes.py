@@ -1,0 +1,150 @@
+"""Training in several processes, and training that is killed: forked runs on the toys, see `forks.py`."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from xblip.testing import small_qformer
+
+WORDS = "what is this the red green blue number which one larger".split()
+
+
+class Forks:
+    """The process that forks runs; see `forks.py`."""
+
+    def __init__(self):
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("forks.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, config: Path, *, processes: int = 1, resume: bool = False, kill_after_s: float | None = None) -> dict:
+        job = {"config": str(config), "processes": processes, "resume": resume, "kill_after_s": kill_after_s}
+        self._server.stdin.write(json.dumps(job) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Writes a manifest of a modality's rows and returns its path."""
+
+    def written(name: str, count: int = 64) -> str:
+        draw = random.Random(name)
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                values = [[draw.uniform(-2, 2) for _ in range(4)] for _ in range(draw.choice([1, 1, 2]))]
+                row = {
+                    name: values,
+                    "instruction": " ".join(draw.choices(WORDS, k=draw.randint(2, 9))),
+                    "answer": " ".join(draw.choices(WORDS, k=draw.randint(1, 7))),
+                }
+                file.write(json.dumps(row) + "\n")
+        return str(tmp_path / f"{name}.jsonl")
+
+    return written
+
+
+@pytest.fixture
+def write_config(tmp_path, llm_folder, write_rows):
+    """Writes a training config and returns its path; `training` is added to the settings of training."""
+
+    def written(name: str, *, modalities=("toy",), training=(), **values) -> Path:
+        branches = [{"modality": one, "bridge": small_qformer(llm_folder, max_segments=0)} for one in modalities]
+        config = {
+            "llm": {"source": str(llm_folder), "dtype": "float32"},
+            "branch": branches[0],
+            "also": branches[1:],
+            "data": {"train": [write_rows(one) for one in modalities], "eval_answers": 8},
+            "training": {
+                "output_dir": str(tmp_path / name),
+                "max_steps": 8,
+                "per_device_train_batch_size": 8,
+                "learning_rate": 5e-3,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "use_cpu": True,
+                "disable_tqdm": True,
+                **dict(training),
+            },
+            "generation": {"max_new_tokens": 2},
+            **values,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return written
+
+
+def losses(config: Path) -> list[float]:
+    return [entry["loss"] for entry in log_of(config) if "loss" in entry]
+
+
+def log_of(config: Path) -> list[dict]:
+    return json.loads((config.with_suffix("") / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(config: Path) -> dict[str, torch.Tensor]:
+    folder = config.with_suffix("")
+    return {
+        f"{file.parent.relative_to(folder)}/{name}": value
+        for file in sorted(folder.glob("**/bridge.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_train_as_one(forks, write_config, shard, accumulation):
+    eval_rows = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 5}
+    settings = {**eval_rows, "gradient_accumulation_steps": accumulation}
+    one = write_config("one", training=settings)
+    two = write_config("two", training={**settings, "per_device_train_batch_size": 4}, shard_llm=shard)
+    for config, processes in ((one, 1), (two, 2)):
+        values = yaml.safe_load(config.read_text())
+        values["data"]["eval"] = values["data"]["train"]
+        config.write_text(yaml.safe_dump(values))
+        ended = forks.run(config, processes=processes)
+        assert ended["status"] == [0] * processes, ended
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4) and len(losses(one)) == 8
+    for name in ("eval_loss", "eval_accuracy"):
+        measured = [[entry[name] for entry in log_of(config) if name in entry] for config in (one, two)]
+        assert measured[0] == pytest.approx(measured[1], abs=1e-4) and len(measured[0]) == 2
+    ours, theirs = weights(one), weights(two)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_two_modalities_runs_in_two_processes(forks, write_config):
+    config = write_config(
+        "mixture",
+        modalities=("toy", "beads"),
+        training={"max_steps": 200, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    )
+    ended = forks.run(config, processes=2)
+    assert ended["status"] == [0, 0], ended
+    assert len(losses(config)) == 200
+    assert {name.split("/")[0] for name in weights(config)} == {"toy", "beads"}
