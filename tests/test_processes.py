@@ -148,3 +148,30 @@ def test_a_mixture_of_two_modalities_runs_in_two_processes(forks, write_config):
     assert ended["status"] == [0, 0], ended
     assert len(losses(config)) == 200
     assert {name.split("/")[0] for name in weights(config)} == {"toy", "beads"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_ten_moments_ends_with_the_same_weights(forks, write_config, llm_folder, processes):
+    bridge = small_qformer(llm_folder, max_segments=0, dropout=0.2)
+    settings = {"max_steps": 40, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "logging_steps": 5}
+    branch = {"modality": "toy", "bridge": bridge}
+    whole, broken = (write_config(name, training=settings, branch=branch) for name in ("whole", "broken"))
+    unbroken = forks.run(whole, processes=processes)
+    assert unbroken["status"] == [0] * processes, unbroken
+    moments = random.Random(processes)
+    folder = broken.with_suffix("")
+    steps = []
+    for _ in range(10):
+        resume = any(folder.glob("checkpoint-*"))
+        ended = forks.run(
+            broken, processes=processes, resume=resume, kill_after_s=moments.uniform(0, unbroken["seconds"] / 3)
+        )
+        assert set(ended["status"]) <= {0, -9} and not ended["errors"], ended
+        steps.append(max((int(path.name.rsplit("-")[-1]) for path in folder.glob("checkpoint-*")), default=0))
+    assert steps == sorted(steps) and steps[0] < steps[-1]
+    ended = forks.run(broken, processes=processes, resume=any(folder.glob("checkpoint-*")))
+    assert ended["status"] == [0] * processes, ended
+    ours, theirs = weights(whole), weights(broken)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not list(folder.parent.glob("**/unfinished-*"))
