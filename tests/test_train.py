@@ -1,6 +1,8 @@
 """Training of one branch: what learns, what is saved, resuming, and the errors of a config."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from xblip import config as configs
 from xblip.branch import BranchConfig
+from xblip.bridge import QFormerBridge
 from xblip.data import Manifest
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, UnknownWordsWarning, XBlipError
@@ -442,3 +445,154 @@ def test_a_config_file_with_overrides(tmp_path, llm_folder):
     assert config.branch.cue == "thing: "
     with pytest.raises(ConfigError, match='Unknown key "config.brnch". Did you mean "branch"'):
         load_train_config(tmp_path / "run.yaml", ["brnch.modality=toy"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(config, manifest):
+    config.training |= {"max_steps": 6, "save_steps": 2, "logging_steps": 1}
+    config.data.eval = None
+    lines = manifest.read_text().splitlines()[:16]
+    with registered(Poisoned):
+        config.branch.modality = "poisoned"
+        rows = [{**json.loads(line), "poisoned": json.loads(line)["toy"]} for line in lines]
+        manifest.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "toy"}) + "\n" for row in rows))
+        Poisoned.after = 4
+        with pytest.raises(XBlipError, match=r"The loss at step 5 is nan, of these rows: .*train\.jsonl, line \d+"):
+            train(config)
+        folders = sorted(path.name for path in Path(config.training["output_dir"]).glob("checkpoint-*"))
+        assert folders == ["checkpoint-2", "checkpoint-4"]
+        Poisoned.after = 100
+        train(config, resume=True)
+    assert json.loads(Path(config.training["output_dir"], "trainer_state.json").read_text())["global_step"] == 6
+
+
+class Poisoned(ToyModality):
+    """Toys whose features are no numbers after some batches."""
+
+    name = "poisoned"
+    cue = "input : "
+    after = 0
+
+    def build_encoder(self):
+        encoder = super().build_encoder()
+        batches = []
+
+        def poison(module, taken, given):
+            batches.append(1)
+            return given * float("nan") if len(batches) > Poisoned.after else given
+
+        encoder.register_forward_hook(poison)
+        return encoder
+
+
+def test_a_gradient_that_is_no_number_is_not_learnt(config):
+    config.training |= {"max_steps": 3, "save_steps": 1, "max_grad_norm": 1.0}
+    config.data.eval = None
+
+    class Exploding(ToyModality):
+        name = "toy"
+
+    def explode(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        outputs["loss"].register_hook(lambda gradient: gradient * float("inf"))
+        return outputs
+
+    forward = XBlip.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(XBlip, "forward", explode)
+        with pytest.raises(XBlipError, match=r"The gradient at step 1 is (nan|inf), of these rows"):
+            train(config)
+    assert not list(Path(config.training["output_dir"]).glob("checkpoint-*"))
+
+
+def test_a_config_that_freezes_everything_is_refused(config, tmp_path, monkeypatch):
+    config.training |= {"max_steps": 1}
+    monkeypatch.setattr(QFormerBridge, "build_heads", frozen_heads)
+    with pytest.raises(ConfigError, match="Nothing would train: all weights of this config are frozen"):
+        train(config)
+
+
+def frozen_heads(self, config, llm_width):
+    self.projector = torch.nn.Linear(config.hidden_size, llm_width)
+    self.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config, file: config.branch.bridge.update(num_query_tokens=7), "num_query_tokens was 4, is 7"),
+        (lambda config, file: config.training.update(seed=3), "seed was 42, is 3"),
+        (lambda config, file: config.training.update(per_device_train_batch_size=8), "rows_in_a_step was 16, is 8"),
+        (
+            lambda config, file: file.write_text(file.read_text().replace("yes", "no")),
+            r"data\.contents\..*train\.jsonl was",
+        ),
+        (lambda config, file: setattr(config.branch, "config", {"seed": 4}), r"branches\.toy\.modality\.encoder was"),
+        (lambda config, file: setattr(config.router, "postfix", " answer :"), "router.postfix was '', is ' answer :'"),
+        (
+            lambda config, file: setattr(config.data, "group_by_length", False),
+            "data.group_by_length was True, is False",
+        ),
+    ],
+)
+def test_a_resumed_run_of_other_data_or_model_is_refused(config, manifest, change, message):
+    config.training |= {"max_steps": 2, "save_steps": 2}
+    config.data.eval = None
+    train(config)
+    change(config, manifest)
+    config.training["max_steps"] = 4
+    with pytest.raises(ConfigError, match=f"This is not the run that wrote .*{message}"):
+        train(config, resume=True)
+
+
+def test_a_run_that_has_ended_is_resumed_to_no_effect(config):
+    config.training |= {"max_steps": 4, "save_steps": 3}
+    config.data.eval = None
+    train(config)
+    before = load_file(Path(config.training["output_dir"], "bridge.safetensors"))
+    train(config, resume=True)
+    after = load_file(Path(config.training["output_dir"], "bridge.safetensors"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads(Path(config.training["output_dir"], "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_a_folder_with_checkpoints_is_not_trained_over(config):
+    config.training |= {"max_steps": 2, "save_steps": 2}
+    config.data.eval = None
+    train(config)
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run: go on from the last by --resume"):
+        train(config)
+
+
+def test_a_worker_that_is_killed_is_one_clear_error(files):
+    files.training |= {"dataloader_num_workers": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileToy, "load", lambda self, source: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(XBlipError, match=r"A process that reads data died: .*dataloader_num_workers"):
+            train(files)
+
+
+def test_parts_of_a_bridge_learn_at_rates_of_their_own(config, tmp_path):
+    config.training |= {"max_steps": 2, "learning_rate": 0.0}
+    config.data.eval = None
+    config.learning_rates = {"projector": 1e-2}
+    train(config)
+    trained = load_file(tmp_path / "run" / "bridge.safetensors")
+    config.learning_rates = {}
+    config.training["output_dir"] = str(tmp_path / "still")
+    train(config)
+    still = load_file(tmp_path / "still" / "bridge.safetensors")
+    assert {name for name in still if not still[name].equal(trained[name])} == {"projector.weight", "projector.bias"}
+    config.learning_rates = {"projecter": 1e-2}
+    config.training["output_dir"] = str(tmp_path / "wrong")
+    with pytest.raises(ConfigError, match='learning_rates.projecter: no weight .* Did you mean "projector"'):
+        train(config)
+
+
+def test_curves_and_pace_are_told(config, tmp_path):
+    config.training |= {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 10}
+    train(config)
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    line = next(entry for entry in log if "loss" in entry)
+    assert line["samples_per_second"] > 0 and line["tokens_per_second"] > line["samples_per_second"]
+    assert 0 <= line["waiting_for_data"] <= 1 and 0.05 < line["peak_memory_gib"] < 100

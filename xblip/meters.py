@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-SHOWN = ("loss", "accuracy", "learning_rate")
+SHOWN = ("loss", "accuracy", "recall_at_1", "learning_rate")
 """Ends of names of what is drawn, a panel each."""
+SHARES = ("accuracy", "recall_at_1")
+"""Of these, what goes from 0 to 1."""
 
 
 class Meter:
@@ -111,11 +113,14 @@ def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     if not panels:
         return
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(panels), squeeze=False)[0], sorted(panels), strict=True):
+    kinds = [kind for kind in SHOWN if kind in panels]
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for label, points in panels[kind].items():
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
         axes.set(xlabel="step", title=kind.replace("_", " "))
         axes.grid(alpha=0.3)
+        if kind in SHARES:
+            axes.set_ylim(0, 1)
         if len(panels[kind]) > 1:
             axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
