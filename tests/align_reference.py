@@ -208,8 +208,14 @@ class Momentum:
             media, text = embed(weights, pair, heads)
             equal = torch.tensor([float(pair.equals(other)) for other, _, _ in others])
             for mine, slow in (
-                ([(media @ other[2]).max() for other in others], [(current[own][1] @ other[2]).max() for other in others]),
-                ([(other[1] @ text).max() for other in others], [(other[1] @ current[own][2]).max() for other in others]),
+                (
+                    [(media @ other[2]).max() for other in others],
+                    [(current[own][1] @ other[2]).max() for other in others],
+                ),
+                (
+                    [(other[1] @ text).max() for other in others],
+                    [(other[1] @ current[own][2]).max() for other in others],
+                ),
             ):
                 soft = torch.softmax(torch.stack(slow) / weights["temperature"][0].detach(), 0)
                 wanted = alpha * soft + (1 - alpha) * equal / equal.sum()

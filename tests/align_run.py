@@ -65,11 +65,14 @@ RUNS = {
     "two pairs": Run("toy", [ONE, LONG], TOYS[:2], [1, 0], [1, 0]),
     "segments": Run("beads", [BEADS, MORE_BEADS, [[5.0]], [[2.0, 1.0], [3.0]]], TOYS[:4], [1, 2, 1, 0], [2, 0, 1, 2]),
     "joined segments": Run(
-        "beads", [MORE_BEADS, BEADS], ["red", "blue two"], [1, 0], [1, 0], bridge={"join_segments": True, "max_segments": 4}
+        "beads",
+        [MORE_BEADS, BEADS],
+        ["red", "blue two"],
+        [1, 0],
+        [1, 0],
+        bridge={"join_segments": True, "max_segments": 4},
     ),
-    "far": Run(
-        "toy", [ONE, LONG, TWO, THREE, THREE + ONE, TWO + TWO], TOYS, [3, 5, 4, 3, 2, 0], [3, 4, 4, 1, 2, 3]
-    ),
+    "far": Run("toy", [ONE, LONG, TWO, THREE, THREE + ONE, TWO + TWO], TOYS, [3, 5, 4, 3, 2, 0], [3, 4, 4, 1, 2, 3]),
     "widths": Run(
         "beads",
         [kept(2, 2), kept(2, 1, 2), kept(4, 4), kept(4, 3, 1, 4)],

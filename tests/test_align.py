@@ -9,7 +9,7 @@ import align_reference as reference
 import pytest
 import torch
 from align_run import FOR_TWO, RATE, RUNS, Run, make, take_steps
-from kit import BEADS, LONG, MORE_BEADS, ONE, THREE, TWO, Beads, registered
+from kit import Beads, registered
 
 from xblip.testing import ToyModality
 
@@ -33,9 +33,7 @@ def expected_steps(run: Run, llm_folder: Path) -> list[tuple[dict, dict]]:
     config, momentum = run.config, None
     if config.momentum:
         own = config.momentum
-        momentum = reference.Momentum(
-            weights, decay=own.decay, size=own.queue_size, alpha=own.alpha, warmup=own.warmup
-        )
+        momentum = reference.Momentum(weights, decay=own.decay, size=own.queue_size, alpha=own.alpha, warmup=own.warmup)
     found = []
     for _ in range(run.steps):
         losses = {
@@ -62,7 +60,9 @@ def assert_agrees(found: list[tuple[dict, dict]], expected: list[tuple[dict, dic
         frozen = [head for name, head in left_out.items() if not getattr(run.config, name)]
         assert set(gradients) == {name for name in true_gradients if name.split(".")[0] not in frozen}
         for name, gradient in gradients.items():
-            assert (gradient - true_gradients[name]).abs().max() <= 1e-5 * max(1, true_gradients[name].abs().max()), name
+            assert (gradient - true_gradients[name]).abs().max() <= 1e-5 * max(1, true_gradients[name].abs().max()), (
+                name
+            )
 
 
 class TestAgainstThePlainReference:
