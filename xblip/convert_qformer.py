@@ -15,6 +15,7 @@ from xblip.checkpoint import Checkpoint
 from xblip.errors import BundleError, ConfigError
 from xblip.lavis import (
     STAGE_ONE,
+    STORED_TWICE,
     Published,
     language_head,
     named,
@@ -244,6 +245,7 @@ def bert_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
         (f"{start}embeddings.token_type_embeddings.", "a Q-Former reads one text alone"),
         (f"{start}pooler.", "a Q-Former has none"),
         ("cls.", "a head of which no bridge has the like"),
+        ("cls.predictions.decoder.", STORED_TWICE),
     ):
         checkpoint.leave_out(unused, why)
     weights = renamed(checkpoint.take(start))

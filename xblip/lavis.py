@@ -26,8 +26,10 @@ STAGE_ONE = ("itm_head.", "vision_proj.", "text_proj.")
 """What BLIP-2 has before it knows an LLM, and therefore without a projector."""
 HEADS = {"vision_proj.": "media_projection.", "text_proj.": "text_projection.", "itm_head.": "matching_head."}
 """Of these, what ours are called."""
+STORED_TWICE = "the embeddings of words and their bias, stored once more"
 UNUSED = {
     "Qformer.cls.": "the head that writes texts, which only retrievers have",
+    "Qformer.cls.predictions.decoder.": STORED_TWICE,
     "vision_proj.": "for contrast with texts",
     "text_proj.": "for contrast with texts",
     "itm_head.": "for matching with texts",
@@ -131,7 +133,6 @@ def language_head(checkpoint: Checkpoint, start: str) -> dict[str, Tensor]:
     decoder = tensors.get(f"{head}decoder.weight")
     if decoder is not None and (words not in tensors or not torch.equal(decoder, tensors[words])):
         return {}
-    checkpoint.leave_out(f"{head}decoder.", "the embeddings of words and their bias, stored once more")
     names = {"transform.dense.": "dense.", "transform.LayerNorm.": "layer_norm.", "bias": "bias"}
     wanted = {f"{head}{name}{part}" for name in names for part in (("weight", "bias") if name[-1] == "." else ("",))}
     if not wanted <= set(tensors):
