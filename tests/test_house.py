@@ -36,7 +36,7 @@ LAYERS = [
     {"costs"},
     {"dryrun"},
     {"doctor"},
-    {"cli_train"},
+    {"cli_train", "cli_retrieve"},
     {"cli"},
 ]
 MODALITIES = {"image", "video", "audio", "point_cloud"}

@@ -1,12 +1,16 @@
-"""Retrieval: media and texts compared, batches that equal singles, folders that come back, and clear errors."""
+"""Retrieval: media and texts compared and ranked, batches that equal singles, folders that come back, and clear errors."""
+
+import json
+import sys
 
 import pytest
 import torch
 import yaml
-from kit import BEADS, LONG, MORE_BEADS, ONE, THREE, TWO
+from kit import BEADS, LONG, MORE_BEADS, NUMBERS, ONE, THREE, TWO, Site
 from safetensors.torch import load_file
 from torch import nn
 
+from xblip import cli, retrieval
 from xblip.branch import Branch, BranchConfig
 from xblip.errors import BundleError, ConfigError, InputError, MediaError
 from xblip.initial import initialise
@@ -92,6 +96,152 @@ class TestScores:
         (contrast.trace() + bridge(features, TEXTS[:2])[:, 1].sum()).backward()
         assert all(weight.grad is not None for weight in bridge.parameters())
         assert all(weight.grad is None for weight in retriever.branch.encoder.parameters())
+
+
+class TestRanking:
+    def test_what_is_near_comes_first_and_the_match_is_added_to_the_nearest(self, retriever, name):
+        media = MEDIA[name] if name == "beads" else [ONE, TWO[::-1] + ONE, TWO, THREE]  # none is the start of another
+        similarity = retriever.similarity(media, TEXTS)
+        with torch.no_grad():
+            logits = [
+                retriever.branch.bridge(retriever.branch.encode([source] * len(TEXTS)), TEXTS)[:, 1] for source in media
+            ]
+        for found, near, match in (
+            (retriever.rank_texts(media, TEXTS, rerank=2), similarity, torch.stack(logits)),
+            (retriever.rank_sources(media, TEXTS, rerank=2), similarity.T, torch.stack(logits).T),
+        ):
+            for places, row, judged in zip(found, near, match, strict=True):
+                order = row.argsort(descending=True).tolist()
+                nearest = sorted(order[:2], key=lambda index: -(row[index] + judged[index]))
+                assert [place.index for place in places] == nearest + order[2:]
+                for place in places:
+                    is_judged = place.index in nearest
+                    assert place.similarity == pytest.approx(row[place.index].item(), abs=1e-5)
+                    wanted = judged[place.index].item() if is_judged else None
+                    assert place.match == (pytest.approx(wanted, abs=1e-5) if is_judged else None)
+                    assert place.score == pytest.approx(place.similarity + (place.match or 0))
+
+    @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (10, 4)])
+    @pytest.mark.parametrize("rerank", [0, 1, 128])
+    def test_so_many_places_are_returned(self, retriever, name, top_k, count, rerank):
+        for rank in (retriever.rank_texts, retriever.rank_sources):
+            found = rank(MEDIA[name], TEXTS, top_k=top_k, rerank=rerank)
+            assert [len(places) for places in found] == [count] * 4
+            assert sum(place.match is not None for place in found[0]) == min(rerank, count)
+
+    def test_small_parts_give_the_same(self, retriever, name, monkeypatch):
+        wanted = retriever.rank_texts(MEDIA[name], TEXTS)
+        monkeypatch.setattr(retrieval, "BATCH", 3)
+        for places, same in zip(retriever.rank_texts(MEDIA[name], TEXTS), wanted, strict=True):
+            assert [place.index for place in places] == [place.index for place in same]
+            assert [place.score for place in places] == pytest.approx([place.score for place in same], abs=1e-5)
+
+    @pytest.mark.parametrize("way", ["rank_texts", "rank_sources"])
+    def test_what_cannot_be_ranked(self, llm_folder, way):
+        rank = getattr(make(llm_folder), way)
+        with pytest.raises(InputError, match="top_k must be at least 1 and rerank at least 0, not 0 and 128"):
+            rank([ONE], ["red"], top_k=0)
+        with pytest.raises(InputError, match="top_k must be at least 1 and rerank at least 0, not 10 and -1"):
+            rank([ONE], ["red"], rerank=-1)
+        with pytest.raises(InputError, match="Expected a list of at least one text"):
+            rank([ONE], [])
+        for nothing in ("a.txt", []):
+            with pytest.raises(InputError, match="Expected a list of at least one source"):
+                rank(nothing, ["red"])
+
+
+class TestCommand:
+    @pytest.fixture(scope="class")
+    def world(self, llm_folder, tmp_path_factory):
+        """An installed modality of numbers in files, a retriever of it, and files."""
+        root = tmp_path_factory.mktemp("retrieve")
+        site = Site(root / "site")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(site.folder)
+            patch.setenv("XBLIP_PLUGINS", "touch")
+            site.install("touch", NUMBERS.format(name="touch"))
+            make(llm_folder, "touch").save_pretrained(root / "retriever")
+            files = {
+                "a.txt": "1 2 3 4",
+                "b.txt": "4 3 2 1 0 0 1 1",
+                "bad.txt": "words",
+                "texts": "red\n\n one two\nblue\n",
+            }
+            for name, text in (files | {"empty": " \n"}).items():
+                (root / name).write_text(text)
+            (root / "latin").write_bytes("Käse".encode("latin-1"))
+            yield root
+            site.close()
+
+    @pytest.fixture
+    def run(self, world, monkeypatch, capsys):
+        def run(*arguments: str) -> tuple[int, str, str]:
+            monkeypatch.chdir(world)
+            monkeypatch.setattr(sys, "argv", ["xblip", "retrieve", *arguments])
+            capsys.readouterr()
+            try:
+                cli.main()
+                status = 0
+            except SystemExit as ended:
+                status = ended.code or 0
+            return status, *capsys.readouterr()
+
+        return run
+
+    def test_texts_are_ranked_for_each_file(self, run, world):
+        status, out, err = run("retriever", "a.txt", "b.txt", "--texts", "texts", "--top-k", "2")
+        lines = ["red", "one two", "blue"]
+        retriever = Retriever.from_pretrained(world / "retriever")
+        ranking = retriever.rank_texts([world / "a.txt", world / "b.txt"], lines, top_k=2)
+        expected = []
+        for file, places in zip(["a.txt", "b.txt"], ranking, strict=True):
+            expected += [file, *(f"  {place.score:8.3f}  {lines[place.index]}" for place in places)]
+        assert (status, out.splitlines(), err) == (0, expected, "")
+
+    def test_files_are_ranked_for_each_query(self, run, world):
+        options = ["--query", "red", "--query", "one two", "--rerank", "1", "--json"]
+        status, out, err = run("retriever", "a.txt", "b.txt", *options)
+        retriever = Retriever.from_pretrained(world / "retriever")
+        ranking = retriever.rank_sources([world / "a.txt", world / "b.txt"], ["red", "one two"], rerank=1)
+        files = ["a.txt", "b.txt"]
+        assert (status, err) == (0, "")
+        assert json.loads(out) == [
+            {"query": query, "found": [{"file": files[place.index], **place._asdict()} for place in places]}
+            for query, places in zip(["red", "one two"], ranking, strict=True)
+        ]
+
+    def test_a_broken_file_is_told_and_the_others_are_ranked(self, run):
+        status, out, err = run("retriever", "bad.txt", "a.txt", "nowhere.txt", "--query", "red")
+        assert status == 1 and out.splitlines()[0] == "red" and out.rstrip().endswith("  a.txt")
+        first, second = err.splitlines()
+        assert first.startswith("error: ") and "bad.txt" in first and "nowhere.txt" in second
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["retriever", "a.txt"], "Say what to look for: either --texts FILE, to rank its lines for each file, or"),
+            (["retriever", "a.txt", "--texts", "texts", "--query", "red"], "Say what to look for: either"),
+            (["retriever", "a.txt", "--query", " "], "A text is ' ': expected words"),
+            (["retriever", "a.txt", "--texts", "none"], 'Cannot read the texts in "none": No such file or directory.'),
+            (["retriever", "a.txt", "--texts", "empty"], 'There are no texts in "empty": expected one a line.'),
+            (
+                ["retriever", "a.txt", "--texts", "latin"],
+                'Cannot read the texts in "latin": it is no UTF-8. Save it as',
+            ),
+            (["retriever", "bad.txt", "--query", "red"], "None of 1 files can be read."),
+            (
+                ["retriever", "a.txt", "--query", "red", "--top-k", "0"],
+                "top_k must be at least 1 and rerank at least 0",
+            ),
+            (["nowhere", "a.txt", "--query", "red"], 'There is no retriever "nowhere": no such file or folder'),
+            (["site", "a.txt", "--query", "red"], "it lacks retriever.yaml"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line(self, run, arguments, message):
+        status, out, err = run(*arguments)
+        assert (
+            (status, out) == (2, "") and message in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
+        )
 
 
 class TestErrors:

@@ -1,4 +1,4 @@
-"""The command line: ask, chat, convert, doctor, plugins, check, new, and the commands of `xblip.cli_train`.
+"""The command line: ask, chat, convert, doctor, plugins, check, new, and the commands of the modules beside this one.
 
 Options for inputs come from the installed plugins (`--image`, `--point-cloud`, ...), so a third party's modality is
 there as soon as it is installed; they are read from the raw arguments, since their order is the order of the prompt.
@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from xblip import cli_train, plugins
+from xblip import cli_retrieve, cli_train, plugins
 from xblip.errors import ConfigError, InputError, PluginError, XBlipError, suggest
 
 MODEL = "XBLIP_MODEL"
@@ -126,7 +126,7 @@ def chat(ctx: typer.Context, model: Model = "numerals") -> None:
             print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
 
 
-for command in cli_train.COMMANDS:
+for command in (cli_train.train, cli_train.precompute, cli_retrieve.retrieve):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that train and what serves them, which `xblip.cli` puts beside its own.
+"""The commands that train, and those that serve or use what was trained, which `xblip.cli` puts beside its own.
 
 Nothing heavy is imported before a command runs.
 """
@@ -69,6 +69,3 @@ def precompute(
         print(
             f"wrote {to}: {done.num_written} items, {done.num_held} were there{skipped}; {done.nbytes / 2**20:.4g} MiB"
         )
-
-
-COMMANDS = (train, precompute)

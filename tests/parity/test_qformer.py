@@ -105,3 +105,26 @@ def test_texts_alone_equal_those_of_blip_2():
         alone = ours.read_text(input_ids[2:, :4])
     assert (actual - expected)[mask.bool()].abs().max() <= 1e-5
     assert (actual[2, :4] - alone).abs().max() <= 1e-5
+
+
+def test_texts_written_from_left_to_right_equal_one_attention_with_that_mask():
+    theirs, ours = pair(32, 4, 3, 2, 48)
+    rows, queries, length = 3, 8, 7
+    query_tokens, features = torch.randn(rows, queries, 32), torch.randn(rows, 5, 48)
+    input_ids = torch.randint(1, 101, (rows, length))
+    real = torch.arange(length) < torch.tensor([[7], [1], [4]])
+    sees = torch.ones(queries + length, queries + length, dtype=torch.bool).tril()
+    sees[:queries, :queries] = True
+    sees = sees.expand(rows, 1, -1, -1).clone()
+    sees[:, :, queries:, queries:] &= real[:, None, None]
+    kept = []
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=input_ids, attention_mask=sees, query_embeds=query_tokens, encoder_hidden_states=features
+        ).last_hidden_state
+        read = ours(query_tokens, ours.read_media(features), kept=kept)
+        written = ours.write_text(input_ids, kept, attention_mask=real.long())
+        alone = ours.write_text(input_ids[2:, :4], [(keys[2:], values[2:]) for keys, values in kept])
+    assert (read - expected[:, :queries]).abs().max() <= 1e-5
+    assert (written - expected[:, queries:])[real].abs().max() <= 1e-5
+    assert (written[2, :4] - alone).abs().max() <= 1e-5
