@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -264,6 +266,29 @@ class TestCache:
         opened(path, fields=FIELDS)
         monkeypatch.setattr("xblip.tables.KINDS", {".jsonl": None})
         opened(path, fields=FIELDS).check()
+
+    def test_rows_are_checked_once_until_something_changes(self, tmp_path, monkeypatch):
+        path = write(tmp_path / "a.jsonl", ROWS)
+        tasks = opened(path, fields=FIELDS).check()
+        assert tasks == {("numbers", "question")}
+        with monkeypatch.context() as patch:
+            patch.setattr(Manifest, "_find", None)
+            again = opened(path, fields=FIELDS)
+            assert again.check() == tasks and again.lengths().tolist() == [15, 9]
+        with pytest.raises(InputError, match="line 1: it has no answer"):
+            opened(path, fields={**FIELDS, "answer": "no"}).check()
+        with pytest.raises(InputError, match="line 1: it has no input"):
+            opened(write(path, [{"question": "?", "answer": "a"}])).check()
+
+    def test_processes_that_open_a_file_at_once_all_get_it(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", [{"toy": ONE, "caption": "a"}] * 3000)
+        code = (
+            "import sys; from xblip.data import Manifest; from xblip.testing import ToyModality\n"
+            "manifest = Manifest(sys.argv[1], modalities={'toy': ToyModality()})\n"
+            "manifest.check(); assert len(manifest.lengths()) == 3000 and manifest.row(2999).answers"
+        )
+        runs = [subprocess.Popen([sys.executable, "-c", code, path]) for _ in range(2)]
+        assert [run.wait(timeout=60) for run in runs] == [0, 0]
 
     def test_a_cache_that_cannot_be_written_is_named(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")

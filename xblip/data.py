@@ -5,9 +5,13 @@ Its rows come in any of the forms of `xblip.forms`, and stay on disk until they 
 """
 
 import dataclasses
+import hashlib
+import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -18,6 +22,8 @@ from xblip.media import FilePart
 from xblip.modality import Features, Modality
 from xblip.sample import Media, Sample, Turn
 from xblip.tables import Record, Table
+
+CHECKED = 1  # a number in what names a check that is kept: raise it when rows are read otherwise than before
 
 
 class Visit(NamedTuple):
@@ -94,12 +100,31 @@ class Manifest(Dataset):
     def check(self) -> set[tuple[str, str]]:
         """Reads every row, media unread, so that a bad one is told before anything is loaded.
 
+        What it finds is kept beside the table in the cache: the next run, and other processes, do not read again.
+
         Returns:
           The tasks of its rows, each with the modality of the first input.
 
         Raises:
           InputError: a row has none of the forms, or lacks an answer or an input; the message names file and line.
         """
+        asked = (CHECKED, self._fields.fields, [(name, kind.suffixes) for name, kind in self.modalities.items()])
+        lengths = self._table.cache / f"{hashlib.sha256(repr(asked).encode()).hexdigest()[:32]}.npy"
+        tasks = lengths.with_suffix(".json")
+        if not tasks.exists():
+            found = self._find()
+            _written(lengths, lambda file: np.save(file, found[0]))
+            _written(tasks, lambda file: file.write(json.dumps(sorted(found[1])).encode()))
+        self._lengths = np.load(lengths, mmap_mode="r")
+        return {(modality, task) for modality, task in json.loads(tasks.read_text())}
+
+    def lengths(self) -> np.ndarray:
+        """Returns the characters of text of each row, with its longest answer: what tokens go by. Checks all rows."""
+        if self._lengths is None:
+            self.check()
+        return self._lengths
+
+    def _find(self) -> tuple[np.ndarray, set[tuple[str, str]]]:
         lengths, tasks = np.empty(len(self), np.int32), set()
         for index, (record, row) in enumerate(self._all()):
             lacking = "answer" if not row.answers else "" if row.sample.all_media else "input"
@@ -110,14 +135,7 @@ class Manifest(Dataset):
                 )
             lengths[index] = _characters(row)
             tasks.add((row.sample.all_media[0].modality, row.task))
-        self._lengths = lengths
-        return tasks
-
-    def lengths(self) -> np.ndarray:
-        """Returns the characters of text of each row, with its longest answer: what tokens go by."""
-        if self._lengths is None:
-            self._lengths = np.fromiter(map(_characters, self.rows()), np.int32, len(self))
-        return self._lengths
+        return lengths, tasks
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.sample(index)
@@ -201,6 +219,13 @@ def file_of(media: Media) -> str:
 def collate_samples(samples: Sequence[Sample | XBlipError]) -> dict[str, Any]:
     """Returns what `XBlip.forward` takes, errors in the place of samples that cannot be read."""
     return {"samples": list(samples)}
+
+
+def _written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file of the cache so that no process ever sees half of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        write(file)
+    os.replace(file.name, path)
 
 
 def _characters(row: Row) -> int:

@@ -63,6 +63,7 @@ class Table:
     Attributes:
       path: as the user gave it.
       folder: of the first file.
+      cache: folder for what is made of these files as they are now.
       parts: how many rows each record makes, or None if all make one.
     """
 
@@ -80,6 +81,7 @@ class Table:
         self.files = _found(self.path)
         self.folder = self.files[0].parent
         self.suffix = self.files[0].suffix.lower()
+        self.cache = self._cache_of(fields)
         if self.suffix == ".parquet":
             self._data = self._loaded(fields, self._parquet)
             columns = [column for column in _splitting(fields) if column in self._data.column_names]
@@ -137,16 +139,20 @@ class Table:
         parts = {ending: FilePart(path, *where) for ending, where in found["members"].items()}
         return {**values, **{name: text.strip() for name, text in texts.items()}, **parts}
 
-    def _loaded(self, fields: Fields, load: Callable[[str, Fields], Any]) -> Any:
-        """What `load(cache folder)` gives; whatever it raises as one clear error."""
+    def _cache_of(self, fields: Fields) -> Path:
         import datasets
 
         facts = [(str(file.resolve()), *_state(file)) for file in self.files]
         key = hashlib.sha256(repr((READ, facts, _splitting(fields))).encode()).hexdigest()[:32]
-        cache = datasets.config.HF_DATASETS_CACHE / "xblip" / key
+        return Path(datasets.config.HF_DATASETS_CACHE, "xblip", key)
+
+    def _loaded(self, fields: Fields, load: Callable[[Fields], Any]) -> Any:
+        """What `load` gives; whatever it raises as one clear error."""
+        import datasets
+
         try:
             with _quiet():
-                return load(str(cache), fields)
+                return load(fields)
         except Exception as cause:
             reason: BaseException | None = cause
             while isinstance(reason, datasets.exceptions.DatasetsError) and reason.__cause__:
@@ -158,11 +164,11 @@ class Table:
                     f'The manifest "{self.path}" is not UTF-8 text that can be read: {reason}.'
                 ) from cause
             raise ConfigError(
-                f'Cannot read the manifest "{self.path}" into the cache {cache}: {type(reason).__name__}: {reason}. '
+                f'Cannot read the manifest "{self.path}" into the cache {self.cache}: {type(reason).__name__}: {reason}. '
                 "Check the file, and that there is room; HF_DATASETS_CACHE puts the cache elsewhere."
             ) from cause
 
-    def _text(self, cache: str, fields: Fields) -> Any:
+    def _text(self, fields: Fields) -> Any:
         from datasets import Dataset, Features, Value
 
         columns = Features(
@@ -171,17 +177,17 @@ class Table:
         # A tuple: for each entry of a list the generator would be called once.
         arguments = {"files": tuple(map(str, self.files)), "suffix": self.suffix, "fields": fields}
         return Dataset.from_generator(
-            _places, features=columns, cache_dir=cache, gen_kwargs=arguments, fingerprint="records"
+            _places, features=columns, cache_dir=str(self.cache), gen_kwargs=arguments, fingerprint="records"
         )
 
-    def _parquet(self, cache: str, fields: Fields) -> Any:
+    def _parquet(self, fields: Fields) -> Any:
         from datasets import load_dataset
         from pyarrow.parquet import read_metadata
 
         if not any(read_metadata(file).num_rows for file in self.files):
             raise ConfigError(f'The manifest "{self.path}" has no rows.')
         files = [glob.escape(str(file)) for file in self.files]
-        data = load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+        data = load_dataset("parquet", data_files=files, split="train", cache_dir=str(self.cache))
         for name, feature in data.features.items():
             if hasattr(feature, "decode"):  # images and the like: their bytes are for the modality to decode
                 data = data.cast_column(name, type(feature)(decode=False))
