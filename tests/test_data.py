@@ -3,11 +3,11 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +75,16 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def together(*calls: Callable[[], None]) -> list[int]:
+    """Runs each in a process of its own, at the same time; returns their exit codes."""
+    processes = [multiprocessing.get_context("fork").Process(target=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 class TestKinds:
@@ -214,8 +224,8 @@ class TestTars:
         [
             ({"0.num": b"1", "0.four": b"1"}, 'sample 0: It may have ".four" or another member as numbers'),
             ({"0.num": b"1", "0.txt": b"a", "0.json": b'{"url": "b"}'}, 'sample 0: Unknown key "url" in a sample'),
-            ({"0.num": b"1", "0.json": b"{"}, "sample 0: its .json is not JSON"),
-            ({"0.num": b"1", "0.json": b"[]"}, "sample 0: its .json must hold an object"),
+            ({"0.num": b"1", "0.json": b"{"}, "sample 0, its .json: not JSON"),
+            ({"0.num": b"1", "0.json": b"[]"}, "sample 0, its .json: expected an object"),
             ({"0.num": b"1", "0.num2": b"1", "0.txt": b""}, "sample 0: A sample lacks its `instruction`"),
         ],
     )
@@ -264,7 +274,7 @@ class TestCache:
     def test_an_unchanged_file_is_read_once(self, tmp_path, monkeypatch):
         path = write(tmp_path / "a.jsonl", ROWS)
         opened(path, fields=FIELDS)
-        monkeypatch.setattr("xblip.tables.KINDS", {".jsonl": None})
+        monkeypatch.setattr("xblip.records.KINDS", {".jsonl": None})
         opened(path, fields=FIELDS).check()
 
     def test_rows_are_checked_once_until_something_changes(self, tmp_path, monkeypatch):
@@ -282,13 +292,13 @@ class TestCache:
 
     def test_processes_that_open_a_file_at_once_all_get_it(self, tmp_path):
         path = write(tmp_path / "a.jsonl", [{"toy": ONE, "caption": "a"}] * 3000)
-        code = (
-            "import sys; from xblip.data import Manifest; from xblip.testing import ToyModality\n"
-            "manifest = Manifest(sys.argv[1], modalities={'toy': ToyModality()})\n"
-            "manifest.check(); assert len(manifest.lengths()) == 3000 and manifest.row(2999).answers"
-        )
-        runs = [subprocess.Popen([sys.executable, "-c", code, path]) for _ in range(2)]
-        assert [run.wait(timeout=60) for run in runs] == [0, 0]
+
+        def read() -> None:
+            manifest = opened(path)
+            manifest.check()
+            assert len(manifest.lengths()) == 3000 and manifest.row(2999).answers
+
+        assert together(read, read) == [0, 0]
 
     def test_a_cache_that_cannot_be_written_is_named(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")

@@ -20,8 +20,9 @@ from xblip.errors import InputError, XBlipError
 from xblip.forms import Fields, Row, read_row
 from xblip.media import FilePart
 from xblip.modality import Features, Modality
+from xblip.records import Record
 from xblip.sample import Media, Sample, Turn
-from xblip.tables import Record, Table
+from xblip.tables import Table
 
 CHECKED = 1  # a number in what names a check that is kept: raise it when rows are read otherwise than before
 
