@@ -41,6 +41,65 @@ class Visit(NamedTuple):
     epoch: int
 
 
+class RowReader:
+    """Makes rows of records, by the columns and modalities that a manifest is told of.
+
+    Attributes:
+      fields: which columns are which of our keys.
+      modalities: what reads the media, by name.
+      root: folder that relative paths of media start from.
+    """
+
+    def __init__(self, fields: Fields, modalities: Mapping[str, Modality], root: Path):
+        self.fields, self.modalities, self.root = fields, dict(modalities), root
+
+    def read(self, record: Record, part: int | None = None) -> Row:
+        """Makes a row of a record, or of one `part` of a record that makes several.
+
+        Raises:
+          InputError: the record has none of the forms; the message names file and line.
+        """
+        origin = record.origin if part is None else f"{record.origin}, part {part + 1}"
+        try:
+            values = self.fields.of(record.values)
+            if any(isinstance(value, FilePart) for value in record.values.values()):
+                self._name_members(values, record.values)
+            return read_row(values, modalities=self.modalities.keys(), root=self.root, origin=origin, part=part or 0)
+        except XBlipError as error:
+            raise type(error)(f"{origin}: {error}{self._missing(record)}") from error
+
+    def check(self, record: Record, row: Row) -> None:
+        """Raises `InputError` for a row that nothing can be learnt from."""
+        lacking = "answer" if not row.answers else "" if row.sample.all_media else "input"
+        if lacking:
+            raise InputError(
+                f"{row.origin}: it has no {lacking}; a branch learns from rows that have both an input "
+                f"and an answer. Add it, or remove the row.{self._missing(record)}"
+            )
+
+    def _name_members(self, values: dict[str, Any], members: Mapping[str, Any]) -> None:
+        """Gives members of a tar that no field takes to the modalities that know their endings."""
+        chosen = self.fields.fields
+        if chosen is None:
+            for name, key in (("txt", "caption"), ("cls", "label"), *((name, "") for name in members)):
+                if name in values and (key or isinstance(values[name], FilePart)):
+                    part = values.pop(name)
+                    values.update({key: part} if key else {})
+        for name, part in members.items():
+            if not isinstance(part, FilePart) or part in values.values():
+                continue
+            suffix = Path(part.name).suffix.lower()
+            fitting = [name for name, modality in self.modalities.items() if suffix in modality.suffixes]
+            fitting = [modality for modality in fitting if modality not in (chosen or ())]
+            if len(fitting) > 1 or any(modality in values for modality in fitting):
+                raise InputError(f'It may have ".{name}" or another member as {" or ".join(fitting)}: say in `fields`.')
+            values.update({modality: part for modality in fitting})
+
+    def _missing(self, record: Record) -> str:
+        fault = self.fields.missing(record.values)
+        return f" Mind that {fault}" if fault else ""
+
+
 class Manifest(Dataset):
     """The rows of a file, their media read when they are fetched.
 
@@ -72,7 +131,7 @@ class Manifest(Dataset):
         self.features: dict[str, Features] = {}
         self._fields = Fields(fields, modalities=self.modalities)
         self._table = Table(path, self._fields)
-        self._root = self._table.folder if root is None else Path(root)
+        self._reader = RowReader(self._fields, modalities, self._table.folder if root is None else Path(root))
         self._ends = None if self._table.parts is None else np.cumsum(self._table.parts)
         self._lengths: np.ndarray | None = None
 
@@ -86,9 +145,11 @@ class Manifest(Dataset):
           InputError: the row has none of the forms; the message names file and line.
         """
         if self._ends is None:
-            return self._row(self._table[index], 0)
+            return self._reader.read(self._table[index])
         record = int(np.searchsorted(self._ends, index, side="right"))
-        return self._row(self._table[record], index - int(self._ends[record] - self._table.parts[record]))
+        parts = self._table.parts[record]
+        part = index - int(self._ends[record] - parts)
+        return self._reader.read(self._table[record], part if parts > 1 else None)
 
     def rows(self) -> Iterator[Row]:
         """Yields all rows in their order, quicker than one by one; raises as `row` does."""
@@ -128,12 +189,7 @@ class Manifest(Dataset):
     def _find(self) -> tuple[np.ndarray, set[tuple[str, str]]]:
         lengths, tasks = np.empty(len(self), np.int32), set()
         for index, (record, row) in enumerate(self._all()):
-            lacking = "answer" if not row.answers else "" if row.sample.all_media else "input"
-            if lacking:
-                raise InputError(
-                    f"{row.origin}: it has no {lacking}; a branch learns from rows that have both an input "
-                    f"and an answer. Add it, or remove the row.{self._missing(record)}"
-                )
+            self._reader.check(record, row)
             lengths[index] = _characters(row)
             tasks.add((row.sample.all_media[0].modality, row.task))
         return lengths, tasks
@@ -163,40 +219,9 @@ class Manifest(Dataset):
         for index, record in enumerate(self._table):
             if isinstance(record, XBlipError):
                 raise record
-            for part in range(1 if self._ends is None else self._table.parts[index]):
-                yield record, self._row(record, part)
-
-    def _row(self, record: Record, part: int) -> Row:
-        origin = record.origin if self._ends is None else f"{record.origin}, part {part + 1}"
-        try:
-            values = self._fields.of(record.values)
-            if self._table.suffix == ".tar":
-                self._name_members(values, record.values)
-            return read_row(values, modalities=self.modalities.keys(), root=self._root, origin=origin, part=part)
-        except XBlipError as error:
-            raise type(error)(f"{origin}: {error}{self._missing(record)}") from error
-
-    def _name_members(self, values: dict[str, Any], members: Mapping[str, Any]) -> None:
-        """Gives members of a tar that no field takes to the modalities that know their endings."""
-        chosen = self._fields.fields
-        if chosen is None:
-            for name, key in (("txt", "caption"), ("cls", "label"), *((name, "") for name in members)):
-                if name in values and (key or isinstance(values[name], FilePart)):
-                    part = values.pop(name)
-                    values.update({key: part} if key else {})
-        for name, part in members.items():
-            if not isinstance(part, FilePart) or part in values.values():
-                continue
-            suffix = Path(part.name).suffix.lower()
-            fitting = [name for name, modality in self.modalities.items() if suffix in modality.suffixes]
-            fitting = [modality for modality in fitting if modality not in (chosen or ())]
-            if len(fitting) > 1 or any(modality in values for modality in fitting):
-                raise InputError(f'It may have ".{name}" or another member as {" or ".join(fitting)}: say in `fields`.')
-            values.update({modality: part for modality in fitting})
-
-    def _missing(self, record: Record) -> str:
-        fault = self._fields.missing(record.values)
-        return f" Mind that {fault}" if fault else ""
+            parts = 1 if self._ends is None else self._table.parts[index]
+            for part in range(parts) if parts > 1 else [None]:
+                yield record, self._reader.read(record, part)
 
 
 def with_media(sample: Sample, read: Callable[[Media], Media]) -> Sample:

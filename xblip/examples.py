@@ -7,7 +7,7 @@ process it is made, whatever was made before it, and after a resume.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -126,11 +126,33 @@ class Examples(Dataset):
         return [found for visit in visits for found in self._visited(visit)]
 
     def _visited(self, visit: Visit) -> list[Sample | Skipped | XBlipError]:
-        manifest, skipped, place = self.sources[visit.source], [], visit
-        for attempt in range(ATTEMPTS):
+        manifest = self.sources[visit.source]
+
+        def others() -> Iterator[tuple[Visit, Callable[[], Row]]]:
+            for attempt in range(ATTEMPTS):
+                draw = np.random.default_rng([self.seed, REPLACE, *visit, attempt])
+                index = visit.index if not attempt else int(draw.integers(len(manifest)))
+                yield visit._replace(index=index), functools.partial(manifest.row, index)
+
+        return self.first_readable(manifest, others())
+
+    def first_readable(
+        self, manifest: Manifest, rows: Iterable[tuple[Visit, Callable[[], Row]]]
+    ) -> list[Sample | Skipped | XBlipError]:
+        """Makes a sample of the first of some rows whose files can be read.
+
+        Args:
+          manifest: theirs.
+          rows: visits, and what gives the row of each.
+
+        Returns:
+          The sample, or a user's error in its place, after the rows that were skipped.
+        """
+        skipped: list[Skipped] = []
+        for visit, row_of in rows:
             try:
-                row = manifest.row(place.index)
-                sample = self._drawn(row, place)
+                row = row_of()
+                sample = self._drawn(row, visit)
             except XBlipError as error:
                 return [*skipped, error]
             try:
@@ -139,15 +161,11 @@ class Examples(Dataset):
                 skipped.append(Skipped(row.origin, str(error)))
             except XBlipError as error:
                 return [*skipped, type(error)(f"{row.origin}: {error}")]
-            other = np.random.default_rng([self.seed, REPLACE, *visit, attempt]).integers(len(manifest))
-            place = visit._replace(index=int(other))
-        return [
-            *skipped,
-            MediaError(
-                f"{ATTEMPTS} rows of {manifest.path} in turn name files that cannot be read, the last one in "
-                f"{skipped[-1].origin}: {skipped[-1].reason} Check the files, and where their paths start."
-            ),
-        ]
+        fault = (
+            f"{len(skipped)} rows of {manifest.path} in turn name files that cannot be read, the last one in "
+            f"{skipped[-1].origin}: {skipped[-1].reason} Check the files, and where their paths start."
+        )
+        return [*skipped, MediaError(fault)]
 
     def _drawn(self, row: Row, visit: Visit) -> Sample:
         """A row with an answer, an instruction and a context, its media unread."""
