@@ -192,11 +192,6 @@ class TestLikelihoods:
         beside, beside_mask = llm.token_log_likelihoods(right_padded(llm, [short, long], [2, 1]))
         assert torch.allclose(alone[alone_mask], beside[0][beside_mask[0]], atol=1e-5)
 
-    @torch.no_grad()
-    def test_the_last_logits_are_those_of_all(self, llm):
-        batch = right_padded(llm, [[1, 4, 5, 6, 7, 2]], [1])
-        assert torch.allclose(llm.logits(batch, last=2), llm.logits(batch)[:, -2:], atol=1e-6)
-
 
 def left_padded(llm: FrozenLLM, *rows: list[int]) -> PromptBatch:
     longest = max(map(len, rows))

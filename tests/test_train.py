@@ -11,12 +11,16 @@ from safetensors.torch import load_file
 from xblip import config as configs
 from xblip.branch import BranchConfig
 from xblip.data import Manifest
+from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, UnknownWordsWarning, XBlipError
 from xblip.initial import InitConfig
 from xblip.llm import LLMConfig
 from xblip.model import XBlip
+from xblip.precompute import precompute as stored
 from xblip.testing import ToyModality, small_qformer
-from xblip.train import BranchTrainer, DataConfig, TrainConfig, load_train_config, train, training_arguments
+from xblip.train import train
+from xblip.train_config import DataConfig, TrainConfig, load_train_config, training_arguments
+from xblip.trainer import BridgeTrainer
 
 
 @pytest.fixture
@@ -64,13 +68,13 @@ def test_a_branch_learns_and_is_composed(config, llm_folder, tmp_path, capsys):
 @pytest.mark.parametrize(("eval_steps", "times"), [(10, 2), (15, 2), (40, 1)])
 def test_the_last_weights_are_evaluated_once(config, monkeypatch, eval_steps, times):
     evaluated = []
-    evaluate = BranchTrainer.evaluate
+    evaluate = BridgeTrainer.evaluate
 
     def counted(self, *args, **kwargs):
         evaluated.append(1)
         return evaluate(self, *args, **kwargs)
 
-    monkeypatch.setattr(BranchTrainer, "evaluate", counted)
+    monkeypatch.setattr(BridgeTrainer, "evaluate", counted)
     config.training |= {"max_steps": 20, "save_steps": 20, "eval_strategy": "steps", "eval_steps": eval_steps}
     metrics = train(config)
     assert len(evaluated) == times and {"eval_loss", "eval_accuracy", "train_loss"} <= set(metrics)
@@ -125,25 +129,82 @@ def files(config, manifest):
         yield config
 
 
+@pytest.fixture
+def store(files, tmp_path):
+    """The features of these files."""
+    stored(Job(files.branch, str(tmp_path / "store"), dtype="float32"), [manifest_of(files)], use_cpu=True)
+    return tmp_path / "store"
+
+
+def manifest_of(config):
+    return Manifest(config.data.train, modalities={"file_toy": FileToy()})
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_kept_features_are_computed_once_and_train_the_same(files, workers):
-    weights = []
-    for kept in (False, True):
-        files.data.keep_features = kept
-        files.training |= {"output_dir": f"{files.training['output_dir']}-{kept}", "dataloader_num_workers": workers}
+def test_stored_features_train_the_same_and_nothing_is_encoded(files, store, workers):
+    runs = []
+    for features in (None, str(store)):
+        files.data.features = features
+        files.training |= {
+            "output_dir": f"{files.training['output_dir']}-{bool(features)}",
+            "dataloader_num_workers": workers,
+            "logging_steps": 1,
+        }
         FileToy.encoded = 0
-        metrics = train(files)
-        assert FileToy.encoded == 16 if kept else FileToy.encoded > 12 * 16
-        weights.append(load_file(Path(files.training["output_dir"], "bridge.safetensors")))
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
-    assert metrics["eval_loss"] < 5
-
-
-def test_a_file_that_cannot_be_kept_is_named(files, manifest):
-    (manifest.parent / "32.txt").write_text("1 2 3")
-    files.data.keep_features = True
-    with pytest.raises(MediaError, match=r"train\.jsonl, line 33: A toy input must be rows of four numbers"):
         train(files)
+        assert FileToy.encoded == 0 if features else FileToy.encoded > 12 * 16
+        output = Path(files.training["output_dir"])
+        log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        runs.append(([entry["loss"] for entry in log if "loss" in entry], output))
+    assert len(runs[0][0]) == 12 and runs[0][0] == runs[1][0]
+    for file in ("bridge.safetensors", "branch.yaml", "README.md"):
+        assert (runs[0][1] / file).read_bytes() == (runs[1][1] / file).read_bytes()
+
+
+def test_a_file_that_changed_since_its_features_were_stored_is_named(files, store, manifest):
+    (manifest.parent / "32.txt").write_text("9 9 9 9")
+    files.data.features = str(store)
+    with pytest.raises(BundleError, match=r"32\.txt.*xblip precompute"):
+        train(files)
+
+
+def test_features_of_another_encoder_are_refused_with_what_differs(files, store):
+    files.data.features = str(store)
+    files.branch.config = {"seed": 5}
+    with pytest.raises(
+        BundleError, match=r"not those of this config's encoder: .*settings\.seed is 5 here and 0 there"
+    ):
+        train(files)
+
+
+def test_features_of_a_modality_without_a_branch_are_refused(config, files, store, tmp_path):
+    files.data.features = [str(store), str(store)]
+    with pytest.raises(ConfigError, match="of the modality file_toy, as those in .* are"):
+        train(files)
+
+
+@pytest.fixture
+def broken(files, manifest):
+    """Such files, of which one is broken."""
+    (manifest.parent / "32.txt").write_text("1 2 3")
+    return files
+
+
+def test_a_broken_file_costs_its_rows_and_is_named(broken):
+    broken.data.max_skipped = 0.1
+    metrics = train(broken)
+    output = Path(broken.training["output_dir"])
+    rows = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(int(row["origin"].rsplit(" ", 1)[1]) for row in rows) == [33, 34, 35, 36]
+    assert all("A toy input must be rows of four numbers" in row["reason"] for row in rows)
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [entry["skipped"] for entry in log if "loss" in entry] == [4]
+    assert metrics["eval_accuracy"] > 0
+
+
+def test_too_many_broken_files_stop_the_run(broken):
+    with pytest.raises(MediaError, match=r"of 128 rows are skipped .* more than max_skipped = 0\.01 allows"):
+        train(broken)
 
 
 def test_a_bridge_starts_from_another_branch_and_tells_what_it_took(config, tmp_path, capsys):
@@ -293,7 +354,7 @@ def test_broken_media_are_one_clear_error_wherever_they_are_read(config, manifes
     bad = {"toy": [1], "instruction": "what", "answer": "yes"}
     manifest.write_text("".join(json.dumps(row) + "\n" for row in [bad] * 16))
     config.training |= {"dataloader_num_workers": workers, "max_steps": 1}
-    with pytest.raises(MediaError) as caught:
+    with pytest.raises(InputError) as caught:
         train(config)
     assert str(caught.value).startswith(str(manifest)) and "Traceback" not in str(caught.value)
 
@@ -322,7 +383,8 @@ def test_an_output_folder_that_cannot_be_is_named_before_anything_is_loaded(conf
         ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"report_to": "bogus"}, '"training": bogus is not supported'),
         ({"eval_strategy": "steps"}, "training.eval_strategy is steps, but data.eval names no manifest"),
-        ({"gradient_checkpointing": True}, "training.gradient_checkpointing has no place here"),
+        ({"fsdp": "full_shard"}, "training.fsdp has no place here: .* shard_llm"),
+        ({"use_liger_kernel": True}, "training.use_liger_kernel needs the package liger-kernel"),
         ({"label_smoothing_factor": 0.1}, "training.label_smoothing_factor has no place here"),
         ({"neftune_noise_alpha": 5.0}, "training.neftune_noise_alpha has no place here"),
         ({"resume_from_checkpoint": "zz"}, "training.resume_from_checkpoint has no place here: .* --resume"),

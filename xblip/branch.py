@@ -4,8 +4,9 @@ A branch folder holds `branch.yaml`, `bridge.safetensors` and what the bridge ne
 and the LLM it was trained for by fingerprint, and refuses others: a soft prompt read by another LLM is silent rubbish.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Branch(nn.Module):
         folder: Path | None = None,
         encoders: Encoders | None = None,
         bridge_class: type[Bridge] | None = None,
+        encoder: FrozenEncoder | None = None,
     ) -> "Branch":
         """Builds a branch with a fresh bridge.
 
@@ -82,16 +84,13 @@ class Branch(nn.Module):
           folder: what relative paths in the configs start from; None for the working directory.
           encoders: those of the model's other branches, to share; None for an encoder of its own.
           bridge_class: in the place of the class that is registered for the bridge's kind.
+          encoder: in the place of the modality's own, which is then not loaded; see `xblip.stored`.
 
         Raises:
           PluginError, ConfigError, BundleError: the modality, a setting, or the encoder's files are wrong.
         """
-        name = config.modality
         modality = build_modality(config, folder)
-        if config.encoder_dtype not in DTYPES:
-            raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}".{suggest(config.encoder_dtype, DTYPES)}')
-        dtype = None if config.encoder_dtype == "auto" else getattr(torch, config.encoder_dtype)
-        encoder = (encoders or Encoders()).build(modality.build_encoder, name=name, dtype=dtype)
+        encoder = encoder or build_encoder(config, modality, encoders)
         bridge_class, settings = bridge_settings(config, folder, bridge_class)
         bridge = bridge_class(settings, encoder_width=encoder.width, llm_width=llm_width)
         return cls(config, modality=modality, encoder=encoder, bridge=bridge)
@@ -146,7 +145,9 @@ class Branch(nn.Module):
 
     def forward(self, sources: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
         """Makes the soft prompt (L, D_llm) of each source in the light of its own instruction."""
-        return self.bridge(self.encode(sources), instructions)
+        features = self.encode(sources)
+        with _without_half_precision(features.values.device.type):
+            return self.bridge(features, instructions)
 
     def save(self, folder: str | Path, *, llm: FrozenLLM, encoder: str | None = None) -> None:
         """Writes the branch.
@@ -245,6 +246,16 @@ class Branch(nn.Module):
         return branch
 
 
+@contextlib.contextmanager
+def _without_half_precision(device_type: str) -> Iterator[None]:
+    """Lets a bridge run in float32 under float16 autocast, in which a Q-Former's loss overflows (LAVIS, issue 267)."""
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
 def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality:
     """Builds what reads a branch's media; `folder` is where relative paths of a saved branch start.
 
@@ -256,6 +267,18 @@ def build_modality(config: BranchConfig, folder: Path | None = None) -> Modality
     if folder is not None and getattr(settings, "encoder", None):
         settings.encoder = _resolved(settings.encoder, folder)
     return modality_class(settings)
+
+
+def build_encoder(config: BranchConfig, modality: Modality, encoders: Encoders | None = None) -> FrozenEncoder:
+    """Builds a branch's encoder, frozen; `encoders` are those of the model's other branches, to share.
+
+    Raises:
+      ConfigError, BundleError: unknown `encoder_dtype`, or the encoder's files are wrong.
+    """
+    if config.encoder_dtype not in DTYPES:
+        raise ConfigError(f'Unknown encoder_dtype "{config.encoder_dtype}".{suggest(config.encoder_dtype, DTYPES)}')
+    dtype = None if config.encoder_dtype == "auto" else getattr(torch, config.encoder_dtype)
+    return (encoders or Encoders()).build(modality.build_encoder, name=config.modality, dtype=dtype)
 
 
 def bridge_settings(
@@ -344,7 +367,7 @@ def _card(branch: Branch, llm: FrozenLLM) -> str:
     weights = list(branch.bridge.parameters())
     total = sum(parameter.numel() for parameter in weights)
     trained = sum(parameter.numel() for parameter in weights if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in branch.encoder.parameters())
+    frozen = branch.encoder.num_parameters
     share = "" if trained == total else f" ({trained:,} of them trained)"
     return (
         f"---\nlibrary_name: xblip\ntags: [xblip, {branch.modality.name}]\n---\n\n"

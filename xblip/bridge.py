@@ -5,7 +5,7 @@ per item, unpadded, since items differ in their number of segments and only the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ from xblip.qformer import KeysValues, QFormer, QFormerConfig
 
 TOKENIZER = "tokenizer"
 """Folder of the instructions' tokenizer in a branch's folder."""
+MediaRead = tuple[KeysValues, Tensor, list[int]]
+"""What a Q-Former bridge keeps of B media: cross-attention keys and values, their mask, each item's number of rows."""
 WEIGHTS = "bridge.safetensors"
 """The bridge's weights in a branch's folder."""
 
@@ -173,7 +175,7 @@ class QFormerBridge(Bridge):
                 f"max_instruction_tokens ({config.max_instruction_tokens}) must be at most {positions}, the Q-Former's "
                 "positions for text."
             )
-        self.tokenizer = _load_tokenizer(config.tokenizer) if config.instruction_aware else None
+        self.tokenizer = self.load_tokenizer(config.tokenizer) if config.instruction_aware else None
         self.layer_norm = nn.LayerNorm(encoder_width, eps=1e-5) if config.features_layer_norm else nn.Identity()
         if config.max_segments:
             self.segment_positions = SegmentPositions(config.max_segments, encoder_width)
@@ -192,6 +194,20 @@ class QFormerBridge(Bridge):
         )
         self.build_heads(config, llm_width)
 
+    def load_tokenizer(self, source: str):
+        """Loads the tokenizer of the texts that the Q-Former reads."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, truncation_side="left")
+        except LOADING_ERRORS as cause:
+            raise BundleError(
+                f'Cannot load the Q-Former\'s tokenizer from "{source}": {why_not_loaded(source, cause)} '
+                "Expected a folder with a tokenizer, or a hub id that is reachable or already downloaded."
+            ) from cause
+        tokenizer.padding_side = "right"
+        return tokenizer
+
     def build_heads(self, config: Config, llm_width: int) -> None:
         """Builds what follows the Q-Former; it is built last."""
         self.projector = nn.Linear(config.hidden_size, llm_width)
@@ -200,12 +216,8 @@ class QFormerBridge(Bridge):
         """Brings features (M, N, D_enc) to what the Q-Former reads."""
         return self.layer_norm(values.to(self.query_tokens.dtype))
 
-    def read_media(self, features: Features) -> tuple[KeysValues, Tensor, list[int]]:
-        """Does the part of the work that no instruction changes, to be kept and reused.
-
-        Returns:
-          Cross-attention keys and values, the mask that goes with them, and each item's number of rows.
-        """
+    def read_media(self, features: Features) -> MediaRead:
+        """Does the part of the work that no instruction changes, to be kept and reused."""
         values = self.normed(features.values)
         if self.config.max_segments:
             values = self.segment_positions(values, features.segments)
@@ -226,24 +238,22 @@ class QFormerBridge(Bridge):
         ).to(self.query_tokens.device)
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def read_queries(self, media: tuple[KeysValues, Tensor, list[int]], texts: Sequence[str] | None = None) -> Tensor:
-        """Lets the query tokens read what `read_media` gave, (M, Q, D_q), in the light of B texts where there are some."""
+    def read_queries(
+        self, media: MediaRead, text: Mapping[str, Tensor] | None = None, *, kept: KeysValues | None = None
+    ) -> Tensor:
+        """Lets the query tokens read media, (M, Q, D_q), in the light of B texts from `tokenize` where there are some.
+
+        `kept` is that of `QFormer.forward`.
+        """
         keys_values, mask, rows = media
-        text = {}
-        if texts is not None:
-            counts = torch.tensor(rows, device=mask.device)
-            text = {
-                name: part.repeat_interleave(counts, 0, output_size=sum(rows))
-                for name, part in self.tokenize(texts).items()
-            }
-        queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, **text)
+        counts = torch.tensor(rows, device=mask.device)
+        text = {name: part.repeat_interleave(counts, 0, output_size=sum(rows)) for name, part in (text or {}).items()}
+        queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, kept=kept, **text)
         return queries[:, : self.config.num_query_tokens]
 
-    def read_instructions(
-        self, media: tuple[KeysValues, Tensor, list[int]], instructions: Sequence[str]
-    ) -> list[Tensor]:
+    def read_instructions(self, media: MediaRead, instructions: Sequence[str]) -> list[Tensor]:
         """Finishes what `read_media` began: B instructions to B soft prompts."""
-        soft = self.projector(self.read_queries(media, None if self.tokenizer is None else instructions))
+        soft = self.projector(self.read_queries(media, None if self.tokenizer is None else self.tokenize(instructions)))
         return [part.flatten(0, 1) for part in soft.split(media[2])]
 
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
@@ -372,20 +382,6 @@ def load_bridge(
         lines = [line.strip() for line in str(cause).splitlines()[1:4]]
         settings = "the settings of this bridge" if without else f"its {what}.yaml"
         raise BundleError(f"{path} does not fit {settings}: {' '.join(lines)}") from cause
-
-
-def _load_tokenizer(source: str):
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, truncation_side="left")
-    except LOADING_ERRORS as cause:
-        raise BundleError(
-            f'Cannot load the Q-Former\'s tokenizer from "{source}": {why_not_loaded(source, cause)} '
-            "Expected a folder with a tokenizer, or a hub id that is reachable or already downloaded."
-        ) from cause
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 @hookimpl

@@ -3,6 +3,8 @@
 Nothing heavy is imported before a command runs.
 """
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +16,59 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, e.g. training.max_steps=10.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
-    """Train the bridge of one branch; encoder and LLM stay frozen."""
-    from xblip.train import load_train_config
+    """Train bridges; encoders and LLM stay frozen."""
     from xblip.train import train as run
+    from xblip.train_config import load_train_config
 
     settings = load_train_config(config, overrides or [])
     metrics = run(settings, resume=resume)
-    shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy"))}
+    shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy", "recall_at_1"))}
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     print(f"wrote {settings.training['output_dir']}", *(f"{name} {value:.4f}" for name, value in shown.items()))
 
 
-COMMANDS = (train,)
+def precompute(
+    config: Annotated[Path, typer.Argument(help="A training config: its branch, and the manifests of its data.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, e.g. training.use_cpu=true.")] = None,
+    to: Annotated[str, typer.Option(help="The store's folder; one that is there is completed.")] = ...,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16, bfloat16, or int8 with a scale for each token.")
+    ] = "float16",
+    engine: Annotated[
+        str, typer.Option(help='"ray" for the actors of a Ray cluster; else the processes of this run.')
+    ] = ("accelerate"),
+    batch_segments: Annotated[
+        int | None, typer.Option(help="Segments encoded at once; 64, or on a CPU one item.")
+    ] = None,
+    max_skipped: Annotated[float, typer.Option(help="Share of the sources that may be broken.")] = 0.01,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare a store with its checksums and its encoder.")
+    ] = False,
+) -> None:
+    """Store what a frozen encoder makes of a training config's files, so that training need not encode."""
+    from xblip import precompute as run
+    from xblip.branch import build_modality
+    from xblip.train_config import load_train_config, open_manifests
+
+    settings = load_train_config(config, overrides or [])
+    workers = settings.training.get("dataloader_num_workers", 0)
+    job = run.Job(settings.branch, to, dtype=dtype, batch_segments=batch_segments, num_workers=workers)
+    modalities = {settings.branch.modality: build_modality(settings.branch)}
+    named = {"data.train": settings.data.train, "data.eval": settings.data.eval}
+    manifests = [
+        manifest for where, given in named.items() for manifest in open_manifests(given, where, modalities=modalities)
+    ]
+    use_cpu = settings.training.get("use_cpu", False)
+    if verify:
+        print(f"{to} is right: {run.verify(job, manifests, use_cpu=use_cpu, show=sys.stderr.isatty())}")
+        return
+    done = run.precompute(job, manifests, engine=engine, max_skipped=max_skipped, use_cpu=use_cpu)
+    skipped = f", skipped {len(done.skipped)} (see {Path(to, 'skipped.jsonl')})" if done.skipped else ""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"wrote {to}: {done.num_written} items, {done.num_held} were there{skipped}; {done.nbytes / 2**20:.4g} MiB"
+        )
+
+
+COMMANDS = (train, precompute)

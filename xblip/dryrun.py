@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xblip.blueprint import Blueprint, Source
-from xblip.llm import PromptBatch
+from xblip.llm import IGNORE, PromptBatch
 from xblip.loading import first_line
 from xblip.model import XBlip
 from xblip.sample import Media, Sample
@@ -174,14 +174,14 @@ def _loss(model: XBlip, name: str, item: dict[str, Tensor], rows: int, num_new_t
     """The loss of answers of so many tokens to questions about one input each."""
     llm = model.llm
     batch = _prompts(model, [Media(name, item)], rows)
-    batch.labels = torch.zeros(rows, num_new_tokens, dtype=torch.long, device=llm.device)
+    batch.labels = torch.zeros(rows, num_new_tokens, dtype=torch.long)
     if not llm.is_encoder_decoder:
         answers = llm.embed([0] * num_new_tokens).expand(rows, -1, -1)
-        mask = batch.attention_mask.new_ones(rows, batch.attention_mask.shape[1] + num_new_tokens)
-        batch = PromptBatch(torch.cat([batch.inputs_embeds, answers], 1), mask, batch.labels)
-    logits = llm.logits(batch, last=num_new_tokens + 1)[:, -num_new_tokens - 1 :].float()
-    logits = logits if llm.is_encoder_decoder else logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        prompt = batch.attention_mask.shape[1]
+        mask = batch.attention_mask.new_ones(rows, prompt + num_new_tokens)
+        labels = F.pad(batch.labels, (prompt, 0), value=IGNORE)
+        batch = PromptBatch(torch.cat([batch.inputs_embeds, answers], 1), mask, labels)
+    return llm.token_log_likelihoods(batch)[0].sum()
 
 
 def _prompts(model: XBlip, media: list[Media], rows: int) -> PromptBatch:

@@ -99,6 +99,14 @@ class Examples(Dataset):
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
+    def visit(self, row: int) -> Visit:
+        """Returns the first visit of a row, counted over all manifests."""
+        for source, manifest in enumerate(self.sources):
+            if row < len(manifest):
+                return Visit(source, row, 0)
+            row -= len(manifest)
+        raise IndexError(row)
+
     def check(self) -> None:
         """Reads every row, media unread, so that a bad one is told before anything is loaded.
 
@@ -217,11 +225,20 @@ class Examples(Dataset):
 
 
 def collate_examples(found: Sequence[Sample | Skipped | XBlipError]) -> dict[str, Any]:
-    """Returns a batch: `samples`, errors in the place of those that cannot be made, and `skipped` rows."""
-    return {
-        "samples": [item for item in found if not isinstance(item, Skipped)],
-        "skipped": [item for item in found if isinstance(item, Skipped)],
-    }
+    """Returns a batch.
+
+    Returns:
+      `samples`, errors in the place of those that cannot be made; `skipped` rows; and `replaced`, the places of samples
+      that stand for skipped ones.
+    """
+    samples, skipped, replaced = [], [], set()
+    for item in found:
+        if isinstance(item, Skipped):
+            skipped.append(item)
+            replaced.add(len(samples))
+        else:
+            samples.append(item)
+    return {"samples": samples, "skipped": skipped, "replaced": replaced}
 
 
 class SkipLog:

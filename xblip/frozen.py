@@ -60,6 +60,11 @@ class FrozenEncoder(Frozen):
         self.fingerprint = known_as or fingerprint(module)
         self.freeze()
 
+    @property
+    def num_parameters(self) -> int:
+        """How many weights it has."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def takes(self, tensors: dict[str, Any]) -> bool:
         """Whether these are tensors, named as the arguments of the encoder."""
         known = inspect.signature(self.module.forward).parameters

@@ -2,25 +2,25 @@
 
 Any decoder-only or encoder-decoder model that `transformers` loads; of the latter (T5) the encoder reads soft prompts
 and instruction, and the decoder says the answer. Its weights never get gradients; activations pass them on to
-the soft prompts. Logits are computed only from the first labelled position on: a prompt is mostly unlabelled, and the
-vocabulary product is the dearest part of a small step.
+the soft prompts. Likelihoods are read where labels are (`xblip.likelihood`): a prompt is mostly unlabelled.
 """
 
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint
+from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 
 IGNORE = -100
@@ -62,8 +62,8 @@ class PromptBatch:
     Attributes:
       inputs_embeds: (B, T, D_llm).
       attention_mask: (B, T), 1 for real positions.
-      labels: (B, T), token ids to learn or score, -100 elsewhere; None when generating. An encoder-decoder's are the
-        answers alone, (B, T_answer).
+      labels: (B, T), token ids to learn or score, -100 elsewhere, on the CPU; None when generating. An encoder-decoder's
+        are the answers alone, (B, T_answer).
     """
 
     inputs_embeds: Tensor
@@ -110,7 +110,7 @@ class FrozenLLM(Frozen):
         )
         self.context_length = getattr(reader, "max_position_embeddings", None)
         self.fingerprint = _fingerprint(model, tokenizer, config)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._labels = LabelReader(model)
         self.freeze()
 
     @classmethod
@@ -184,44 +184,50 @@ class FrozenLLM(Frozen):
         """Returns the embeddings (T, D_llm) of token ids."""
         return self.model.get_input_embeddings()(torch.tensor(list(ids), dtype=torch.long, device=self.device))
 
-    def logits(self, batch: PromptBatch, *, last: int = 0) -> Tensor:
-        """Runs the LLM.
-
-        Args:
-          batch: right-padded, so that positions count from the start of each row.
-          last: how many positions from the end to give logits for; 0 for all.
-
-        Returns:
-          (B, T or `last`, vocabulary); of an encoder-decoder (B, T_answer, vocabulary).
-        """
-        if self.is_encoder_decoder:
-            return self.model(
-                inputs_embeds=batch.inputs_embeds,
-                attention_mask=batch.attention_mask,
-                decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels),
-                use_cache=False,
-            ).logits
-        options = {"logits_to_keep": last} if last and self._keeps_logits else {}
-        output = self.model(
-            inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, use_cache=False, **options
-        ).logits
-        return output[:, -last:] if last else output
+    def logits(self, batch: PromptBatch) -> Tensor:
+        """Returns the logits (B, T, vocabulary) of a right-padded batch; an encoder-decoder's (B, T_answer, vocabulary)."""
+        return self._run(batch).logits
 
     def token_log_likelihoods(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Log-likelihood of each labelled token.
 
+        Args:
+          batch: right-padded, so that positions count from the start of each row.
+
         Returns:
-          Two (B, T') tensors: log-likelihoods, 0 where there is no label, and the mask of labels.
+          Two (B, T') tensors: log-likelihoods in float32, 0 where there is no label, and the mask of labels.
         """
+        labels = batch.labels if self.is_encoder_decoder else batch.labels[:, 1:]
+        mask = labels != IGNORE
+        values = self._labels.read(lambda: self._run(batch), mask.nonzero(as_tuple=True), labels[mask])
+        values, mask = values.to(self.device), mask.to(self.device)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
+
+    def checkpoint_layers(self) -> None:
+        """Lets training keep what goes into each layer alone, and run the layer again for its backward pass.
+
+        transformers' own gradient checkpointing waits for training mode, in which a frozen LLM never is.
+
+        Raises:
+          ConfigError: the model has no layers that transformers knows how to run again.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(
+                f"A {type(self.model).__name__} has no layers whose activations can be computed again: leave "
+                "gradient_checkpointing out."
+            )
+        for layer in layers:
+            layer.forward = _Checkpointed(layer.forward)
+
+    def _run(self, batch: PromptBatch) -> Any:
+        inputs = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask, "use_cache": False}
         if self.is_encoder_decoder:
-            logits, labels = self.logits(batch).float(), batch.labels
-        else:
-            first = int((batch.labels != IGNORE).any(0).float().argmax())
-            last = batch.labels.shape[1] - max(first - 1, 0)
-            logits = self.logits(batch, last=last)[:, :-1].float()
-            labels = batch.labels[:, -last:][:, 1:]
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-        return -losses, labels != IGNORE
+            labels = batch.labels.to(self.device)
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return self.model(**inputs)
 
     def generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
         """Generates by transformers' `generate`.
@@ -263,6 +269,18 @@ class FrozenLLM(Frozen):
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
         return self.tokenize("abcdef") == [self.tokenizer.unk_token_id]
+
+
+class _Checkpointed:
+    """A layer's `forward` that keeps its inputs alone where there will be a backward pass."""
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward.forward if isinstance(forward, _Checkpointed) else forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def check_generation_options(options: Mapping[str, Any]) -> None:

@@ -18,7 +18,10 @@ from torch.utils.data import Sampler
 from xblip.data import Visit
 from xblip.errors import ConfigError, suggest
 
-WINDOW = 32  # micro-batches within which rows of one length are put together
+WINDOW = 32  # micro-batches within which rows of about one length are put together
+BLUR = 16.0
+"""Characters by which lengths are blurred before rows are sorted by them. Sorted by bare lengths, rows to be answered by
+"yes" and those by "no" are in batches of their own, from which little is learnt; a few tokens of padding cost less."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,16 @@ class BatchPlan(Sampler[list[Visit]]):
         return epoch, self._windows[source][1][batch - window * WINDOW]
 
     def _sorted(self, source: int, epoch: int, window: int, per_epoch: int) -> np.ndarray:
-        """The micro-batches of a window, (batches, rows): rows of neighbouring length together, batches shuffled."""
+        """The micro-batches of a window, (batches, rows): rows of about one length together, batches shuffled."""
         first, last = window * WINDOW, min((window + 1) * WINDOW, per_epoch)
         order = self._orders[source][1]
         batches = order[np.arange(first * self.unit, last * self.unit) % len(order)].reshape(-1, self.unit)
         full = min(last, len(order) // self.unit) - first  # a filled batch stays as it is: sorted, it may repeat a row
         rows = batches[:full].ravel()
-        lengths = np.asarray(self.sources[source].lengths)[rows]
-        batches[:full] = rows[np.argsort(lengths, kind="stable")].reshape(-1, self.unit)
-        return np.random.default_rng([self.seed, 2, source, epoch, window]).permutation(batches)
+        generator = np.random.default_rng([self.seed, 2, source, epoch, window])
+        lengths = np.asarray(self.sources[source].lengths)[rows] + generator.uniform(0, BLUR, len(rows))
+        batches[:full] = rows[np.argsort(lengths)].reshape(-1, self.unit)
+        return generator.permutation(batches)
 
 
 class Turns:

@@ -159,7 +159,7 @@ class XBlip(nn.Module):
         prompts: list[list[Tensor]] = [[None] * len(items) for items in media]
         for name, at in places.items():
             sources = [media[row][column].source for row, column in at]
-            instructions = [samples[row].instruction for row, _ in at]
+            instructions = [samples[row].instruction or "" for row, _ in at]
             for (row, column), prompt in zip(at, self.branches[name](sources, instructions), strict=True):
                 prompts[row][column] = prompt
         return prompts
@@ -168,7 +168,8 @@ class XBlip(nn.Module):
         """Computes the language-modelling loss of samples with answers.
 
         Returns:
-          `loss`, the mean over the answers' tokens (end of sequence included), and `num_tokens`, their number.
+          `loss`, the mean over the answers' tokens (end of sequence included), `num_tokens`, their number, and
+          `num_positions`, what the LLM read.
 
         Raises:
           InputError: a sample has no answer.
@@ -182,7 +183,11 @@ class XBlip(nn.Module):
             answers=[sample.answer for sample in samples],
         )
         likelihoods, mask = self.llm.token_log_likelihoods(batch)
-        return {"loss": -likelihoods.sum() / mask.sum(), "num_tokens": mask.sum()}
+        return {
+            "loss": -likelihoods.sum() / mask.sum(),
+            "num_tokens": mask.sum(),
+            "num_positions": batch.attention_mask.sum(),
+        }
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample | Mapping[str, Any]], /, **options: Any) -> list[Answer]:

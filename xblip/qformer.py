@@ -4,6 +4,9 @@ State-dict keys equal those of `transformers.InstructBlipQFormerModel`, so its w
 written anew because of one property that class hides: cross-attention keys and values depend on the media alone, so
 `read_media` computes them once and `forward` reuses them for any number of instructions.
 
+Its masks are those of BLIP-2's first stage: `forward` lets query tokens and text see each other (or has no text at all),
+`read_text` reads texts alone, and `write_text` lets every word see the query tokens and the words before it.
+
 Shapes (legend in `xblip.modality`): query tokens (M, Q, D_q), text (M, T), features (M, N, D_enc).
 """
 
@@ -87,6 +90,7 @@ class QFormer(nn.Module):
         media_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        kept: KeysValues | None = None,
     ) -> Tensor:
         """Reads the media.
 
@@ -96,6 +100,8 @@ class QFormer(nn.Module):
           media_mask: (M, N) boolean, True for real features; None when all are.
           input_ids: (M, T) the instruction's tokens; None for none.
           attention_mask: (M, T), 1 for real tokens; None when all are.
+          kept: an empty list, to which the query tokens' own keys and values (M, heads, Q, D_head) of every layer are
+            added, for `write_text`.
 
         Returns:
           (M, Q + T, D_q), the query positions first.
@@ -112,9 +118,16 @@ class QFormer(nn.Module):
         media_mask = _to_attention_mask(media_mask)
         reads = iter(media)
         for layer in self.encoder.layer:
-            keys_values = next(reads) if layer.crossattention is not None else None
+            own = layer.attention.attention.keys_values(hidden)
+            if kept is not None:
+                kept.append((own[0][:, :, :num_queries], own[1][:, :, :num_queries]))
             hidden = layer(
-                hidden, num_queries=num_queries, self_mask=self_mask, media=keys_values, media_mask=media_mask
+                hidden,
+                own,
+                num_queries=num_queries,
+                self_mask=self_mask,
+                media=next(reads) if layer.crossattention is not None else None,
+                media_mask=media_mask,
             )
         return hidden
 
@@ -131,7 +144,42 @@ class QFormer(nn.Module):
         hidden = self.embeddings(None, input_ids)
         mask = _to_attention_mask(attention_mask)
         for layer in self.encoder.layer:
-            hidden = layer.read_text(hidden, mask)
+            hidden = layer.read_text(hidden, layer.attention.attention.keys_values(hidden), mask)
+        return hidden
+
+    def write_text(
+        self,
+        input_ids: Tensor,
+        kept: KeysValues,
+        *,
+        attention_mask: Tensor | None = None,
+        kept_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Writes texts from left to right on what query tokens have read (BLIP-2's multimodal causal pass).
+
+        Each position sees all query tokens, itself and what stands before it; the media are seen through the query
+        tokens alone, which see no text.
+
+        Args:
+          input_ids: (M, T).
+          kept: keys and values (M, heads, K, D_head) of every layer, from a `forward` without text.
+          attention_mask: (M, T), 1 for real tokens; None when all are.
+          kept_mask: (M, K), True for real ones; None when all are.
+
+        Returns:
+          (M, T, D_q).
+        """
+        rows, length = input_ids.shape
+        sees = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril().expand(rows, 1, -1, -1)
+        if attention_mask is not None:
+            sees = sees & _to_attention_mask(attention_mask)
+        before = sees.new_ones(rows, 1, 1, kept[0][0].shape[2]) if kept_mask is None else _to_attention_mask(kept_mask)
+        mask = torch.cat([before.expand(-1, -1, length, -1), sees], dim=-1)
+        hidden = self.embeddings(None, input_ids)
+        for layer, (keys, values) in zip(self.encoder.layer, kept, strict=True):
+            own_keys, own_values = layer.attention.attention.keys_values(hidden)
+            keys_values = torch.cat([keys, own_keys], dim=2), torch.cat([values, own_values], dim=2)
+            hidden = layer.read_text(hidden, keys_values, mask)
         return hidden
 
 
@@ -201,10 +249,7 @@ class _AttentionBlock(nn.Module):
         self.attention = _Attention(config, source_width)
         self.output = _Output(config, config.hidden_size)
 
-    def forward(
-        self, hidden: Tensor, keys_values: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        keys_values = self.attention.keys_values(hidden) if keys_values is None else keys_values
+    def forward(self, hidden: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         return self.output(self.attention(hidden, keys_values, mask), hidden)
 
 
@@ -233,13 +278,14 @@ class _Layer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
+        own: tuple[Tensor, Tensor],
         *,
         num_queries: int,
         self_mask: Tensor | None,
         media: tuple[Tensor, Tensor] | None,
         media_mask: Tensor | None,
     ) -> Tensor:
-        hidden = self.attention(hidden, mask=self_mask)
+        hidden = self.attention(hidden, own, self_mask)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
         if self.crossattention is not None:
             queries = self.crossattention(queries, media, media_mask)
@@ -248,6 +294,6 @@ class _Layer(nn.Module):
             return queries
         return torch.cat([queries, self.output(self.intermediate(text), text)], dim=1)
 
-    def read_text(self, text: Tensor, mask: Tensor | None) -> Tensor:
-        text = self.attention(text, mask=mask)
+    def read_text(self, text: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        text = self.attention(text, keys_values, mask)
         return self.output(self.intermediate(text), text)

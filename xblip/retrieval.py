@@ -1,76 +1,48 @@
 """Media-text retrieval: one modality and texts in one space, and whether a text describes a source (BLIP-2's first stage).
 
 There is no LLM. A Q-Former with three heads of its own gives the contrast of media with texts (ITC), which read apart and
-so can be kept, and their match (ITM), for which the query tokens read the media in the light of the text.
+so can be kept, and their match (ITM), for which the query tokens read the media in the light of the text. Ranking does
+both: all are compared, and the nearest are judged. What only training needs (`xblip.align`) is there where it is asked for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import xblip
 from xblip import config as configs
 from xblip.branch import Branch, BranchConfig, made_folder, read_parts
-from xblip.bridge import QFormerBridge
 from xblip.bundle import copy_folder
-from xblip.config import at_least
 from xblip.errors import BundleError, ConfigError, InputError
+from xblip.frozen import FrozenEncoder
 from xblip.loading import snapshot
 from xblip.modality import Features
+from xblip.retrieval_bridge import RetrievalBridge, chosen
 
 FILE = "retriever.yaml"
 ENCODER = "encoder"
+BATCH = 64
+"""Sources, or pairs of a source and a text, that ranking reads at once."""
 
 
-class RetrievalBridge(QFormerBridge):
-    """A Q-Former bridge that ends in heads for retrieval, where others make a soft prompt for an LLM.
+class Ranked(NamedTuple):
+    """One place in a ranking.
 
-    All segments of a source count alike: their query tokens are laid side by side.
+    Attributes:
+      index: of the text or source.
+      score: what it is ranked by: similarity and match together.
+      similarity: ITC, the cosine.
+      match: ITM, the logit that the text describes the source; None where it was not judged.
     """
 
-    @dataclass
-    class Config(QFormerBridge.Config):
-        """Those of `qformer`; of texts longer than `max_instruction_tokens` the beginning is read.
-
-        Attributes:
-          embedding_width: of the space that media and texts share; BLIP-2's.
-        """
-
-        embedding_width: int = 256
-
-    def __init__(self, config: Config, *, encoder_width: int, llm_width: int = 0):
-        at_least(config, embedding_width=1)
-        if not config.instruction_aware:
-            raise ConfigError("A retriever's Q-Former reads texts: leave out instruction_aware, or set it to true.")
-        super().__init__(config, encoder_width=encoder_width, llm_width=llm_width)
-        self.tokenizer.truncation_side = "right"
-
-    def build_heads(self, config: Config, llm_width: int) -> None:
-        self.media_projection = nn.Linear(config.hidden_size, config.embedding_width)
-        self.text_projection = nn.Linear(config.hidden_size, config.embedding_width)
-        self.matching_head = nn.Linear(config.hidden_size, 2)
-
-    def embed_media(self, features: Features) -> list[Tensor]:
-        """Gives B tensors (L, W), an embedding of length 1 for each query token of each segment."""
-        media = self.read_media(features)
-        embeddings = F.normalize(self.media_projection(self.read_queries(media)), dim=-1)
-        return [part.flatten(0, 1) for part in embeddings.split(media[2])]
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Gives embeddings (T, W) of length 1, of what the first token of each text has read."""
-        read = self.qformer.read_text(**self.tokenize(texts))
-        return F.normalize(self.text_projection(read[:, 0]), dim=-1)
-
-    def forward(self, features: Features, texts: Sequence[str]) -> Tensor:
-        """Gives logits (B, 2) of B pairs, that the text does not and that it does describe: the mean over query tokens."""
-        media = self.read_media(features)
-        logits = self.matching_head(self.read_queries(media, texts))
-        return torch.stack([part.mean((0, 1)) for part in logits.split(media[2])])
+    index: int
+    score: float
+    similarity: float
+    match: float | None
 
 
 class Retriever(nn.Module):
@@ -85,7 +57,7 @@ class Retriever(nn.Module):
         self.branch = branch
 
     @classmethod
-    def build(cls, config: BranchConfig) -> "Retriever":
+    def build(cls, config: BranchConfig, *, encoder: FrozenEncoder | None = None) -> "Retriever":
         """Builds a retriever with fresh weights beside its encoder; `config.bridge` is a `RetrievalBridge.Config`'s.
 
         Raises:
@@ -97,7 +69,7 @@ class Retriever(nn.Module):
                 f'A retriever reads by a Q-Former: bridge.kind must be "{RetrievalBridge.name}", not {kind!r}.'
             )
         config = replace(config, bridge={**config.bridge, "kind": kind})
-        return cls(Branch.build(config, llm_width=0, bridge_class=RetrievalBridge))
+        return cls(Branch.build(config, llm_width=0, bridge_class=RetrievalBridge, encoder=encoder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Retriever":
@@ -116,17 +88,21 @@ class Retriever(nn.Module):
             )
         return cls(Branch.load_parts(file, *read_parts(file), llm_width=0, bridge_class=RetrievalBridge)).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a folder with the encoder (named if it is on a hub), the Q-Former with its heads, and its tokenizer.
+    def save_pretrained(self, folder: str | Path, *, with_encoder: bool = True) -> None:
+        """Writes a folder with the Q-Former, its heads and its tokenizer.
+
+        Args:
+          folder: made if missing.
+          with_encoder: copy the encoder there too, unless it is on a hub; if not, it is named by its place.
 
         Raises:
           BundleError: nothing can be written there.
         """
         folder = made_folder(folder)
         encoder = self.branch.encoder_folder
-        if encoder is not None:
+        if with_encoder and encoder is not None:
             copy_folder(encoder, folder / ENCODER)
-        parts = self.branch.save_parts(folder, encoder=ENCODER)
+        parts = self.branch.save_parts(folder, encoder=ENCODER if with_encoder else None)
         configs.save_yaml(folder / FILE, {**parts, "xblip": xblip.__version__})
         Path(folder, "README.md").write_text(_card(self.branch))
 
@@ -171,6 +147,82 @@ class Retriever(nn.Module):
                 "`similarity` compares all with all."
             )
         return self.branch.bridge(features, texts).softmax(-1)[:, 1]
+
+    @torch.no_grad()
+    def rank_texts(
+        self, sources: Sequence[Any], texts: Sequence[str], *, top_k: int = 10, rerank: int = 128
+    ) -> list[list[Ranked]]:
+        """Finds for each source the texts that describe it best: all by ITC, the nearest of these by ITM too (BLIP-2).
+
+        Args:
+          sources: of B media, as for `similarity`.
+          texts: T, each once.
+          top_k: how many places are returned.
+          rerank: of how many, the nearest by similarity, the match is added to it; they stand before all others. 0 for
+            none.
+
+        Returns:
+          For each source its texts, the best first.
+
+        Raises:
+          InputError, MediaError: as `similarity`; or one of both numbers is too small.
+        """
+        features, similarity = self._compared(sources, texts, top_k, rerank)
+        return self._ranked(features, texts, similarity, top_k, rerank, of_texts=True)
+
+    @torch.no_grad()
+    def rank_sources(
+        self, sources: Sequence[Any], texts: Sequence[str], *, top_k: int = 10, rerank: int = 128
+    ) -> list[list[Ranked]]:
+        """Finds for each text the sources that it describes best; otherwise as `rank_texts`."""
+        features, similarity = self._compared(sources, texts, top_k, rerank)
+        return self._ranked(features, texts, similarity, top_k, rerank, of_texts=False)
+
+    def _compared(
+        self, sources: Sequence[Any], texts: Sequence[str], top_k: int, rerank: int
+    ) -> tuple[list[Features], Tensor]:
+        """The features of each source, and similarities (B, T)."""
+        if top_k < 1 or rerank < 0:
+            raise InputError(f"top_k must be at least 1 and rerank at least 0, not {top_k} and {rerank}.")
+        _check(texts)
+        features = [own for part in _parts(sources) or [sources] for own in self.branch.encode(part).split()]
+        wanted = torch.cat([self.branch.bridge.embed_texts(part) for part in _parts(texts)])
+        media = [self.branch.bridge.embed_media(Features.join(part)) for part in _parts(features)]
+        return features, torch.stack([(own @ wanted.T).amax(0) for part in media for own in part])
+
+    def _ranked(
+        self,
+        features: list[Features],
+        texts: Sequence[str],
+        similarity: Tensor,
+        top_k: int,
+        rerank: int,
+        *,
+        of_texts: bool,
+    ) -> list[list[Ranked]]:
+        nearest = similarity if of_texts else similarity.T
+        judged = nearest.topk(min(rerank, nearest.shape[1])).indices
+        pairs = [(place, other) for place, others in enumerate(judged.tolist()) for other in others]
+        pairs = sorted(pairs if of_texts else [pair[::-1] for pair in pairs])
+        match: dict[tuple[int, int], float] = {}
+        for part in _parts(pairs):
+            own = sorted({source for source, _ in part})
+            media = self.branch.bridge.read_media(Features.join([features[source] for source in own]))
+            media = chosen(media, [own.index(source) for source, _ in part])
+            logits = self.branch.bridge.judge(media, self.branch.bridge.tokenize([texts[text] for _, text in part]))
+            match.update(zip(part, logits[:, 1].tolist(), strict=True))
+        ranking = []
+        for place, row in enumerate(nearest.tolist()):
+            found = []
+            for index, near in enumerate(row):
+                matched = match.get((place, index) if of_texts else (index, place))
+                found.append(Ranked(index, near + (matched or 0.0), near, matched))
+            ranking.append(sorted(found, key=lambda entry: (entry.match is None, -entry.score))[:top_k])
+        return ranking
+
+
+def _parts(things: Sequence[Any]) -> list[Sequence[Any]]:
+    return [things[start : start + BATCH] for start in range(0, len(things), BATCH)]
 
 
 def _check(texts: Sequence[str]) -> None:

@@ -100,7 +100,7 @@ class Router:
             current = [part for content, _ in turns for part in content if isinstance(part, Media)] + current
             turns = []
         if self.config.chat_template:
-            return self._templated(turns, current, sample.instruction)
+            return self._templated(turns, current, sample.instruction or "")
         tokenizer = self.llm.tokenizer
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         pieces: list[Piece] = bos if self.config.bos is Bos.start else []
@@ -110,7 +110,7 @@ class Router:
             pieces = [*pieces, self.config.prefix, *before, *after, answer, tokenizer.eos_token_id]
         pieces = [*pieces, self.config.prefix, *self._cued(current)]
         pieces += bos if self.config.bos is Bos.instruction else []
-        pieces += [sample.instruction + self.config.postfix, *self.llm.prompt_end()]
+        pieces += [(sample.instruction or "") + self.config.postfix, *self.llm.prompt_end()]
         if self.config.bos is Bos.every:
             begun = [[*bos, piece] if isinstance(piece, str) and piece else [piece] for piece in pieces]
             pieces = [piece for part in begun for piece in part]
@@ -205,8 +205,12 @@ class Router:
         mask = (positions < torch.tensor(lengths, device=embedded.device)[:, None]).long()
         batch = PromptBatch(torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side=side), mask)
         if answers is not None:
-            batch.labels = _labels(spoken, None if apart else lengths, embedded.device)
+            batch.labels = _labels(spoken, None if apart else lengths)
         return batch
+
+    def count_answer_tokens(self, answer: str) -> int:
+        """Returns how many tokens of an answer are learnt, the end of sequence included."""
+        return len(self._answer_ids(answer))
 
     def _answer_ids(self, answer: str) -> list[int]:
         return [*self.llm.tokenize(answer), self.llm.tokenizer.eos_token_id]
@@ -258,11 +262,11 @@ class Router:
             )
 
 
-def _labels(answers: Sequence[list[int]], ends: Sequence[int] | None, device: torch.device) -> Tensor:
+def _labels(answers: Sequence[list[int]], ends: Sequence[int] | None) -> Tensor:
     """The answers' ids, each where its row `ends`, and -100 elsewhere; from the start of the row without `ends`."""
     ends = [len(answer) for answer in answers] if ends is None else ends
     rows = [[IGNORE] * (end - len(answer)) + answer for answer, end in zip(answers, ends, strict=True)]
-    rows = [torch.tensor(row, device=device) for row in rows]
+    rows = [torch.tensor(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 

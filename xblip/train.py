@@ -1,176 +1,45 @@
-"""Training of one branch: only its bridge learns, only its bridge is saved.
+"""Training: from a config to branches on the disk.
 
-The loop, schedules, logging, precision and resuming are transformers' `Trainer`; what is ours is what trains (a bridge
-between frozen parts) and what a checkpoint is (a branch folder, which `XBlip.compose` takes as it stands).
+Rows are read and checked before anything heavy is loaded, so that a wrong one costs seconds. Only bridges learn, and only
+they are saved; what a run was made of goes into its checkpoints, and a resumed run must be made of the same.
 """
 
-import contextlib
-import dataclasses
+import glob
+import hashlib
 import json
-import sys
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments, set_seed
 
 from xblip import config as configs
-from xblip.branch import Branch, BranchConfig, build_modality, load_bridge, made_folder
-from xblip.bundle import BRANCHES
-from xblip.data import Manifest, collate_samples
-from xblip.errors import BundleError, ConfigError, XBlipError, suggest
-from xblip.features import keep_features
-from xblip.initial import InitConfig, initialise
-from xblip.llm import FrozenLLM, LLMConfig
-from xblip.loading import first_line
+from xblip.align import AlignModel
+from xblip.branch import Branch, build_modality, made_folder
+from xblip.data import Manifest
+from xblip.errors import ConfigError, InputError
+from xblip.examples import Examples, SkipLog, collate_examples
+from xblip.frozen import Encoders
+from xblip.initial import initialise
+from xblip.layers import WISHES, apply_wishes, shard_llm
+from xblip.llm import FrozenLLM
+from xblip.mixture import BatchPlan, Source
 from xblip.model import XBlip
-from xblip.router import RouterConfig
-
-MISPLACED = {
-    "gradient_checkpointing": "only the bridge, which is small, keeps activations worth saving; remove it.",
-    "label_smoothing_factor": "the loss is the LLM's own likelihood; remove it.",
-    "neftune_noise_alpha": "it disturbs embeddings of a model that trains, and the LLM is frozen; remove it.",
-    "resume_from_checkpoint": "say --resume, which takes the last checkpoint of output_dir.",
-}
-"""Training arguments that are refused, and why."""
-
-
-STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
-"""Training arguments whose value "no" YAML reads as False."""
-
-
-@dataclass
-class DataConfig:
-    """Which samples.
-
-    Attributes:
-      train: manifest to learn from.
-      eval: manifest to evaluate on while training; none if None.
-      eval_answers: of how many of its rows answers are generated and compared with the truth; 0 for none.
-      keep_features: encode every file once, before training, and keep its features in memory.
-    """
-
-    train: str
-    eval: str | None = None
-    eval_answers: int = 200
-    keep_features: bool = False
-
-
-@dataclass
-class TrainConfig:
-    """A training run.
-
-    Attributes:
-      llm: the frozen LLM.
-      branch: the branch to train.
-      init: where its bridge starts from.
-      data: what it learns from.
-      router: how prompts are laid out.
-      training: fields of transformers' `TrainingArguments`.
-      generation: generation options for the answers of evaluation.
-      branches: descriptions that `branch` may name, such as `${branches.NAME}`, where a model config is the base.
-      architectures: of that model config too; training needs neither.
-    """
-
-    llm: LLMConfig
-    branch: BranchConfig
-    data: DataConfig
-    init: InitConfig = field(default_factory=InitConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-    training: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
-    branches: Any = None
-    architectures: dict[str, Any] = field(default_factory=dict)
-
-
-class BranchTrainer(Trainer):
-    """transformers' Trainer, for an `XBlip` with one branch."""
-
-    def __init__(self, *, model: XBlip, eval_answers: int = 0, **kwargs: Any):
-        super().__init__(model=model, data_collator=collate_samples, **kwargs)
-        self.branch: Branch = next(iter(model.branches.values()))
-        self.eval_answers = eval_answers
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        for sample in inputs["samples"]:
-            if isinstance(sample, XBlipError):
-                raise sample
-        outputs = model(**inputs)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach().mean(), None, None
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss on the evaluation manifest, and the share of generated answers that equal the truth."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        count = min(self.eval_answers, len(dataset))
-        if count:
-            right = sum(self._right_answers([dataset[index] for index in part]) for part in self._batches(count))
-            accuracy = {f"{metric_key_prefix}_accuracy": right / count}
-            self.log(accuracy)
-            metrics |= accuracy
-        return metrics
-
-    def evaluated(self) -> dict[str, float]:
-        """Returns the metrics of the weights as they are, measuring them only if the last step did not."""
-        entries = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
-        found = {name: value for entry in entries for name, value in entry.items() if name.startswith("eval_")}
-        return found if found and not self.args.load_best_model_at_end else self.evaluate()
-
-    def _batches(self, count: int) -> list[range]:
-        size = self.args.per_device_eval_batch_size
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-    def _right_answers(self, samples: Sequence) -> int:
-        answers = self.model.generate(samples, do_sample=False)
-        return sum(answer.text == sample.answer.strip() for answer, sample in zip(answers, samples, strict=True))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.branch.save(output_dir or self.args.output_dir, llm=self.model.llm)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_bridge(self.branch.bridge, resume_from_checkpoint)
-        with _reading(resume_from_checkpoint):
-            TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        load_bridge(self.branch.bridge, self.state.best_model_checkpoint)
-
-
-@contextlib.contextmanager
-def _reading(checkpoint: str | None) -> Iterator[None]:
-    """Turns whatever a damaged file of a checkpoint raises into one clear error."""
-    try:
-        yield
-    except Exception as cause:
-        raise BundleError(
-            f"The checkpoint in {checkpoint} is damaged: {first_line(cause)} Delete that folder to go on from the one "
-            "before it, or train without --resume."
-        ) from cause
+from xblip.resume import clear_unfinished, last_checkpoint, read_state, replacing
+from xblip.store import FeatureStore
+from xblip.stored import stored_encoder
+from xblip.tasks import AlignTask, AnswerTask, Task
+from xblip.templates import load_templates
+from xblip.train_config import TrainConfig, check_config, open_manifests, refusing, sources_of, training_arguments
+from xblip.trainer import BridgeTrainer
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> dict[str, float]:
-    """Trains a branch and writes it to `training.output_dir`.
+    """Trains a stage, in as many processes as a launcher started, and writes branches to `training.output_dir`.
+
+    One branch is written into that folder itself, several into folders of their modalities' names.
 
     Args:
       config: the run.
@@ -181,138 +50,257 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
       The last metrics.
 
     Raises:
-      ConfigError: a setting is wrong, a manifest is missing, or there is nothing to resume from.
+      ConfigError: a setting is wrong, a manifest is missing, there is nothing to resume from, or it is of another run.
+      InputError, BundleError, PluginError: a row, a part of the model or a plugin is wrong.
+      XBlipError: the loss is no number, or too many files are broken.
     """
+    check_config(config)
     arguments = training_arguments(config)
-    configs.at_least(config.data, eval_answers=0)
+    is_main = arguments.process_index == 0
+    console = console or Console(quiet=not is_main)
+    output = Path(made_folder(arguments.output_dir))
+    checkpoint = last_checkpoint(output) if resume else None
+    if not resume and any(output.glob("checkpoint-*")):
+        raise ConfigError(
+            f"{output} holds checkpoints of an earlier run: go on from the last by --resume, delete them, or choose another "
+            "training.output_dir."
+        )
+    if is_main:
+        clear_unfinished(output)
     set_seed(arguments.seed)
-    checkpoint = get_last_checkpoint(arguments.output_dir) if resume and Path(arguments.output_dir).is_dir() else None
-    if resume and checkpoint is None:
-        raise ConfigError(f"There is no checkpoint in {arguments.output_dir} to resume from: train without --resume.")
-    made_folder(arguments.output_dir)
-    modalities = {config.branch.modality: build_modality(config.branch)}
-    manifests = [Manifest(path, modalities=modalities) for path in (config.data.train, config.data.eval) if path]
-    for manifest in manifests:
-        manifest.check()
-    llm = FrozenLLM.from_pretrained(config.llm)
-    branch = Branch.build(config.branch, llm_width=llm.width)
-    model = XBlip(
-        llm=llm, branches={config.branch.modality: branch}, router=config.router, generation=config.generation
+    stores = open_stores(config)
+    train_data, eval_data = (
+        read_data(config, given, where, stores)
+        for given, where in ((config.data.train, "data.train"), (config.data.eval, "data.eval"))
     )
-    console = console or Console()
-    console.print(parts_table(model))
-    if config.init.folder:
-        taken = initialise(branch.bridge, config.init.folder, without=config.init.without)
-        console.print(f"From {config.init.folder}: {taken}.")
-    with _refusing():
-        trainer = BranchTrainer(
-            model=model,
+    plan = make_plan(config, arguments, train_data)
+    task = build_task(config, arguments, stores, None if checkpoint else console)
+    console.print(parts_table(task))
+    if checkpoint:
+        console.print(f"Goes on from {checkpoint}, step {read_state(checkpoint).global_step}.")
+    skipped = SkipLog(
+        output / "skipped.jsonl",
+        rows=len(train_data) + len(eval_data),
+        max_skipped=config.data.max_skipped,
+        resume=resume,
+    )
+    with refusing():
+        trainer = BridgeTrainer(
+            task=task,
+            plan=plan,
+            skipped=skipped,
+            rates=config.learning_rates,
+            facts=facts_of(config, arguments, task, stores),
             args=arguments,
-            train_dataset=manifests[0],
-            eval_dataset=manifests[1] if config.data.eval else None,
-            eval_answers=config.data.eval_answers,
+            data_collator=collate_examples,
+            train_dataset=train_data,
+            eval_dataset=eval_data if len(eval_data) else None,
         )
-    if config.data.keep_features:
-        size = keep_features(
-            manifests,
-            trainer.branch,
-            batch_size=arguments.per_device_eval_batch_size,
-            num_workers=arguments.dataloader_num_workers,
-            show_progress=not arguments.disable_tqdm,
-        )
-        console.print(f"The features of all files take {size / 2**20:.0f} MiB of memory.")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     metrics = dict(result.metrics)
-    if config.data.eval:
+    if is_main:
+        with replacing(output) as folder:
+            task.save(folder)
+    trainer.save_state()
+    if len(eval_data):
         metrics |= trainer.evaluated()
-    Path(arguments.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if is_main:
+        Path(output, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Makes transformers' arguments of `config.training`, with our defaults where it is silent.
+def open_stores(config: TrainConfig) -> dict[str, FeatureStore]:
+    """Opens the stores that `data.features` names, by the modality that each of them is of.
 
     Raises:
-      ConfigError: an argument that transformers does not know, or a value it refuses.
+      BundleError, ConfigError: one is missing or damaged, or of a modality that no branch has or another store is of.
     """
-    known = {entry.name for entry in dataclasses.fields(TrainingArguments)}
-    for name in config.training:
-        if name not in known:
+    given = config.data.features
+    stores: dict[str, FeatureStore] = {}
+    for folder in [] if given is None else given if isinstance(given, list) else [given]:
+        store = FeatureStore.open(folder)
+        name = store.facts.origin.modality
+        known = [branch.modality for branch in config.all_branches]
+        if name in stores or name not in known:
+            also = f", as those in {stores[name].folder} are" if name in stores else ""
             raise ConfigError(
-                f'Unknown key "training.{name}".{suggest(str(name), known)} They are those of TrainingArguments.'
+                f"data.features: the features in {folder} are of the modality {name}{also}. Expected one store for each "
+                f"of {', '.join(known)} at most."
             )
-        if name in MISPLACED:
-            raise ConfigError(f"training.{name} has no place here: {MISPLACED[name]}")
-        _check_type(name, config.training[name])
-    if not config.training.get("output_dir"):
-        raise ConfigError("training.output_dir is missing: say where the branch is to be written.")
-    defaults = {
-        "report_to": ["tensorboard"],
-        "remove_unused_columns": False,
-        "label_names": [],
-        "logging_steps": 10,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": not sys.stderr.isatty(),
-    }
-    words = {name: "no" for name in STRATEGIES if config.training.get(name) is False}
-    with _refusing():
-        arguments = TrainingArguments(**{**defaults, **config.training, **words})
-    configs.at_least(
-        arguments,
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=1,
-        dataloader_num_workers=0,
-        seed=0,
+        stores[name] = store
+    return stores
+
+
+def read_data(config: TrainConfig, given: Any, where: str, stores: Mapping[str, FeatureStore]) -> Examples:
+    """Opens the manifests that `given` names, and checks all of their rows and stored features.
+
+    Raises:
+      ConfigError, InputError: a manifest is missing or empty, or a row is wrong.
+      BundleError, MediaError: a file has no features in the store, or changed since.
+    """
+    modalities = {branch.modality: build_modality(branch) for branch in config.all_branches}
+    manifests = open_manifests(given, where, modalities=modalities)
+    examples = Examples(
+        manifests,
+        stage=config.stage,
+        seed=config.training.get("seed", TrainingArguments.seed),
+        templates={name: load_templates(path) for name, path in config.data.templates.items()},
+        features=stores,
+        context=config.data.context,
     )
-    if arguments.eval_strategy != "no" and not config.data.eval:
-        raise ConfigError(
-            f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval names no manifest: give one, or "
-            "remove eval_strategy."
+    examples.check()
+    for name, store in stores.items():
+        store.check(
+            media.source
+            for manifest in manifests
+            for row in manifest.rows()
+            for media in row.sample.all_media
+            if media.modality == name
         )
-    return arguments
+    return examples
 
 
-def _check_type(name: str, value: Any) -> None:
-    """Checks a value whose argument is declared as plain; transformers itself fails much later, or not at all."""
-    declared = typing.get_type_hints(TrainingArguments)[name]
-    types = set(typing.get_args(declared) or [declared])
-    if types <= {bool, int, float, str, NoneType}:
-        accepted = types | ({int} if float in types else set())
-        if type(value) not in accepted and not (str in types and isinstance(value, Path)):
-            names = " or ".join(sorted("null" if kind is NoneType else kind.__name__ for kind in types))
-            raise ConfigError(f"training.{name} must be {names}, not {value!r:.80}.")
+def make_plan(config: TrainConfig, arguments: TrainingArguments, examples: Examples) -> BatchPlan:
+    """Decides which rows are in which batch of this process.
+
+    Raises:
+      ConfigError: the weights of sources are wrong, or there are fewer rows than processes.
+      InputError: rows of one manifest are of different modalities, and several branches train.
+    """
+    given = sources_of(config.data.train, "data.train")
+    weights: Any = [source.weight for source in given]
+    if any(weight is not None for weight in weights) and config.data.mix != "size":
+        raise ConfigError("data.mix and the `weight` of sources both say how often they are visited: keep one of them.")
+    return BatchPlan(
+        [
+            Source(
+                rows=len(manifest),
+                group=_group(manifest) if config.also else "",
+                lengths=manifest.lengths() if config.data.group_by_length else None,
+                name=source.path,
+            )
+            for source, manifest in zip(given, examples.sources, strict=True)
+        ],
+        batch_size=arguments.per_device_train_batch_size,
+        seed=arguments.seed,
+        weights=config.data.mix if all(weight is None for weight in weights) else weights,
+        accumulation=arguments.gradient_accumulation_steps,
+        world_size=arguments.world_size,
+        rank=arguments.process_index,
+        group_by_length=config.data.group_by_length,
+    )
 
 
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Turns what transformers raises for a setting into one clear error."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, ImportError, OSError) as cause:
-        raise ConfigError(f'"training": {cause}') from cause
+def _group(manifest: Manifest) -> str:
+    """The modalities of a manifest's rows, which all processes train at once."""
+    groups: dict[str, str] = {}
+    for row in manifest.rows():
+        group = "+".join(sorted({media.modality for media in row.sample.all_media}))
+        groups.setdefault(group, row.origin)
+        if len(groups) > 1:
+            (first, one), (second, other) = groups.items()
+            raise InputError(
+                f"{other} is of {second}, and {one} of {first}: where several branches train in one run, the rows of a "
+                "manifest must be of the same modalities, since all processes train the same ones at once. Split it."
+            )
+    return next(iter(groups))
 
 
-def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads a training config; paths in it start at the working directory."""
-    return configs.build(TrainConfig, configs.load_yaml(path, overrides, named=BRANCHES), where="config")
+def build_task(
+    config: TrainConfig, arguments: TrainingArguments, stores: Mapping[str, FeatureStore], console: Console | None
+) -> Task:
+    """Builds what trains, with its initial weights; tells the console what they were taken from, if there is one.
+
+    Raises:
+      BundleError, ConfigError, PluginError: a part is missing, damaged or wrong, or nothing would train.
+    """
+    encoders = {
+        branch.modality: stored_encoder(stores[branch.modality], branch)
+        for branch in config.all_branches
+        if branch.modality in stores
+    }
+    if config.stage == "align":
+        branch = AlignModel.build_branch(config.branch, encoder=encoders.get(config.branch.modality))
+        _initialise(config, {config.branch.modality: branch}, console)
+        task: Task = AlignTask(AlignModel(branch, config.align), config.align)
+    else:
+        llm = FrozenLLM.from_pretrained(config.llm)
+        shared = Encoders()
+        branches = {
+            part.modality: Branch.build(part, llm_width=llm.width, encoders=shared, encoder=encoders.get(part.modality))
+            for part in config.all_branches
+        }
+        _initialise(config, branches, console)
+        model = XBlip(llm=llm, branches=branches, router=config.router, generation=config.generation)
+        apply_wishes(llm, {name: config.training[name] for name in WISHES if name in config.training})
+        if config.shard_llm:
+            shard_llm(model, arguments.device)
+        task = AnswerTask(model, eval_answers=config.data.eval_answers)
+    if not any(weight.requires_grad for weight in task.model.parameters()):
+        raise ConfigError(
+            "Nothing would train: all weights of this config are frozen. Let a bridge have some that are not."
+        )
+    return task
 
 
-def parts_table(model: XBlip) -> Table:
+def _initialise(config: TrainConfig, branches: Mapping[str, Branch], console: Console | None) -> None:
+    """Gives bridges their initial weights, and tells what they took; a resumed run, which has no console, needs none."""
+    for name, branch in branches.items() if console else ():
+        if config.init.folder:
+            folder = Path(config.init.folder) if len(branches) == 1 else Path(config.init.folder, name)
+            taken = initialise(branch.bridge, folder, without=config.init.without)
+            console.print(f"{name} from {folder}: {taken}.")
+        else:
+            console.print(f"{name} from nothing: all weights of its bridge are fresh.")
+
+
+def facts_of(
+    config: TrainConfig, arguments: TrainingArguments, task: Task, stores: Mapping[str, FeatureStore]
+) -> dict[str, Any]:
+    """Returns what a resumed run must share: what it learns, from what, in which batches."""
+    branches = {
+        name: {
+            "modality": configs.plain(branch.modality.config) | {"encoder": branch.encoder.fingerprint},
+            "bridge": {"kind": branch.bridge.name, **configs.plain(branch.bridge.config)},
+            "features": stores[name].facts.dtype if name in stores else "encoded",
+        }
+        for name, branch in task.branches.items()
+    }
+    data = configs.plain(config.data)
+    for name in ("eval", "eval_answers", "features", "max_skipped"):
+        data.pop(name)
+    sources = sources_of(config.data.train, "data.train")
+    texts = [*config.data.templates.values(), *([config.data.context.texts] if config.data.context else [])]
+    return {
+        "stage": config.stage,
+        "seed": arguments.seed,
+        "rows_in_a_step": arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps,
+        "data": data | {"contents": {path: _digest(path) for path in [*(source.path for source in sources), *texts]}},
+        "branches": branches,
+        **task.facts(),
+    }
+
+
+def _digest(pattern: str) -> str:
+    """Identifies what files hold; of tars, which are long, names and sizes stand for it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(glob.glob(str(pattern))) or [str(pattern)]:
+        if path.endswith(".tar"):
+            digest.update(f"{Path(path).name} {Path(path).stat().st_size}".encode())
+        else:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def parts_table(task: Task) -> Table:
     """What is frozen and what trains, with parameter counts."""
     table = Table(title="Parts")
     for column, justify in (("part", "left"), ("class", "left"), ("parameters", "right"), ("", "left")):
         table.add_column(column, justify=justify)
-    parts: list[tuple[str, nn.Module, nn.Module]] = []
-    for name, branch in model.branches.items():
-        parts.append((f"{name} encoder", branch.encoder, branch.encoder.module))
-        parts.append((f"{name} bridge", branch.bridge, branch.bridge))
-    parts.append(("LLM", model.llm, model.llm.model))
-    for label, part, shown in parts:
-        total = sum(parameter.numel() for parameter in part.parameters())
-        trained = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+    for label, shown in task.parts():
+        total = sum(parameter.numel() for parameter in shown.parameters())
+        trained = sum(parameter.numel() for parameter in shown.parameters() if parameter.requires_grad)
         state = "frozen" if not trained else "trains" if trained == total else f"{trained:,} train"
         table.add_row(label, type(shown).__name__, f"{total:,}", state)
     return table

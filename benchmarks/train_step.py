@@ -1,0 +1,263 @@
+"""A training step, side by side with `InstructBlipForConditionalGeneration` of transformers.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --device cuda --full-size
+
+Both systems have equal weights, learn from the same rows in the same step, and are trained by transformers' Trainer with
+AdamW. Theirs has its usual processor and collator. Prints a table and writes it beside all measurements as JSON.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from floor import step_flops
+from pair import FULL_SIZE, SMALL, TINY, Shapes, System, make_rows, ours, save_pair, store_features, theirs
+from torch import Tensor
+from transformers import InstructBlipConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+STAGES = ("generate", "instruct")
+KINDS = {"theirs": "transformers", "ours": "xblip", "stored": "xblip, stored features"}
+SIZES = {"small": SMALL, "full": FULL_SIZE, "tiny": TINY}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Of the difference between losses, by the dtype of what is frozen."""
+
+
+class _Clock(TrainerCallback):
+    """Takes the time from the first row that is fetched to the last step."""
+
+    def on_train_begin(self, *args, **kwargs):
+        _wait()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        _wait()
+        self.seconds = time.perf_counter() - self.started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def train_step(system: System, shapes: Shapes, folder: Path, *, device: str, workers: int = 0) -> float:
+    """Runs one step of a Trainer; returns its seconds, reading included."""
+    clock = _Clock()
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=1,
+        per_device_train_batch_size=shapes.rows,
+        gradient_accumulation_steps=shapes.accumulation,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        bf16=shapes.dtype is torch.bfloat16,
+        use_cpu=device == "cpu",
+        dataloader_num_workers=workers,
+        dataloader_pin_memory=device != "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        model=system.model,
+        args=arguments,
+        train_dataset=system.dataset,
+        data_collator=system.collate,
+        callbacks=[clock],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.seconds
+
+
+@torch.no_grad()
+def loss(system: System, shapes: Shapes, device: str) -> float:
+    """The mean over all labelled tokens of a step's rows."""
+    total, tokens = 0.0, 0
+    for start in range(0, len(system.rows), shapes.rows):
+        part = range(start, min(start + shapes.rows, len(system.rows)))
+        inputs = system.collate([system.dataset[index] for index in part])
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        count = sum(len(system.rows[index].answer.split()) + 1 for index in part)
+        with torch.autocast(device, torch.bfloat16, enabled=shapes.dtype is torch.bfloat16):
+            total += float(system.model(**inputs)["loss"]) * count
+        tokens += count
+    return total / tokens
+
+
+def build(kind: str, folder: Path, shapes: Shapes, stage: str, device: str) -> System:
+    """Loads a system for a stage; `kind` is of KINDS."""
+    rows = make_rows(shapes, folder / "pictures", stage=stage)
+    if kind == "theirs":
+        return theirs(folder, rows, device)
+    return ours(folder, rows, device, stored=folder / "features" if kind == "stored" else None)
+
+
+def peak_bytes(kind: str, folder: Path, size: str, stage: str, device: str) -> dict[str, int]:
+    """Peak memory of a step in a process of its own: in all, and above what it was before the step."""
+    command = [sys.executable, __file__, "--peak", kind, "--folder", folder, "--stage", stage, "--size", size]
+    run = subprocess.run([*map(str, command), "--device", device], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def print_peak(kind: str, folder: Path, shapes: Shapes, stage: str, device: str) -> None:
+    """Measures what `peak_bytes` gives, in this process."""
+    system = build(kind, folder, shapes, stage, device)
+    held = [weight for weight in system.model.parameters() if not weight.is_meta]
+    sum(float(weight.detach().sum()) for weight in held)  # reads weights that lie in mapped files
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train_step(system, shapes, folder, device=device)
+        total = torch.cuda.max_memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        train_step(system, shapes, folder, device=device)
+        total = _resident("VmHWM")
+    print(json.dumps({"total": total, "above": total - before}))
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def peak_flops(dtype: torch.dtype, device: str) -> float:
+    """The best speed of a matrix product, of several of them."""
+    size, repeats = (1536, 3) if device == "cpu" else (8192, 20)
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        _wait()
+        started = time.perf_counter()
+        left @ right
+        _wait()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def measure(stage: str, folder: Path, shapes: Shapes, size: str, *, device: str, repeats: int, workers: int) -> dict:
+    """Measures one stage: losses, times of interleaved steps, peaks, and the floor."""
+    systems = {kind: build(kind, folder, shapes, stage, device) for kind in KINDS}
+    losses = {kind: loss(system, shapes, device) for kind, system in systems.items()}
+    apart = max(losses.values()) - min(losses.values())
+    if apart > TOLERANCE[shapes.dtype]:
+        raise RuntimeError(f"{stage}: the systems' losses differ by {apart:g}: {losses}")
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    peaks = []
+    for repeat in range(repeats + 1):
+        peaks.append(peak_flops(shapes.dtype, device))
+        for kind, system in systems.items():
+            taken = train_step(system, shapes, folder, device=device, workers=workers)
+            if repeat:  # the first warms up
+                seconds[kind].append(taken)
+            say(f"{stage}, {KINDS[kind]}: {taken:.2f} s")
+    rows = systems["theirs"].rows
+    config = InstructBlipConfig.from_pretrained(folder / "theirs")
+    floors = {kind: step_flops(config, rows, stored=kind == "stored") for kind in KINDS}
+    del systems
+    gc.collect()
+    memory = {kind: peak_bytes(kind, folder, size, stage, device) for kind in KINDS}
+    return {
+        "stage": stage,
+        "rows": len(rows),
+        "losses": losses,
+        "seconds": seconds,
+        "memory": memory,
+        "floor": floors,
+        "peak_flops": max(peaks),
+    }
+
+
+def summary(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Each system's figures beside transformers': medians, and medians of ratios within a repeat."""
+    seconds, memory = measured["seconds"], measured["memory"]
+    figures = {}
+    for kind in KINDS:
+        floor = sum(measured["floor"][kind].values()) / measured["peak_flops"]
+        pairs = zip(seconds["theirs"], seconds[kind], strict=True)
+        figures[kind] = {
+            "samples_per_second": measured["rows"] / statistics.median(seconds[kind]),
+            "speed": statistics.median(their / own for their, own in pairs),
+            "gigabytes": memory[kind]["total"] / 1e9,
+            "memory": memory[kind]["total"] / memory["theirs"]["total"],
+            "memory_above": memory[kind]["above"] / memory["theirs"]["above"],
+            "over_floor": statistics.median(seconds[kind]) / floor,
+        }
+    return figures
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Results as Markdown."""
+    lines = [
+        "| stage | system | samples/s | speed | peak memory | memory | above the weights | time over the floor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for measured in results:
+        for kind, figures in summary(measured).items():
+            cells = [measured["stage"], KINDS[kind], f"{figures['samples_per_second']:.2f}", f"{figures['speed']:.2f}x"]
+            cells += [f"{figures['gigabytes']:.2f} GB", f"{figures['memory']:.2f}x", f"{figures['memory_above']:.2f}x"]
+            cells.append(f"{figures['over_floor']:.2f}x")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", choices=SIZES, default="small", help=argparse.SUPPRESS)
+    parser.add_argument("--full-size", action="store_const", const="full", dest="size", help="EVA-CLIP-g and Llama-7B")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--folder", type=Path, help="for weights and pictures; a temporary one unless given")
+    parser.add_argument("--json", type=Path, default=Path("train_step.json"), help="file of all measurements")
+    parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    set_verbosity_error()
+    disable_progress_bar()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
+    shapes = SIZES[options.size]
+    if options.peak:
+        print_peak(options.peak, options.folder, shapes, options.stage, options.device)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if not (folder / "ours").exists():
+            save_pair(shapes, folder, options.device)
+            rows = make_rows(shapes, folder / "pictures", stage=STAGES[0])
+            store_features(folder, rows, options.device, folder / "features")
+        common = {"device": options.device, "repeats": options.repeats, "workers": options.workers}
+        results = [measure(stage, folder, shapes, options.size, **common) for stage in options.stages]
+    options.json.write_text(json.dumps({"size": options.size, **common, "results": results}, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""One process' part in storing features: it reads sources in workers, encodes them in batches, and writes.
+
+On a CPU items are encoded one by one: there a batch brings no speed, and its size changes the last bits of what comes
+out. On an accelerator batches are filled up, and features agree within the dtype's noise.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from xblip.branch import BranchConfig, build_encoder, build_modality
+from xblip.contents import KnownFiles, describe, is_file, stamp
+from xblip.errors import BundleError, InputError, MediaError, XBlipError
+from xblip.frozen import FrozenEncoder
+from xblip.modality import Features, Modality, collate
+from xblip.provenance import StoreFacts, differences
+from xblip.store import FILE, FeatureStore, StoreWriter
+from xblip.stored import encoder_facts, origin_of
+
+BATCH_SEGMENTS = 64
+"""Segments that an accelerator encodes at once, unless told."""
+
+
+@dataclass
+class Job:
+    """What every process of a run is told.
+
+    Attributes:
+      branch: of it, the modality, its settings and `encoder_dtype` matter.
+      folder: of the store.
+      dtype: that features are stored in.
+      batch_segments: encoded at once; None for one item on a CPU and `BATCH_SEGMENTS` elsewhere.
+      num_workers: processes that read files, for each that encodes.
+      shard_bytes: of features in a shard.
+      flush_seconds: what a killed run loses at most.
+    """
+
+    branch: BranchConfig
+    folder: str
+    dtype: str = "float16"
+    batch_segments: int | None = None
+    num_workers: int = 0
+    shard_bytes: int = 2**28
+    flush_seconds: float = 300
+
+
+class Skip(NamedTuple):
+    """A source that could not be encoded: what it is, its key ("" if it cannot be read) in hexadecimal, and why."""
+
+    source: str
+    key: str
+    reason: str
+
+
+class Loaded(NamedTuple):
+    """A source as a data loader's worker gives it; `tensors` are None if it is in the store, or there is an `error`."""
+
+    source: Any
+    key: bytes
+    tensors: dict[str, Tensor] | None
+    error: XBlipError | None
+    files: np.ndarray
+
+
+class _Sources(Dataset):
+    """Reads sources, and tells which need not be read."""
+
+    def __init__(self, sources: Sequence[Any], modality: Modality, store: FeatureStore, *, again: bool):
+        self.sources = sources
+        self.modality = modality
+        self.store = store
+        self.again = again
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Loaded:
+        source, key, tensors, failed = self.sources[index], b"", None, None
+        try:
+            before = stamp(source) if is_file(source) else None
+            key = self.store.key(source)
+            if self.again or key not in self.store:
+                tensors = self.modality.load(source)
+                if is_file(source) and stamp(source) != before:
+                    raise MediaError(f'Cannot read "{source}": it is being written. Wait until that has ended.')
+        except XBlipError as error:  # as a value, since torch makes a text of what a worker raises
+            tensors, failed = None, error
+        return Loaded(source, key, tensors, failed, self.store.files.take())
+
+
+class Encoding:
+    """One process' part in a run: its encoder, and the store as it was when the run began."""
+
+    def __init__(self, job: Job, device: torch.device):
+        """Builds the encoder."""
+        self.job = job
+        self.device = device
+        self.modality = build_modality(job.branch)
+        self.encoder: FrozenEncoder = build_encoder(job.branch, self.modality).to(device)
+        self.limit = job.batch_segments or (1 if device.type == "cpu" else BATCH_SEGMENTS)
+        self.store: FeatureStore
+
+    def open(self, *, create: bool) -> FeatureStore:
+        """Opens the store, made first if `create`.
+
+        Raises:
+          BundleError: it holds the features of another encoder.
+        """
+        if create:
+            folder = Path(self.job.folder)
+            files = FeatureStore.open(folder).files if (folder / FILE).is_file() else KnownFiles()
+            origin = origin_of(self.job.branch, self.modality, files)
+            facts = StoreFacts(origin, encoder_facts(self.encoder), self.job.dtype)
+            FeatureStore.create(folder, facts).remember(files.take())
+        self.store = FeatureStore.open(self.job.folder)
+        if differ := differences(encoder_facts(self.encoder), self.store.facts.encoder):
+            raise BundleError(f"{self.job.folder} holds features of another encoder: {'; '.join(differ)}.")
+        return self.store
+
+    def writer(self, rank: int) -> StoreWriter:
+        """Makes what a process writes with."""
+        return StoreWriter(
+            self.job.folder,
+            self.store.facts,
+            name=f"features-{rank:05d}",
+            shard_bytes=self.job.shard_bytes,
+            flush_seconds=self.job.flush_seconds,
+        )
+
+    def features(self, sources: Sequence[Any], *, again: bool = False) -> Iterator[tuple[Loaded, Features | None]]:
+        """Reads and encodes sources; gives each as it was read, with its features if it could be read and they are new.
+
+        Args:
+          sources: to encode.
+          again: encode also what the store holds.
+
+        Raises:
+          InputError: a process that reads was killed, or a batch does not fit into memory.
+        """
+        loader = DataLoader(
+            _Sources(sources, self.modality, self.store, again=again),
+            batch_size=8,
+            num_workers=self.job.num_workers,
+            collate_fn=_as_they_are,
+        )
+        try:
+            for batch in _batches((item for items in loader for item in items), self.limit):
+                if batch[0].tensors is None:
+                    yield batch[0], None
+                else:
+                    yield from zip(batch, self._encode(batch), strict=True)
+        except torch.OutOfMemoryError as cause:
+            raise InputError(f"{self.limit} segments at once do not fit into memory: give --batch-segments.") from cause
+        except RuntimeError as cause:
+            if "DataLoader worker" not in str(cause):
+                raise
+            raise InputError(
+                "A process that reads files was killed, most likely for want of memory. What was complete is kept: run "
+                "again with a lower training.dataloader_num_workers."
+            ) from cause
+
+    def write(
+        self, sources: Sequence[Any], writer: StoreWriter, *, max_skipped: float = float("inf"), show: bool = False
+    ) -> list[Skip]:
+        """Encodes sources into a store; returns those that cannot be read, as soon as they are more than `max_skipped`.
+
+        Raises:
+          BundleError: the store cannot be written.
+        """
+        skipped: list[Skip] = []
+        name = f"encode {self.modality.name}"
+        for loaded, features in tqdm(self.features(sources), desc=name, total=len(sources), disable=not show):
+            if len(loaded.files):
+                writer.files.append(loaded.files)
+            try:
+                if loaded.error:
+                    raise loaded.error
+                if features is not None:
+                    writer.add(loaded.key, features)
+            except MediaError as error:
+                skipped.append(Skip(describe(loaded.source), loaded.key.hex(), str(error)))
+            if len(skipped) > max_skipped:
+                break
+        return skipped
+
+    def _encode(self, batch: Sequence[Loaded]) -> list[Features]:
+        tensors, segments = collate([loaded.tensors for loaded in batch])
+        values, mask = self.encoder(**{name: tensor.to(self.device) for name, tensor in tensors.items()})
+        return Features(values.cpu(), mask.cpu(), segments).split()
+
+
+def best_device(*, use_cpu: bool = False) -> torch.device:
+    """Returns the accelerator of this machine if there is one."""
+    there = torch.accelerator.is_available() and not use_cpu
+    return torch.accelerator.current_accelerator() if there else torch.device("cpu")
+
+
+def _as_they_are(items: list[Loaded]) -> list[Loaded]:
+    return items
+
+
+def _batches(items: Iterable[Loaded], limit: int) -> Iterator[list[Loaded]]:
+    """Groups items of equal shapes up to `limit` segments; one that needs no encoding comes alone."""
+    batch: list[Loaded] = []
+    segments, shapes = 0, None
+    for item in items:
+        if item.tensors is None:
+            yield [item]
+            continue
+        count = len(next(iter(item.tensors.values()), ()))
+        own = {name: tensor.shape[1:] for name, tensor in item.tensors.items()}
+        if batch and (segments + count > limit or own != shapes):
+            yield batch
+            batch, segments = [], 0
+        batch.append(item)
+        segments, shapes = segments + count, own
+    if batch:
+        yield batch

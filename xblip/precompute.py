@@ -1,0 +1,261 @@
+"""Fills a feature store: the frozen encoder runs once over what some manifests name.
+
+A process decides by a source itself whether the source is its own, so that processes agree without talking, whatever
+the store holds already.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.console import Console
+from tqdm.auto import tqdm
+
+from xblip.branch import BranchConfig, build_modality, made_folder
+from xblip.contents import describe, is_file
+from xblip.data import Manifest
+from xblip.encoding import Encoding, Job, Skip, best_device
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
+from xblip.modality import Features
+from xblip.shards import PARTIAL, SUFFIX
+from xblip.store import SKIPPED, StoreWriter
+from xblip.stored import stored_encoder
+
+ENGINES = ("accelerate", "ray")
+NUM_PROBES = 8
+"""Sources that are encoded before the run, to tell how many bytes all will take."""
+NUM_COMPARED = 32
+"""Sources that `verify` encodes again."""
+ALLOWED = {"exact": 1e-4, "rounded": 0.05}
+"""What features that are encoded again may differ by, relative to their size: other batches, devices and roundings."""
+MARGIN = 1.05
+"""Of the disk, beyond what the features are expected to take."""
+
+
+class Summary(NamedTuple):
+    """What a run did: sources named, of these stored before, written now, and skipped; bytes of the store's shards."""
+
+    num_sources: int
+    num_held: int
+    num_written: int
+    skipped: list[Skip]
+    nbytes: int
+
+
+def manifests_of(branch: BranchConfig, paths: Iterable[str]) -> list[Manifest]:
+    """Opens the manifests that a branch is to learn from.
+
+    Raises:
+      ConfigError: there is none at a path, or it is empty.
+    """
+    modalities = {branch.modality: build_modality(branch)}
+    return [Manifest(path, modalities=modalities) for path in paths]
+
+
+def distinct_sources(manifests: Iterable[Manifest], modality: str) -> list[Any]:
+    """Returns the sources of one modality that manifests name, each once, in their order."""
+    found: dict[Any, Any] = {}
+    for manifest in manifests:
+        for index in range(len(manifest)):
+            for media in manifest.sample(index).all_media:
+                if media.modality == modality:
+                    source = str(media.source) if is_file(media.source) else media.source
+                    found.setdefault(source if isinstance(source, Hashable) else repr(source), source)
+    if not found:
+        raise InputError(f'No row names a source of "{modality}": there is nothing to encode.')
+    return list(found.values())
+
+
+def precompute(
+    job: Job,
+    manifests: Sequence[Manifest],
+    *,
+    engine: str = "accelerate",
+    max_skipped: float = 0.01,
+    use_cpu: bool = False,
+    console: Console | None = None,
+) -> Summary:
+    """Stores the features of all sources that manifests name, those left out that are stored already.
+
+    Started by `torchrun` or `accelerate launch`, its processes divide the work. Killed at any moment and started again,
+    in as many processes or others, it goes on with what is missing.
+
+    Args:
+      job: what to encode by, and where to.
+      manifests: of the data.
+      engine: "accelerate" for this process and those started with it, "ray" for the actors of a Ray cluster.
+      max_skipped: share of the sources that may be broken.
+      use_cpu: leave accelerators alone.
+      console: where is said what the run will take.
+
+    Returns:
+      What was done; in each process the same.
+
+    Raises:
+      BundleError: the store holds other features, another run writes into it, or the disk is full or too small.
+      MediaError: more sources than `max_skipped` are broken.
+      ConfigError, InputError: a setting or a manifest is wrong.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f'Unknown engine "{engine}".{suggest(engine, ENGINES)}')
+    console = console or Console(highlight=False)
+    sources = distinct_sources(manifests, job.branch.modality)
+    limit = max_skipped * len(sources)
+    state = PartialState(cpu=best_device(use_cpu=use_cpu).type == "cpu", timeout=timedelta(days=7))
+    rank, count = state.process_index, state.num_processes
+    show = state.is_main_process and sys.stderr.isatty()
+    encoding = Encoding(job, state.device)
+    with contextlib.ExitStack() as until_the_end:
+        _together(state, lambda: _prepare(encoding, until_the_end))
+        store = encoding.open(create=False)
+        missing = [source for source in sources if not store.holds(source)]
+        mine = [source for source in missing if zlib.crc32(describe(source).encode()) % count == rank]
+        with encoding.writer(rank) as writer:
+            step = max(1, len(mine) // NUM_PROBES) if state.is_main_process else len(mine) + 1
+            skipped = encoding.write(mine[step - 1 :: step], writer, max_skipped=limit)
+            _together(
+                state, lambda: _check_space(writer, len(sources), len(missing), len(mine[step - 1 :: step]), console)
+            )
+            del mine[step - 1 :: step]
+            if engine == "ray":
+                from xblip.precompute_ray import encode
+
+                each = writer.bytes_added / max(1, writer.num_added)
+                written, more = encode(job, mine, bytes_each=each, max_skipped=limit - len(skipped), show=show)
+            else:
+                written, more = 0, encoding.write(mine, writer, max_skipped=limit - len(skipped), show=show)
+            skipped += more
+            if len(skipped) > limit:
+                _check_skipped(skipped, job.folder, sources, max_skipped)
+    skipped = gather_object(skipped)
+    written = sum(gather_object([written + writer.num_written]))
+    _together(state, lambda: _check_skipped(skipped, job.folder, sources, max_skipped))
+    size = sum(path.stat().st_size for path in Path(job.folder).glob(f"*{SUFFIX}"))
+    return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
+
+
+def verify(job: Job, manifests: Sequence[Manifest], *, use_cpu: bool = False, show: bool = False) -> str:
+    """Reads a whole store and compares it with its checksums, and encodes some of the sources again.
+
+    Returns:
+      What was found right.
+
+    Raises:
+      BundleError: shards are damaged or torn, features differ, or sources are not stored.
+    """
+    encoding = Encoding(job, best_device(use_cpu=use_cpu))
+    store = encoding.open(create=False)
+    stored_encoder(store, job.branch)
+    checked = tqdm(store.damaged(), desc="read", total=len(store), disable=not show)
+    bad = sorted({path.name for path in [*checked, *store.torn] if path})
+    if bad:
+        raise BundleError(
+            f"{len(bad)} shards in {store.folder} are damaged: {', '.join(bad)}. Delete them, and run xblip precompute "
+            "again."
+        )
+    sources = distinct_sources(manifests, job.branch.modality)
+    store.check(sources)
+    allowed = ALLOWED["exact" if {store.facts.dtype, store.facts.encoder.dtype} == {"float32"} else "rounded"]
+    largest, compared = 0.0, 0
+    for loaded, fresh in encoding.features(sources[:: max(1, len(sources) // NUM_COMPARED)][:NUM_COMPARED], again=True):
+        if fresh is None:
+            continue
+        stored = store.features(loaded.source)
+        difference = _difference(stored, fresh)
+        if not difference <= allowed:
+            raise BundleError(
+                f"{describe(loaded.source)}: its stored features are off by {difference:.2g} of their size, more than "
+                f"{allowed}: they are not this encoder's. Run xblip precompute into another folder."
+            )
+        largest, compared = max(largest, difference), compared + 1
+    return (
+        f"{len(store)} items in {len(store.shards)} shards are as they were written; {compared} sources encoded again give "
+        f"the same to within {largest:.2g} of their size"
+    )
+
+
+def _difference(stored: Features, fresh: Features) -> float:
+    """Size of the difference of two items over the size of one, over real tokens; infinity for other shapes or masks."""
+    if stored.values.shape != fresh.values.shape or not torch.equal(stored.mask, fresh.mask):
+        return float("inf")
+    left, right = stored.values[stored.mask].float(), fresh.values[fresh.mask].float()
+    return ((left - right).norm() / right.norm().clamp_min(1e-30)).item()
+
+
+def _together(state: PartialState, work: Callable[[], None]) -> None:
+    """Lets the main process work while the others wait; all raise what it raises."""
+    outcome: list[XBlipError | None] = [None]
+    if state.is_main_process:
+        try:
+            work()
+        except XBlipError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if outcome[0]:
+        raise outcome[0]
+
+
+def _prepare(encoding: Encoding, until_the_end: contextlib.ExitStack) -> None:
+    """Makes the store, and removes what killed runs have left incomplete in it."""
+    folder = made_folder(encoding.job.folder)
+    until_the_end.enter_context(_only_run(folder))
+    for path in folder.glob(f"*{PARTIAL}"):
+        path.unlink()
+    for path in encoding.open(create=True).torn:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _only_run(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; a lock of this process alone, which ends with it however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as cause:
+            raise BundleError(
+                f"Another xblip precompute is writing into {folder}: wait for it, or give another folder. To use more "
+                "processes, start one run with torchrun or accelerate launch."
+            ) from cause
+        yield
+
+
+def _check_space(writer: StoreWriter, num_sources: int, num_missing: int, num_probes: int, console: Console) -> None:
+    """Says what the features will take, by the first ones; refuses if the disk has less."""
+    needed = writer.bytes_added / max(1, num_probes) * num_missing
+    free = shutil.disk_usage(writer.folder).free
+    console.print(
+        f"{num_sources} sources, {num_sources - num_missing} of them stored already; the others' features will take about "
+        f"{needed / 2**20:.4g} MiB as {writer.facts.dtype}, and {free / 2**20:.4g} MiB are free.",
+        soft_wrap=True,
+    )
+    if needed * MARGIN > free:
+        raise BundleError(
+            f"The features of {num_missing} sources need about {needed / 2**20:.4g} MiB, and {writer.folder} has "
+            f"{free / 2**20:.4g} MiB left. Make room, give another folder, or a smaller --dtype (int8 is the smallest)."
+        )
+
+
+def _check_skipped(skipped: Sequence[Skip], folder: str, sources: Sequence[Any], max_skipped: float) -> None:
+    """Names what was skipped in the store's folder, beside what runs over other sources left out; stops at too much."""
+    path = Path(folder, SKIPPED)
+    before = path.read_text().splitlines() if path.is_file() else []
+    tried = {describe(source) for source in sources}
+    kept = [line for line in before if json.loads(line)["source"] not in tried]
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text("".join(f"{line}\n" for line in [*kept, *(json.dumps(skip._asdict()) for skip in skipped)]))
+    partial.replace(path)
+    if len(skipped) > max_skipped * len(sources):
+        raise MediaError(
+            f"{len(skipped)} of {len(sources)} sources cannot be encoded, more than {max_skipped:.2%}; {path} names them. "
+            f"The first: {skipped[0].reason} Mend them, take them out of the manifest, or allow more with --max-skipped."
+        )

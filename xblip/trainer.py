@@ -1,0 +1,289 @@
+"""The training loop: transformers' `Trainer`, with what is ours about training bridges.
+
+A task (`xblip.tasks`) says what is trained and how it is measured, a plan which rows make which batch. Ours are the loss
+over a whole global batch, checkpoints that are whole or absent, the stop at a loss that is no number, and evaluation.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from xblip.errors import ConfigError, XBlipError, suggest
+from xblip.examples import SkipLog
+from xblip.layers import is_sharded
+from xblip.loading import first_line
+from xblip.meters import Curves, Meter
+from xblip.mixture import BatchPlan
+from xblip.resume import STATE, check_facts, reading, write_facts, writing
+from xblip.tasks import EvalBatch, Task
+
+CALLBACKS = (Curves,)
+"""Of every run."""
+
+
+class BridgeTrainer(Trainer):
+    """transformers' Trainer for the bridges of a task.
+
+    Attributes:
+      task: what trains.
+      plan: which rows make which batch, of this process.
+      skipped: rows whose files are broken.
+      rates: learning rates of their own, by part of a weight's name.
+      facts: what a resumed run must share with the one that it goes on from.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        plan: BatchPlan,
+        skipped: SkipLog,
+        rates: Mapping[str, float],
+        facts: Mapping[str, Any],
+        **kwargs: Any,
+    ):
+        if is_sharded(task.model):
+            kwargs["args"].place_model_on_device = False
+        super().__init__(model=task.model, callbacks=[callback() for callback in CALLBACKS], **kwargs)
+        self.task = task
+        self.plan = plan
+        self.skipped = skipped
+        self.rates = rates
+        self.facts = facts
+        self.loss_is_scaled_for_ga = task.counts_tokens
+        self._meter = Meter()
+        self._samples: list[Any] = []
+        frozen = [name for name, weight in self.model.named_parameters() if not weight.requires_grad]
+        frozen += [name for name, _ in self.model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+
+    def _wrap_model(self, model, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
+        if training and is_sharded(self.model) and model is self.model:
+            devices = [self.args.device] if self.args.device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+        return super()._wrap_model(model, training, dataloader)
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.autocast()  # which Accelerate builds into models that it wraps itself alone
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, self.plan)
+
+    def _loader(self, dataset: Dataset, batches: Iterable) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return _EpochLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            generator=torch.Generator(),  # its own, so that the loader takes nothing from dropout's
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        with self._meter.waiting(), _naming_killed_workers():
+            batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        for batch in batch_samples:
+            self._check_rows(batch)
+        if not self.task.counts_tokens or not batch_samples:
+            return None
+        tokens = sum(self.task.count_tokens(batch["samples"]) for batch in batch_samples)
+        return self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
+
+    def _prepare_inputs(self, inputs):
+        return inputs  # samples, which a branch puts where its weights are
+
+    def _check_rows(self, batch: Mapping[str, Any]) -> None:
+        """Raises what workers could not, and notes rows whose files are broken."""
+        for sample in batch["samples"]:
+            if isinstance(sample, XBlipError):
+                raise sample
+        self.skipped.add(batch["skipped"])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._samples = inputs["samples"]
+        outputs = model(samples=self._samples)
+        self._meter.add(len(self._samples), outputs)
+        loss = outputs["loss"]
+        self._check_finite(loss.detach(), "loss")
+        if num_items_in_batch is not None:
+            # Processes average their gradients, so that each counts for its share of the global batch's tokens.
+            loss = loss * outputs["num_tokens"] * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and getattr(self.accelerator, "scaler", None) is None:
+            self._check_finite(torch.as_tensor(norm), "gradient")
+        return norm
+
+    def _check_finite(self, value: Tensor, what: str) -> None:
+        if not value.isfinite().all():
+            rows = "; ".join(sample.origin for sample in self._samples)
+            raise XBlipError(
+                f"The {what} at step {self.state.global_step + 1} is {value.item()}, of these rows: {rows}. Nothing was "
+                "learnt from it, and checkpoints before it are whole. Look at the rows, lower training.learning_rate or "
+                "set training.max_grad_norm, and go on with --resume."
+            )
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.rates:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs = optimizer_class, {**options, "params": self._parameter_groups()}
+        return super().create_optimizer(model)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        decaying = self.get_decay_parameter_names(self.model)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        names = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+        for part in self.rates:
+            if not any(part in name for name in names):
+                raise ConfigError(
+                    f'learning_rates.{part}: no weight that trains has "{part}" in its name.'
+                    f"{suggest(part, {word for name in names for word in name.split('.') if not word.isdigit()})}"
+                )
+        for name in names:
+            rate = next((rate for part, rate in self.rates.items() if part in name), self.args.learning_rate)
+            decay = self.args.weight_decay if name in decaying else 0.0
+            groups.setdefault((rate, decay), []).append(self.model.get_parameter(name))
+        return [{"params": weights, "lr": rate, "weight_decay": decay} for (rate, decay), weights in groups.items()]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._meter.take(self._summed) | ({"skipped": len(self.skipped)} if self.skipped else {})
+        super().log(logs, start_time)
+
+    def _summed(self, numbers: Sequence[float]) -> list[float]:
+        """Adds numbers up over all processes."""
+        return self.accelerator.reduce(
+            torch.tensor(numbers, dtype=torch.float64, device=self.args.device), "sum"
+        ).tolist()
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measures the weights as they are on the evaluation rows, which all processes share."""
+        with self._meter.paused(), self.accelerator.autocast():
+            self.model.eval()
+            totals = self.task.evaluate(self._eval_batches(self.eval_dataset if eval_dataset is None else eval_dataset))
+            summed = self._summed(list(totals.values()))
+            metrics = self.task.metrics(dict(zip(totals, summed, strict=True)))
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _eval_batches(self, dataset: Dataset) -> Iterator[EvalBatch]:
+        """Divides the rows of an evaluation; every process gets as many batches as any other."""
+        size, processes = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        firsts = range(0, len(dataset), size * processes)
+        mine = [first + self.accelerator.process_index * size for first in firsts]
+        rows = [list(range(start, min(start + size, len(dataset)))) for start in mine]
+        loader = self._loader(dataset, [list(map(dataset.visit, part or [0])) for part in rows])
+        for first, part, batch in zip(firsts, rows, loader, strict=True):
+            self._check_rows(batch)
+            samples = batch["samples"]
+            if part:  # a row that another one has taken the place of is not measured
+                kept = [place for place in range(len(part)) if place not in batch["replaced"]]
+                part = [part[place] for place in kept]
+                samples = [samples[place] for place in kept] or samples[:1]
+            yield EvalBatch(part, samples, first)
+
+    def evaluated(self) -> dict[str, float]:
+        """Returns the metrics of the weights as they are, measuring them only if the last step did not."""
+        entries = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
+        found = {name: value for entry in entries for name, value in entry.items() if name.startswith("eval_")}
+        return found if found and not self.args.load_best_model_at_end else self.evaluate()
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Writes a checkpoint; see `xblip.resume.writing`."""
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        is_main = self.args.should_save
+        with self._meter.paused(), writing(folder, is_main=is_main) as staging:
+            self.accelerator.wait_for_everyone()
+            self.store_flos()
+            self.save_model(str(staging), _internal_call=True)
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(folder.with_name(f"checkpoint-{self.state.best_global_step}"))
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+            if is_main:
+                self._note_callbacks()
+                self.state.save_to_json(str(staging / STATE))
+                write_facts(staging, self.facts)
+            self.accelerator.wait_for_everyone()
+        if is_main:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _note_callbacks(self) -> None:
+        """Puts the state of callbacks that have one (early stopping) into the state that is saved."""
+        parts = [part for part in (*self.callback_handler.callbacks, self.control) if isinstance(part, ExportableState)]
+        for part in parts:
+            name = type(part).__name__
+            if isinstance(self.state.stateful_callbacks[name], list):
+                self.state.stateful_callbacks[name].append(part.state())
+            else:
+                self.state.stateful_callbacks[name] = part.state()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.task.save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_facts(Path(resume_from_checkpoint), self.facts)
+        self.task.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.task.load(Path(self.state.best_model_checkpoint))
+
+
+class _EpochLoader(DataLoader):
+    """A data loader that tells its batch sampler the epoch, as transformers' Trainer asks a loader to."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+@contextlib.contextmanager
+def _naming_killed_workers() -> Iterator[None]:
+    """Turns what torch raises when a worker of the data loader is killed into one clear error."""
+    try:
+        yield
+    except RuntimeError as cause:
+        if "DataLoader worker" not in str(cause):
+            raise
+        raise XBlipError(
+            f"A process that reads data died: {first_line(cause)} Mostly it was memory that ran out: set a smaller "
+            "training.dataloader_num_workers, and go on with --resume."
+        ) from cause
