@@ -178,17 +178,16 @@ class Examples(Dataset):
     def _drawn(self, row: Row, visit: Visit) -> Sample:
         """A row with an answer, an instruction and a context, its media unread."""
         draw = np.random.default_rng([self.seed, DRAW, *visit])
-        answer = draw.choice(list(row.answers), p=list(row.answers.values())) if row.answers else None
-        if answer is None:
+        if not row.answers:
             raise InputError(f"{row.origin}: it has no answer. Add it, or remove the row.")
+        answer = list(row.answers)[draw.choice(len(row.answers), p=list(row.answers.values()))]
         sample = row.sample
         modality = next((media.modality for media in sample.all_media), "")
         templates, instruction = self._templates(modality, row.task, row.origin), sample.instruction
         if templates:
-            template = templates[draw.integers(len(templates))]
-            instruction = template.replace("{question}", instruction or "")
+            instruction = templates[draw.integers(len(templates))].format(question=instruction)
         media = self._in_context(sample.media, draw) if self.context else sample.media
-        return dataclasses.replace(sample, instruction=instruction, media=media, answer=str(answer))
+        return dataclasses.replace(sample, instruction=instruction, media=media, answer=answer)
 
     def _templates(self, modality: str, task: str, where: str) -> list[str]:
         """The templates that a row of a task needs; none where it says all itself."""

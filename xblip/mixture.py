@@ -96,7 +96,8 @@ class BatchPlan(Sampler[list[Visit]]):
             accumulation=accumulation,
             seed=seed,
         )
-        self._by_length = group_by_length and all(source.lengths is not None for source in self.sources)
+        self._by_length = group_by_length
+        assert not group_by_length or all(source.lengths is not None for source in self.sources)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
         self._start = 0

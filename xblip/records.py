@@ -87,8 +87,8 @@ def _object(text: str, what: str) -> dict[str, Any]:
         values = json.loads(text)
     except json.JSONDecodeError as cause:
         raise InputError(f"{what}: not JSON ({cause.msg} at column {cause.colno}).") from cause
-    except RecursionError as cause:
-        raise InputError(f"{what}: not JSON that can be read: it is nested too deeply.") from cause
+    except (ValueError, RecursionError) as cause:  # a number of thousands of digits, or lists of lists of lists
+        raise InputError(f"{what}: not JSON that can be read ({cause}).") from cause
     if not isinstance(values, dict):
         raise InputError(f"{what}: expected an object with keys such as instruction and answer.")
     return values
@@ -148,6 +148,10 @@ def _json(file: str) -> Iterator[Raw]:
                 f'The manifest "{file}" is not JSON ({cause.msg} at line {cause.lineno}, column {cause.colno}). If each '
                 'of its lines is a record, end its name in ".jsonl".'
             ) from cause
+        except (ValueError, RecursionError) as cause:
+            if isinstance(cause, UnicodeDecodeError):
+                raise
+            raise ConfigError(f'The manifest "{file}" is not JSON that can be read ({cause}).') from cause
     if isinstance(records, dict):
         records = [
             {"sample_id": key, **(value if isinstance(value, dict) else {"data": value})}

@@ -117,9 +117,7 @@ class Table:
         )
         # A tuple: for each entry of a list the generator would be called once.
         arguments = {"files": tuple(map(str, self.files)), "fields": fields}
-        return Dataset.from_generator(
-            _places, features=columns, cache_dir=str(self.cache), gen_kwargs=arguments, fingerprint="records"
-        )
+        return Dataset.from_generator(_places, features=columns, cache_dir=str(self.cache), gen_kwargs=arguments)
 
     def _parquet(self, fields: Fields) -> Any:
         from datasets import load_dataset
