@@ -1,4 +1,4 @@
-"""Training data: manifests of rows, and the collator for data loaders whose workers read their media.
+"""Training data: manifests of rows.
 
 A manifest is a file, or several of one kind: JSONL, JSON, CSV, TSV, Parquet, or the tars of a WebDataset (`xblip.tables`).
 Its rows come in any of the forms of `xblip.forms`, and stay on disk until they are used.
@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from xblip.errors import InputError, XBlipError
 from xblip.forms import Fields, Row, read_row
 from xblip.media import FilePart
-from xblip.modality import Features, Modality
+from xblip.modality import Modality
 from xblip.records import Record
 from xblip.sample import Media, Sample, Turn
 from xblip.tables import Table
@@ -81,10 +81,11 @@ class RowReader:
         """Gives members of a tar that no field takes to the modalities that know their endings."""
         chosen = self.fields.fields
         if chosen is None:
-            for name, key in (("txt", "caption"), ("cls", "label"), *((name, "") for name in members)):
-                if name in values and (key or isinstance(values[name], FilePart)):
-                    part = values.pop(name)
-                    values.update({key: part} if key else {})
+            for name in [name for name, value in values.items() if isinstance(value, FilePart)]:
+                del values[name]
+            for name, key in (("txt", "caption"), ("cls", "label")):
+                if name in values:
+                    values.setdefault(key, values.pop(name))
         for name, part in members.items():
             if not isinstance(part, FilePart) or part in values.values():
                 continue
@@ -101,11 +102,7 @@ class RowReader:
 
 
 class Manifest(Dataset):
-    """The rows of a file, their media read when they are fetched.
-
-    Attributes:
-      features: frozen features that stand in for files, by path; see `xblip.features`.
-    """
+    """The rows of a file; fetched by index, samples with their media read."""
 
     def __init__(
         self,
@@ -128,7 +125,6 @@ class Manifest(Dataset):
         """
         self.path = Path(path)
         self.modalities = dict(modalities)
-        self.features: dict[str, Features] = {}
         self._fields = Fields(fields, modalities=self.modalities)
         self._table = Table(path, self._fields)
         self._reader = RowReader(self._fields, modalities, self._table.folder if root is None else Path(root))
@@ -197,23 +193,11 @@ class Manifest(Dataset):
     def __getitem__(self, index: int) -> Sample:
         sample = self.sample(index)
         try:
-            return with_media(sample, self._read)
+            return with_media(
+                sample, lambda media: Media(media.modality, self.modalities[media.modality].load(media.source))
+            )
         except XBlipError as error:
             raise type(error)(f"{sample.origin}: {error}") from error
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample | XBlipError]:
-        """A batch for a data loader; a user's error comes as a value, since torch makes a text of what a worker raises."""
-        return [self._sample_or_error(index) for index in indices]
-
-    def _sample_or_error(self, index: int) -> Sample | XBlipError:
-        try:
-            return self[index]
-        except XBlipError as error:
-            return error
-
-    def _read(self, media: Media) -> Media:
-        kept = self.features.get(file_of(media))
-        return Media(media.modality, self.modalities[media.modality].load(media.source) if kept is None else kept)
 
     def _all(self) -> Iterator[tuple[Record, Row]]:
         for index, record in enumerate(self._table):
@@ -235,16 +219,6 @@ def with_media(sample: Sample, read: Callable[[Media], Media]) -> Sample:
         media=[part(given) for given in sample.media],
         history=[Turn(tuple(map(part, turn.content)), turn.answer) for turn in sample.history],
     )
-
-
-def file_of(media: Media) -> str:
-    """Returns the path of an input that is a file of a manifest; "" for any other."""
-    return str(media.source) if isinstance(media.source, (str, Path)) else ""
-
-
-def collate_samples(samples: Sequence[Sample | XBlipError]) -> dict[str, Any]:
-    """Returns what `XBlip.forward` takes, errors in the place of samples that cannot be read."""
-    return {"samples": list(samples)}
 
 
 def _written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
