@@ -3,9 +3,13 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,8 +21,10 @@ from kit import ONE, TWO
 from xblip import decoding, media_file
 from xblip.data import Manifest
 from xblip.errors import ConfigError, InputError, MediaError
+from xblip.forms import Fields
 from xblip.media import FilePart
 from xblip.sample import Media, Sample
+from xblip.tables import Table
 from xblip.testing import ToyModality
 
 
@@ -73,6 +79,16 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def together(*calls: Callable[[], None]) -> list[int]:
+    """Runs each in a process of its own, at the same time; returns their exit codes."""
+    processes = [multiprocessing.get_context("fork").Process(target=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 class TestKinds:
@@ -212,8 +228,8 @@ class TestTars:
         [
             ({"0.num": b"1", "0.four": b"1"}, 'sample 0: It may have ".four" or another member as numbers'),
             ({"0.num": b"1", "0.txt": b"a", "0.json": b'{"url": "b"}'}, 'sample 0: Unknown key "url" in a sample'),
-            ({"0.num": b"1", "0.json": b"{"}, "sample 0: its .json is not JSON"),
-            ({"0.num": b"1", "0.json": b"[]"}, "sample 0: its .json must hold an object"),
+            ({"0.num": b"1", "0.json": b"{"}, "sample 0, its .json: not JSON"),
+            ({"0.num": b"1", "0.json": b"[]"}, "sample 0, its .json: expected an object"),
             ({"0.num": b"1", "0.num2": b"1", "0.txt": b""}, "sample 0: A sample lacks its `instruction`"),
         ],
     )
@@ -234,8 +250,16 @@ class TestTars:
     def test_a_changed_tar_is_told_where_it_is_read(self, tars):
         manifest = opened(tars)
         os.truncate(tars.parent / "s-000.tar", 1000)
-        with pytest.raises(MediaError, match="s-000.tar ends before it does. Has it changed, or been cut"):
+        with pytest.raises(MediaError, match="in .*s-000.tar: the file ends before it does. Has it changed, or been"):
             manifest[1]
+        (tars.parent / "s-000.tar").unlink()
+        with pytest.raises(MediaError, match=r"Cannot read '.*001.num' in .*s-000.tar: .*No such file"):
+            manifest[1]
+
+    def test_an_empty_member_is_named(self, tmp_path):
+        path = write_tar(tmp_path / "a.tar", {"0.num": b"", "0.txt": b"a"})
+        with pytest.raises(MediaError, match=r"sample 0: Cannot read numbers '0.num' in .*a.tar: it is empty"):
+            opened(path)[0]
 
 
 class TestCache:
@@ -262,8 +286,45 @@ class TestCache:
     def test_an_unchanged_file_is_read_once(self, tmp_path, monkeypatch):
         path = write(tmp_path / "a.jsonl", ROWS)
         opened(path, fields=FIELDS)
-        monkeypatch.setattr("xblip.tables.KINDS", {".jsonl": None})
+        monkeypatch.setattr("xblip.records.KINDS", {".jsonl": None})
         opened(path, fields=FIELDS).check()
+
+    def test_another_process_finds_what_is_kept(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", ROWS)
+        code = (
+            "import sys; from xblip.forms import Fields; from xblip.tables import Table\n"
+            "table = Table(sys.argv[1], Fields({}, modalities=[])); print(table.cache, len(table))\n"
+        )
+        environment = {**os.environ, "PYTHONHASHSEED": "7"}
+        run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stderr
+        folder = Path(run.stdout.split()[0])
+        before = sorted(folder.rglob("*.arrow"))
+        table = Table(path, Fields({}, modalities=[]))
+        assert table.cache == folder and sorted(folder.rglob("*.arrow")) == before and len(before) == 1
+
+    def test_rows_are_checked_once_until_something_changes(self, tmp_path, monkeypatch):
+        path = write(tmp_path / "a.jsonl", ROWS)
+        tasks = opened(path, fields=FIELDS).check()
+        assert tasks == {("numbers", "question")}
+        with monkeypatch.context() as patch:
+            patch.setattr(Manifest, "_find", None)
+            again = opened(path, fields=FIELDS)
+            assert again.check() == tasks and again.lengths().tolist() == [15, 9]
+        with pytest.raises(InputError, match="line 1: it has no answer"):
+            opened(path, fields={**FIELDS, "answer": "no"}).check()
+        with pytest.raises(InputError, match="line 1: it has no input"):
+            opened(write(path, [{"question": "?", "answer": "a"}])).check()
+
+    def test_processes_that_open_a_file_at_once_all_get_it(self, tmp_path):
+        path = write(tmp_path / "a.jsonl", [{"toy": ONE, "caption": "a"}] * 3000)
+
+        def read() -> None:
+            manifest = opened(path)
+            manifest.check()
+            assert len(manifest.lengths()) == 3000 and manifest.row(2999).answers
+
+        assert together(read, read) == [0, 0]
 
     def test_a_cache_that_cannot_be_written_is_named(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
@@ -280,6 +341,8 @@ class TestCache:
         ("a.jsonl", b"\n \n", 'The manifest ".*a.jsonl" has no rows'),
         ("a.json", b"[]", 'The manifest ".*a.json" has no rows'),
         ("a.json", b"{}{}", 'a.json" is not JSON .*If each of its lines is a record, end its name in ".jsonl"'),
+        ("a.json", b"[" * 100_000, 'a.json" is not JSON that can be read'),
+        ("a.json", b'["\xff"]', 'The manifest ".*a.json" is not UTF-8 text'),
         ("a.json", b"3", "must hold a list of records, or an object of them by their ids"),
         ("a.csv", b"toy,caption\n", 'The manifest ".*a.csv" has no rows'),
         ("a.csv", b"", 'The manifest ".*a.csv" has no rows'),
@@ -297,6 +360,13 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=message):
         opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ['{"toy": ' + "[" * 100_000, '{"toy": ' + "1" * 5000 + "}"])
+def test_json_that_is_too_much_is_named_with_its_line(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(InputError, match="a.jsonl, line 1: not JSON that can be read"):
+        opened(tmp_path / "a.jsonl").check()
 
 
 def test_an_empty_parquet_is_named(tmp_path):

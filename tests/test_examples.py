@@ -1,14 +1,12 @@
 """Examples: what visits become, wherever they are made; rows whose files are broken; the account of these."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from test_data import Numbers
+from test_data import Numbers, together
 from torch.utils.data import DataLoader
 
 from xblip.data import Manifest, Visit
@@ -266,14 +264,14 @@ class TestSkipLog:
         assert len(resumed) == 2 and len(SkipLog(log.path, rows=1000, resume=True)) == 2
 
     def test_processes_that_share_the_file_count_together(self, tmp_path):
-        code = (
-            "import sys; from xblip.examples import Skipped, SkipLog\n"
-            "log = SkipLog(sys.argv[1], rows=10_000, resume=True)\n"
-            "for number in range(20): log.add([Skipped(sys.argv[2] + str(number), 'x' * 500)])\n"
-        )
         path = tmp_path / "skipped.jsonl"
-        runs = [subprocess.Popen([sys.executable, "-c", code, path, name]) for name in "ab"]
-        assert [run.wait(timeout=60) for run in runs] == [0, 0]
+
+        def skip(name: str) -> None:
+            log = SkipLog(path, rows=10_000, resume=True)
+            for number in range(20):
+                log.add([Skipped(f"{name}{number}", "x" * 500)])
+
+        assert together(lambda: skip("a"), lambda: skip("b")) == [0, 0]
         log = SkipLog(path, rows=10_000, resume=True)
         assert len(log) == len(path.read_text().splitlines()) == 40
 

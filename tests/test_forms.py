@@ -1,6 +1,10 @@
 """Rows of training data: the forms they come in, and what is wrong with those that are none."""
 
+import json
+from pathlib import Path
+
 import pytest
+import yaml
 
 from xblip.errors import ConfigError, InputError
 from xblip.forms import Fields, count_parts, read_row
@@ -142,6 +146,63 @@ def test_several_questions_of_one_record_keep_their_own_answers():
 def test_what_is_wrong_is_named(row, message):
     with pytest.raises(InputError, match=message):
         read(row)
+
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+
+
+def test_the_guide_s_rows_are_rows():
+    rows = DOCUMENT.partition("```json\n")[2].partition("```")[0].splitlines()
+    assert len(rows) == 10
+    for line in rows:
+        record = json.loads(line)
+        for part in range(count_parts(record)):
+            row = read(record, part=part)
+            assert row.answers and row.sample.all_media
+
+
+RECORDS = {
+    "webvid": {"videoid": 31, "name": "a dog", "page_dir": "0001", "duration": "PT1S"},
+    "audiocaps": {"audiocap_id": "1", "youtube_id": "-_a", "start_time": "30", "caption": "a dog"},
+    "audiocaps_qa": {"youtube_id": "-_a", "start_time": 30, "caption": "c", "question": "what ?", "answer": "a dog"},
+    "audioset": {"YTID": "--4", "start": "0.000", "end": "10.000", "positive_labels": "speech"},
+    "wavcaps": {"audio_path": "a.wav", "caption": "a dog", "id": "1", "duration": 3.5},
+    "objaverse": {"sample_id": "f00", "data": ["a dog", "a toy"]},
+    "objaverse_qa": {"sample_id": "f00", "caption": "c", "question": "what ?", "answer": "a dog"},
+    "clotho_aqa": {"file_name": "a b.wav", "QuestionText": "a dog ?", "answer": "yes"},
+    "ocr_vqa": {"sample_id": "0b1", "questions": ["who ?", "what ?"], "answers": ["X", "Y"], "imageURL": "http"},
+    "laion": {"image": "x.jpg", "txt": "a dog", "url": "http"},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_guide_s_fields_read_what_others_annotated(name):
+    fields = yaml.safe_load(DOCUMENT.partition("```yaml\n")[2].partition("```")[0])
+    assert set(fields) == set(RECORDS)
+    if name == "laion":  # its image is a member of a tar, which no field names
+        fields[name]["image"] = "image"
+    values = Fields(fields[name], modalities=(*KNOWN, "video")).of(RECORDS[name])
+    for part in range(count_parts(values)):
+        row = read_row(values, modalities=(*KNOWN, "video"), part=part)
+        assert row.answers and len(row.sample.all_media) == 1 and "{" not in row.sample.all_media[0].source
+    assert name != "audioset" or row.sample.all_media[0].source == "--4_0.0-10.0.wav"
+
+
+@pytest.mark.parametrize(
+    ("record", "answers"),
+    [
+        ({"image": "a.jpg", "caption": "a dog", "image_id": "coco_1"}, ["a dog"]),
+        ({"video": "a.mp4", "caption": "a dog", "image_id": 3}, ["a dog"]),
+        ({"video": "a.mp4", "question": "what ?", "answer": "dog", "question_id": 3}, ["dog"]),
+        ({"image": "a.jpg", "question": "what ?", "answer": ["dog", "dog", "cat"], "dataset": "vqa"}, ["dog", "cat"]),
+        (
+            {"image": "a.jpg", "question": "what ?", "direct_answers": ["dog"], "choices": ["a", "b"], "split": "v"},
+            ["dog"],
+        ),
+    ],
+)
+def test_annotations_that_need_no_fields(record, answers):
+    assert list(read_row(record, modalities=(*KNOWN, "video")).answers) == answers
 
 
 class TestFields:

@@ -112,7 +112,7 @@ def test_batches_by_length_waste_less_and_stay_random():
         spread[by_length] = 1 - np.mean([batch.mean() / batch.max() for batch in taken])
         means = [batch.mean() for batch in taken[:WINDOW]]
         assert not by_length or means != sorted(means)
-    assert spread[True] < 0.07 < 0.3 < spread[False]
+    assert spread[True] < 0.13 < 0.3 < spread[False]
 
 
 def test_few_rows_repeat_within_the_tail_alone():

@@ -63,7 +63,6 @@ ELSEWHERE = {
         "tests/test_model.py::test_it_is_the_log_likelihood_by_hand",
     ],
     "11 a file that cannot be read is skipped": [
-        "tests/test_train.py::test_a_file_that_cannot_be_kept_is_named",
         "tests/test_examples.py::test_another_row_of_the_source_takes_the_place_and_it_is_told",
     ],
     "13 a model that imports its tasks": ["tests/test_house.py::test_imports_run_strictly_downward"],

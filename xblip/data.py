@@ -1,13 +1,17 @@
-"""Training data: manifests of rows, and the collator for data loaders whose workers read their media.
+"""Training data: manifests of rows.
 
 A manifest is a file, or several of one kind: JSONL, JSON, CSV, TSV, Parquet, or the tars of a WebDataset (`xblip.tables`).
 Its rows come in any of the forms of `xblip.forms`, and stay on disk until they are used.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -15,9 +19,12 @@ from torch.utils.data import Dataset
 from xblip.errors import InputError, XBlipError
 from xblip.forms import Fields, Row, read_row
 from xblip.media import FilePart
-from xblip.modality import Features, Modality
+from xblip.modality import Modality
+from xblip.records import Record
 from xblip.sample import Media, Sample, Turn
-from xblip.tables import Record, Table
+from xblip.tables import Table
+
+CHECKED = 1  # a number in what names a check that is kept: raise it when rows are read otherwise than before
 
 
 class Visit(NamedTuple):
@@ -34,12 +41,68 @@ class Visit(NamedTuple):
     epoch: int
 
 
-class Manifest(Dataset):
-    """The rows of a file, their media read when they are fetched.
+class RowReader:
+    """Makes rows of records, by the columns and modalities that a manifest is told of.
 
     Attributes:
-      features: frozen features that stand in for files, by path; see `xblip.features`.
+      fields: which columns are which of our keys.
+      modalities: what reads the media, by name.
+      root: folder that relative paths of media start from.
     """
+
+    def __init__(self, fields: Fields, modalities: Mapping[str, Modality], root: Path):
+        self.fields, self.modalities, self.root = fields, dict(modalities), root
+
+    def read(self, record: Record, part: int | None = None) -> Row:
+        """Makes a row of a record, or of one `part` of a record that makes several.
+
+        Raises:
+          InputError: the record has none of the forms; the message names file and line.
+        """
+        origin = record.origin if part is None else f"{record.origin}, part {part + 1}"
+        try:
+            values = self.fields.of(record.values)
+            if any(isinstance(value, FilePart) for value in record.values.values()):
+                self._name_members(values, record.values)
+            return read_row(values, modalities=self.modalities.keys(), root=self.root, origin=origin, part=part or 0)
+        except XBlipError as error:
+            raise type(error)(f"{origin}: {error}{self._missing(record)}") from error
+
+    def check(self, record: Record, row: Row) -> None:
+        """Raises `InputError` for a row that nothing can be learnt from."""
+        lacking = "answer" if not row.answers else "" if row.sample.all_media else "input"
+        if lacking:
+            raise InputError(
+                f"{row.origin}: it has no {lacking}; a branch learns from rows that have both an input "
+                f"and an answer. Add it, or remove the row.{self._missing(record)}"
+            )
+
+    def _name_members(self, values: dict[str, Any], members: Mapping[str, Any]) -> None:
+        """Gives members of a tar that no field takes to the modalities that know their endings."""
+        chosen = self.fields.fields
+        if chosen is None:
+            for name in [name for name, value in values.items() if isinstance(value, FilePart)]:
+                del values[name]
+            for name, key in (("txt", "caption"), ("cls", "label")):
+                if name in values:
+                    values.setdefault(key, values.pop(name))
+        for name, part in members.items():
+            if not isinstance(part, FilePart) or part in values.values():
+                continue
+            suffix = Path(part.name).suffix.lower()
+            fitting = [name for name, modality in self.modalities.items() if suffix in modality.suffixes]
+            fitting = [modality for modality in fitting if modality not in (chosen or ())]
+            if len(fitting) > 1 or any(modality in values for modality in fitting):
+                raise InputError(f'It may have ".{name}" or another member as {" or ".join(fitting)}: say in `fields`.')
+            values.update({modality: part for modality in fitting})
+
+    def _missing(self, record: Record) -> str:
+        fault = self.fields.missing(record.values)
+        return f" Mind that {fault}" if fault else ""
+
+
+class Manifest(Dataset):
+    """The rows of a file; fetched by index, samples with their media read."""
 
     def __init__(
         self,
@@ -62,10 +125,9 @@ class Manifest(Dataset):
         """
         self.path = Path(path)
         self.modalities = dict(modalities)
-        self.features: dict[str, Features] = {}
         self._fields = Fields(fields, modalities=self.modalities)
         self._table = Table(path, self._fields)
-        self._root = self._table.folder if root is None else Path(root)
+        self._reader = RowReader(self._fields, modalities, self._table.folder if root is None else Path(root))
         self._ends = None if self._table.parts is None else np.cumsum(self._table.parts)
         self._lengths: np.ndarray | None = None
 
@@ -79,9 +141,11 @@ class Manifest(Dataset):
           InputError: the row has none of the forms; the message names file and line.
         """
         if self._ends is None:
-            return self._row(self._table[index], 0)
+            return self._reader.read(self._table[index])
         record = int(np.searchsorted(self._ends, index, side="right"))
-        return self._row(self._table[record], index - int(self._ends[record] - self._table.parts[record]))
+        parts = self._table.parts[record]
+        part = index - int(self._ends[record] - parts)
+        return self._reader.read(self._table[record], part if parts > 1 else None)
 
     def rows(self) -> Iterator[Row]:
         """Yields all rows in their order, quicker than one by one; raises as `row` does."""
@@ -94,90 +158,54 @@ class Manifest(Dataset):
     def check(self) -> set[tuple[str, str]]:
         """Reads every row, media unread, so that a bad one is told before anything is loaded.
 
+        What it finds is kept beside the table in the cache: the next run, and other processes, do not read again.
+
         Returns:
           The tasks of its rows, each with the modality of the first input.
 
         Raises:
           InputError: a row has none of the forms, or lacks an answer or an input; the message names file and line.
         """
-        lengths, tasks = np.empty(len(self), np.int32), set()
-        for index, (record, row) in enumerate(self._all()):
-            lacking = "answer" if not row.answers else "" if row.sample.all_media else "input"
-            if lacking:
-                raise InputError(
-                    f"{row.origin}: it has no {lacking}; a branch learns from rows that have both an input "
-                    f"and an answer. Add it, or remove the row.{self._missing(record)}"
-                )
-            lengths[index] = _characters(row)
-            tasks.add((row.sample.all_media[0].modality, row.task))
-        self._lengths = lengths
-        return tasks
+        asked = (CHECKED, self._fields.fields, [(name, kind.suffixes) for name, kind in self.modalities.items()])
+        lengths = self._table.cache / f"{hashlib.sha256(repr(asked).encode()).hexdigest()[:32]}.npy"
+        tasks = lengths.with_suffix(".json")
+        if not tasks.exists():
+            found = self._find()
+            _written(lengths, lambda file: np.save(file, found[0]))
+            _written(tasks, lambda file: file.write(json.dumps(sorted(found[1])).encode()))
+        self._lengths = np.load(lengths, mmap_mode="r")
+        return {(modality, task) for modality, task in json.loads(tasks.read_text())}
 
     def lengths(self) -> np.ndarray:
-        """Returns the characters of text of each row, with its longest answer: what tokens go by."""
+        """Returns the characters of text of each row, with its longest answer: what tokens go by. Checks all rows."""
         if self._lengths is None:
-            self._lengths = np.fromiter(map(_characters, self.rows()), np.int32, len(self))
+            self.check()
         return self._lengths
+
+    def _find(self) -> tuple[np.ndarray, set[tuple[str, str]]]:
+        lengths, tasks = np.empty(len(self), np.int32), set()
+        for index, (record, row) in enumerate(self._all()):
+            self._reader.check(record, row)
+            lengths[index] = _characters(row)
+            tasks.add((row.sample.all_media[0].modality, row.task))
+        return lengths, tasks
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.sample(index)
         try:
-            return with_media(sample, self._read)
+            return with_media(
+                sample, lambda media: Media(media.modality, self.modalities[media.modality].load(media.source))
+            )
         except XBlipError as error:
             raise type(error)(f"{sample.origin}: {error}") from error
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Sample | XBlipError]:
-        """A batch for a data loader; a user's error comes as a value, since torch makes a text of what a worker raises."""
-        return [self._sample_or_error(index) for index in indices]
-
-    def _sample_or_error(self, index: int) -> Sample | XBlipError:
-        try:
-            return self[index]
-        except XBlipError as error:
-            return error
-
-    def _read(self, media: Media) -> Media:
-        kept = self.features.get(file_of(media))
-        return Media(media.modality, self.modalities[media.modality].load(media.source) if kept is None else kept)
 
     def _all(self) -> Iterator[tuple[Record, Row]]:
         for index, record in enumerate(self._table):
             if isinstance(record, XBlipError):
                 raise record
-            for part in range(1 if self._ends is None else self._table.parts[index]):
-                yield record, self._row(record, part)
-
-    def _row(self, record: Record, part: int) -> Row:
-        origin = record.origin if self._ends is None else f"{record.origin}, part {part + 1}"
-        try:
-            values = self._fields.of(record.values)
-            if self._table.suffix == ".tar":
-                self._name_members(values, record.values)
-            return read_row(values, modalities=self.modalities.keys(), root=self._root, origin=origin, part=part)
-        except XBlipError as error:
-            raise type(error)(f"{origin}: {error}{self._missing(record)}") from error
-
-    def _name_members(self, values: dict[str, Any], members: Mapping[str, Any]) -> None:
-        """Gives members of a tar that no field takes to the modalities that know their endings."""
-        chosen = self._fields.fields
-        if chosen is None:
-            for name, key in (("txt", "caption"), ("cls", "label"), *((name, "") for name in members)):
-                if name in values and (key or isinstance(values[name], FilePart)):
-                    part = values.pop(name)
-                    values.update({key: part} if key else {})
-        for name, part in members.items():
-            if not isinstance(part, FilePart) or part in values.values():
-                continue
-            suffix = Path(part.name).suffix.lower()
-            fitting = [name for name, modality in self.modalities.items() if suffix in modality.suffixes]
-            fitting = [modality for modality in fitting if modality not in (chosen or ())]
-            if len(fitting) > 1 or any(modality in values for modality in fitting):
-                raise InputError(f'It may have ".{name}" or another member as {" or ".join(fitting)}: say in `fields`.')
-            values.update({modality: part for modality in fitting})
-
-    def _missing(self, record: Record) -> str:
-        fault = self._fields.missing(record.values)
-        return f" Mind that {fault}" if fault else ""
+            parts = 1 if self._ends is None else self._table.parts[index]
+            for part in range(parts) if parts > 1 else [None]:
+                yield record, self._reader.read(record, part)
 
 
 def with_media(sample: Sample, read: Callable[[Media], Media]) -> Sample:
@@ -193,14 +221,11 @@ def with_media(sample: Sample, read: Callable[[Media], Media]) -> Sample:
     )
 
 
-def file_of(media: Media) -> str:
-    """Returns the path of an input that is a file of a manifest; "" for any other."""
-    return str(media.source) if isinstance(media.source, (str, Path)) else ""
-
-
-def collate_samples(samples: Sequence[Sample | XBlipError]) -> dict[str, Any]:
-    """Returns what `XBlip.forward` takes, errors in the place of samples that cannot be read."""
-    return {"samples": list(samples)}
+def _written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file of the cache so that no process ever sees half of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        write(file)
+    os.replace(file.name, path)
 
 
 def _characters(row: Row) -> int:

@@ -7,7 +7,7 @@ process it is made, whatever was made before it, and after a resume.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -134,11 +134,33 @@ class Examples(Dataset):
         return [found for visit in visits for found in self._visited(visit)]
 
     def _visited(self, visit: Visit) -> list[Sample | Skipped | XBlipError]:
-        manifest, skipped, place = self.sources[visit.source], [], visit
-        for attempt in range(ATTEMPTS):
+        manifest = self.sources[visit.source]
+
+        def others() -> Iterator[tuple[Visit, Callable[[], Row]]]:
+            for attempt in range(ATTEMPTS):
+                draw = np.random.default_rng([self.seed, REPLACE, *visit, attempt])
+                index = visit.index if not attempt else int(draw.integers(len(manifest)))
+                yield visit._replace(index=index), functools.partial(manifest.row, index)
+
+        return self.first_readable(manifest, others())
+
+    def first_readable(
+        self, manifest: Manifest, rows: Iterable[tuple[Visit, Callable[[], Row]]]
+    ) -> list[Sample | Skipped | XBlipError]:
+        """Makes a sample of the first of some rows whose files can be read.
+
+        Args:
+          manifest: theirs.
+          rows: visits, and what gives the row of each.
+
+        Returns:
+          The sample, or a user's error in its place, after the rows that were skipped.
+        """
+        skipped: list[Skipped] = []
+        for visit, row_of in rows:
             try:
-                row = manifest.row(place.index)
-                sample = self._drawn(row, place)
+                row = row_of()
+                sample = self._drawn(row, visit)
             except XBlipError as error:
                 return [*skipped, error]
             try:
@@ -147,30 +169,25 @@ class Examples(Dataset):
                 skipped.append(Skipped(row.origin, str(error)))
             except XBlipError as error:
                 return [*skipped, type(error)(f"{row.origin}: {error}")]
-            other = np.random.default_rng([self.seed, REPLACE, *visit, attempt]).integers(len(manifest))
-            place = visit._replace(index=int(other))
-        return [
-            *skipped,
-            MediaError(
-                f"{ATTEMPTS} rows of {manifest.path} in turn name files that cannot be read, the last one in "
-                f"{skipped[-1].origin}: {skipped[-1].reason} Check the files, and where their paths start."
-            ),
-        ]
+        fault = (
+            f"{len(skipped)} rows of {manifest.path} in turn name files that cannot be read, the last one in "
+            f"{skipped[-1].origin}: {skipped[-1].reason} Check the files, and where their paths start."
+        )
+        return [*skipped, MediaError(fault)]
 
     def _drawn(self, row: Row, visit: Visit) -> Sample:
         """A row with an answer, an instruction and a context, its media unread."""
         draw = np.random.default_rng([self.seed, DRAW, *visit])
-        answer = draw.choice(list(row.answers), p=list(row.answers.values())) if row.answers else None
-        if answer is None:
+        if not row.answers:
             raise InputError(f"{row.origin}: it has no answer. Add it, or remove the row.")
+        answer = list(row.answers)[draw.choice(len(row.answers), p=list(row.answers.values()))]
         sample = row.sample
         modality = next((media.modality for media in sample.all_media), "")
         templates, instruction = self._templates(modality, row.task, row.origin), sample.instruction
         if templates:
-            template = templates[draw.integers(len(templates))]
-            instruction = template.replace("{question}", instruction or "")
+            instruction = templates[draw.integers(len(templates))].format(question=instruction)
         media = self._in_context(sample.media, draw) if self.context else sample.media
-        return dataclasses.replace(sample, instruction=instruction, media=media, answer=str(answer))
+        return dataclasses.replace(sample, instruction=instruction, media=media, answer=answer)
 
     def _templates(self, modality: str, task: str, where: str) -> list[str]:
         """The templates that a row of a task needs; none where it says all itself."""

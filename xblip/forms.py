@@ -218,13 +218,13 @@ class Fields:
         """Checks them.
 
         Args:
-          fields: for each key a column's name, or a format string over columns; None for the columns as they are.
+          fields: for each key a column's name, or a format string over columns; none for the columns as they are.
           modalities: the modalities' names that are known here.
 
         Raises:
           ConfigError: a key that no form has, or a value that is neither.
         """
-        self.fields = None if fields is None else dict(fields)
+        self.fields = dict(fields) if fields else None
         for key, value in (fields or {}).items():
             if key not in TEXTS and key not in modalities:
                 raise ConfigError(f'Unknown key "{key}" in fields.{suggest(str(key), TEXTS | set(modalities))}')

@@ -33,10 +33,22 @@ class FilePart:
     size: int
 
     def read(self) -> bytes:
-        """Returns its bytes."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        """Returns its bytes.
+
+        Raises:
+          MediaError: the file is missing or unreadable, or ends before this part of it does.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as cause:
+            raise MediaError(f"Cannot read {self.name!r} in {self.path}: {cause}.") from cause
+        if len(data) < self.size:
+            raise MediaError(
+                f"Cannot read {self.name!r} in {self.path}: the file ends before it does. Has it changed, or been cut?"
+            )
+        return data
 
 
 @dataclass(frozen=True)
@@ -108,9 +120,10 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
     Raises:
       MediaError: the file is missing, a folder, unreadable or empty, or a URL.
     """
+    name = ""
     if isinstance(source, FilePart):
-        return _part_of_file(source, kind)
-    if isinstance(source, (bytes, bytearray, memoryview)):
+        data, label, name = source.read(), f"{kind} {source.name!r} in {source.path}", source.name
+    elif isinstance(source, (bytes, bytearray, memoryview)):
         data, label = bytes(source), f"the {kind} given as bytes"
     elif hasattr(source, "read"):
         label = f"the {kind} given as an open file"
@@ -121,20 +134,7 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
         return None
     if not data:
         raise MediaError(f"Cannot read {label}: it is empty.")
-    return MediaFile(label=label, data=data)
-
-
-def _part_of_file(source: FilePart, kind: str) -> MediaFile:
-    label = f"{kind} {source.name!r} in {source.path}"
-    try:
-        data = source.read()
-    except OSError as cause:
-        raise MediaError(f"Cannot read {label}: {cause}.") from cause
-    if len(data) < source.size:
-        raise MediaError(f"Cannot read {label}: {source.path} ends before it does. Has it changed, or been cut?")
-    if not data:
-        raise MediaError(f"Cannot read {label}: it is empty.")
-    return MediaFile(label=label, data=data, name=source.name)
+    return MediaFile(label=label, data=data, name=name)
 
 
 def _contents(source: BinaryIO, label: str) -> bytes:

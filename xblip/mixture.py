@@ -89,11 +89,15 @@ class BatchPlan(Sampler[list[Visit]]):
         self.unit = batch_size * world_size
         total = sum(source.rows for source in self.sources)
         self.steps_per_epoch = -(-total // (self.unit * accumulation))
-        names = list(dict.fromkeys(source.group for source in self.sources))
-        self._groups = [[k for k, source in enumerate(self.sources) if source.group == name] for name in names]
-        self._shares = [shares[group] / shares[group].sum() for group in self._groups]
-        self._group_shares = np.array([shares[group].sum() for group in self._groups])
-        self._by_length = group_by_length and all(source.lengths is not None for source in self.sources)
+        self._turns = Turns(
+            shares,
+            [source.group for source in self.sources],
+            steps=self.steps_per_epoch,
+            accumulation=accumulation,
+            seed=seed,
+        )
+        self._by_length = group_by_length
+        assert not group_by_length or all(source.lengths is not None for source in self.sources)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
         self._start = 0
@@ -114,31 +118,12 @@ class BatchPlan(Sampler[list[Visit]]):
         self._start = done * self.accumulation
 
     def __iter__(self) -> Iterator[list[Visit]]:
-        order, places = self._epoch(self.epoch)
+        order, places = self._turns.of(self.epoch)
         start, self._start = self._start, 0
         for source, place in zip(order[start:].tolist(), places[start:].tolist(), strict=True):
             epoch, rows = self._rows(source, place)
             mine = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
             yield [Visit(source, row, epoch) for row in mine.tolist()]
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each micro-batch of an epoch its source, and how many of that source came before since the beginning."""
-        generator = np.random.default_rng([self.seed, 0, epoch])
-        steps = [seats(self._group_shares, self.steps_per_epoch * (epoch + more)) for more in (0, 1)]
-        groups = generator.permutation(np.repeat(np.arange(len(self._groups)), steps[1] - steps[0]))
-        order = np.empty((self.steps_per_epoch, self.accumulation), np.int64)
-        before = np.zeros(len(self.sources), np.int64)
-        for number, group in enumerate(self._groups):
-            counts = [seats(self._shares[number], done[number] * self.accumulation) for done in steps]
-            before[group] = counts[0]
-            own = generator.permutation(np.repeat(group, counts[1] - counts[0]))
-            order[groups == number] = own.reshape(-1, self.accumulation)
-        order = order.ravel()
-        places = np.empty_like(order)
-        for source in range(len(self.sources)):
-            own = order == source
-            places[own] = before[source] + np.arange(own.sum())
-        return order, places
 
     def _rows(self, source: int, place: int) -> tuple[int, np.ndarray]:
         """The epoch of a source and the rows of all processes, of its micro-batch number `place`.
@@ -170,6 +155,37 @@ class BatchPlan(Sampler[list[Visit]]):
         lengths = np.asarray(self.sources[source].lengths)[rows] + generator.uniform(0, BLUR, len(rows))
         batches[:full] = rows[np.argsort(lengths)].reshape(-1, self.unit)
         return generator.permutation(batches)
+
+
+class Turns:
+    """Which source each micro-batch is of, epoch by epoch: each gets its share, in an order drawn anew."""
+
+    def __init__(self, shares: np.ndarray, groups: Sequence[str], *, steps: int, accumulation: int, seed: int):
+        """Keeps how often each source has its turn, in epochs of `steps` steps of `accumulation` micro-batches."""
+        self.steps, self.accumulation, self.seed = steps, accumulation, seed
+        self._groups = [[k for k, name in enumerate(groups) if name == group] for group in dict.fromkeys(groups)]
+        self._shares = [shares[group] / shares[group].sum() for group in self._groups]
+        self._group_shares = np.array([shares[group].sum() for group in self._groups])
+        self._sources = len(shares)
+
+    def of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns for each micro-batch its source, and how many of that source came before since the beginning."""
+        generator = np.random.default_rng([self.seed, 0, epoch])
+        done = [seats(self._group_shares, self.steps * (epoch + more)) for more in (0, 1)]
+        groups = generator.permutation(np.repeat(np.arange(len(self._groups)), done[1] - done[0]))
+        order = np.empty((self.steps, self.accumulation), np.int64)
+        before = np.zeros(self._sources, np.int64)
+        for number, group in enumerate(self._groups):
+            counts = [seats(self._shares[number], steps[number] * self.accumulation) for steps in done]
+            before[group] = counts[0]
+            own = generator.permutation(np.repeat(group, counts[1] - counts[0]))
+            order[groups == number] = own.reshape(-1, self.accumulation)
+        order = order.ravel()
+        places = np.empty_like(order)
+        for source in range(self._sources):
+            own = order == source
+            places[own] = before[source] + np.arange(own.sum())
+        return order, places
 
 
 def shares_of(weights: Any, sizes: Sequence[int]) -> np.ndarray:
