@@ -71,7 +71,7 @@ def run(data, to="store", *, console=None, **options):
         options.pop("branch", BranchConfig("numbers")), str(data / to), dtype=options.pop("dtype", "float32"), **options
     )
     manifests = manifests_of(job.branch, [str(data / "train.jsonl")])
-    return precompute.precompute(job, manifests, use_cpu=True, **settings, console=console)
+    return precompute.precompute(job, manifests, **settings, console=console)
 
 
 def test_each_source_is_encoded_once_and_stored(data):
@@ -297,18 +297,18 @@ def test_verify_reads_all_and_encodes_some_again(data):
     run(data, shard_bytes=300)
     job = Job(BranchConfig("numbers"), str(data / "store"))
     manifests = manifests_of(job.branch, [str(data / "train.jsonl")])
-    assert "12 items in" in verify(job, manifests, use_cpu=True)
+    assert "12 items in" in verify(job, manifests)
     path = next((data / "store").glob("features*"))
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 64]))
     with pytest.raises(BundleError, match=rf"1 shards in .* are damaged: {path.name}. Delete them"):
-        verify(job, manifests, use_cpu=True)
+        verify(job, manifests)
     path.write_bytes(good)
     with pytest.raises(BundleError, match=r"settings.seed is 3 here|another encoder"):
-        verify(Job(BranchConfig("numbers", config={"seed": 3}), job.folder), manifests, use_cpu=True)
+        verify(Job(BranchConfig("numbers", config={"seed": 3}), job.folder), manifests)
     (data / "5.txt").write_text("5 5 5 5")
     with pytest.raises(BundleError, match=r"1 of this run's sources have no stored features"):
-        verify(job, manifests, use_cpu=True)
+        verify(job, manifests)
 
 
 def test_verify_finds_features_of_something_else(data, monkeypatch):
@@ -317,7 +317,7 @@ def test_verify_finds_features_of_something_else(data, monkeypatch):
     monkeypatch.setattr(Numbers, "load", lambda self, source: {"values": 2 * load(self, source)["values"]})
     job = Job(BranchConfig("numbers"), str(data / "store"))
     with pytest.raises(BundleError, match=r"its stored features are off by .* they are not this encoder's"):
-        verify(job, manifests_of(job.branch, [str(data / "train.jsonl")]), use_cpu=True)
+        verify(job, manifests_of(job.branch, [str(data / "train.jsonl")])
 
 
 @dataclass

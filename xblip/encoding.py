@@ -40,6 +40,7 @@ class Job:
       num_workers: processes that read files, for each that encodes.
       shard_bytes: of features in a shard.
       flush_seconds: what a killed run loses at most.
+      use_cpu: leave accelerators alone.
     """
 
     branch: BranchConfig
@@ -49,6 +50,7 @@ class Job:
     num_workers: int = 0
     shard_bytes: int = 2**28
     flush_seconds: float = 300
+    use_cpu: bool = False
 
 
 class Skip(NamedTuple):
@@ -196,9 +198,9 @@ class Encoding:
         return Features(values.cpu(), mask.cpu(), segments).split()
 
 
-def best_device(*, use_cpu: bool = False) -> torch.device:
-    """Returns the accelerator of this machine if there is one."""
-    there = torch.accelerator.is_available() and not use_cpu
+def best_device(job: Job) -> torch.device:
+    """Returns the accelerator of this machine if there is one and the job may use it."""
+    there = torch.accelerator.is_available() and not job.use_cpu
     return torch.accelerator.current_accelerator() if there else torch.device("cpu")
 
 

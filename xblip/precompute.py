@@ -82,7 +82,6 @@ def precompute(
     *,
     engine: str = "accelerate",
     max_skipped: float = 0.01,
-    use_cpu: bool = False,
     console: Console | None = None,
 ) -> Summary:
     """Stores the features of all sources that manifests name, those left out that are stored already.
@@ -95,7 +94,6 @@ def precompute(
       manifests: of the data.
       engine: "accelerate" for this process and those started with it, "ray" for the actors of a Ray cluster.
       max_skipped: share of the sources that may be broken.
-      use_cpu: leave accelerators alone.
       console: where is said what the run will take.
 
     Returns:
@@ -111,7 +109,7 @@ def precompute(
     console = console or Console(highlight=False)
     sources = distinct_sources(manifests, job.branch.modality)
     limit = max_skipped * len(sources)
-    state = PartialState(cpu=best_device(use_cpu=use_cpu).type == "cpu", timeout=timedelta(days=7))
+    state = PartialState(cpu=best_device(job).type == "cpu", timeout=timedelta(days=7))
     rank, count = state.process_index, state.num_processes
     show = state.is_main_process and sys.stderr.isatty()
     encoding = Encoding(job, state.device)
@@ -144,7 +142,7 @@ def precompute(
     return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
 
 
-def verify(job: Job, manifests: Sequence[Manifest], *, use_cpu: bool = False, show: bool = False) -> str:
+def verify(job: Job, manifests: Sequence[Manifest], *, show: bool = False) -> str:
     """Reads a whole store and compares it with its checksums, and encodes some of the sources again.
 
     Returns:
@@ -153,7 +151,7 @@ def verify(job: Job, manifests: Sequence[Manifest], *, use_cpu: bool = False, sh
     Raises:
       BundleError: shards are damaged or torn, features differ, or sources are not stored.
     """
-    encoding = Encoding(job, best_device(use_cpu=use_cpu))
+    encoding = Encoding(job, best_device(job))
     store = encoding.open(create=False)
     stored_encoder(store, job.branch)
     checked = tqdm(store.damaged(), desc="read", total=len(store), disable=not show)
