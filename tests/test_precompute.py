@@ -317,7 +317,7 @@ def test_verify_finds_features_of_something_else(data, monkeypatch):
     monkeypatch.setattr(Numbers, "load", lambda self, source: {"values": 2 * load(self, source)["values"]})
     job = Job(BranchConfig("numbers"), str(data / "store"))
     with pytest.raises(BundleError, match=r"its stored features are off by .* they are not this encoder's"):
-        verify(job, manifests_of(job.branch, [str(data / "train.jsonl")])
+        verify(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
 
 
 @dataclass

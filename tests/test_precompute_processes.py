@@ -65,7 +65,7 @@ def work(data: Path, to: str, rank: int, ranks: int, port: int) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     job = Job(BranchConfig("slow_numbers"), str(data / to), dtype="float32", shard_bytes=2000, use_cpu=True)
-    precompute(job, manifests_of(job.branch, [str(data / "train.jsonl")])
+    precompute(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
     PartialState().destroy_process_group()
 
 
