@@ -55,7 +55,11 @@ def some_files(folder):
 def run(data, to="store", *, console=None, **options):
     settings = {key: options.pop(key) for key in ("engine", "max_skipped") if key in options}
     job = Job(
-        options.pop("branch", BranchConfig("numbers")), str(data / to), dtype=options.pop("dtype", "float32"), **options
+        options.pop("branch", BranchConfig("numbers")),
+        str(data / to),
+        dtype=options.pop("dtype", "float32"),
+        use_cpu=True,
+        **options,
     )
     manifests = manifests_of(job.branch, [str(data / "train.jsonl")])
     return precompute.precompute(job, manifests, **settings, console=console)

@@ -5,6 +5,7 @@ out. On an accelerator batches are filled up, and features agree within the dtyp
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,8 +137,8 @@ class Encoding:
             flush_seconds=self.job.flush_seconds,
         )
 
-    def features(self, sources: Sequence[Any], *, again: bool = False) -> Iterator[tuple[Loaded, Features | None]]:
-        """Reads and encodes sources; gives each as it was read, with its features if it could be read and they are new.
+    def batches(self, sources: Sequence[Any], *, again: bool = False) -> Iterator[list[tuple[Loaded, Features | None]]]:
+        """Reads and encodes sources; gives batches of them as they were read, with the features of those that are new.
 
         Args:
           sources: to encode.
@@ -154,10 +155,8 @@ class Encoding:
         )
         try:
             for batch in _batches((item for items in loader for item in items), self.limit):
-                if batch[0].tensors is None:
-                    yield batch[0], None
-                else:
-                    yield from zip(batch, self._encode(batch), strict=True)
+                features = [None] if batch[0].tensors is None else self._encode(batch)
+                yield list(zip(batch, features, strict=True))
         except torch.OutOfMemoryError as cause:
             raise InputError(f"{self.limit} segments at once do not fit into memory: give --batch-segments.") from cause
         except RuntimeError as cause:
@@ -177,25 +176,37 @@ class Encoding:
           BundleError: the store cannot be written.
         """
         skipped: list[Skip] = []
-        name = f"encode {self.modality.name}"
-        for loaded, features in tqdm(self.features(sources), desc=name, total=len(sources), disable=not show):
-            if len(loaded.files):
-                writer.files.append(loaded.files)
-            try:
-                if loaded.error:
-                    raise loaded.error
-                if features is not None:
-                    writer.add(loaded.key, features)
-            except MediaError as error:
-                skipped.append(Skip(describe(loaded.source), loaded.key.hex(), str(error)))
-            if len(skipped) > max_skipped:
-                break
-        return skipped
+        bar = tqdm(desc=f"encode {self.modality.name}", total=len(sources), disable=not show)
+        with bar, ThreadPoolExecutor(1) as beside:  # a batch is written while the next one is encoded
+            writing = beside.submit(list)
+            for batch in self.batches(sources):
+                skipped += writing.result()
+                writing = beside.submit(_add, writer, batch)
+                bar.update(len(batch))
+                if len(skipped) > max_skipped:
+                    break
+            return skipped + writing.result()
 
     def _encode(self, batch: Sequence[Loaded]) -> list[Features]:
         tensors, segments = collate([loaded.tensors for loaded in batch])
         values, mask = self.encoder(**{name: tensor.to(self.device) for name, tensor in tensors.items()})
         return Features(values.cpu(), mask.cpu(), segments).split()
+
+
+def _add(writer: StoreWriter, batch: Sequence[tuple[Loaded, Features | None]]) -> list[Skip]:
+    """Adds what was encoded to a store; returns what could not be."""
+    skipped = []
+    for loaded, features in batch:
+        if len(loaded.files):
+            writer.files.append(loaded.files)
+        try:
+            if loaded.error:
+                raise loaded.error
+            if features is not None:
+                writer.add(loaded.key, features)
+        except MediaError as error:
+            skipped.append(Skip(describe(loaded.source), loaded.key.hex(), str(error)))
+    return skipped
 
 
 def best_device(job: Job) -> torch.device:

@@ -6,6 +6,7 @@ the store holds already.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import shutil
 import sys
@@ -165,7 +166,8 @@ def verify(job: Job, manifests: Sequence[Manifest], *, show: bool = False) -> st
     store.check(sources)
     allowed = ALLOWED["exact" if {store.facts.dtype, store.facts.encoder.dtype} == {"float32"} else "rounded"]
     largest, compared = 0.0, 0
-    for loaded, fresh in encoding.features(sources[:: max(1, len(sources) // NUM_COMPARED)][:NUM_COMPARED], again=True):
+    sample = sources[:: max(1, len(sources) // NUM_COMPARED)][:NUM_COMPARED]
+    for loaded, fresh in itertools.chain.from_iterable(encoding.batches(sample, again=True)):
         if fresh is None:
             continue
         stored = store.features(loaded.source)
