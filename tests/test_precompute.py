@@ -228,6 +228,8 @@ def test_another_encoder_needs_another_store(data, branch, message):
 
 
 def test_wrong_settings(data):
+    with pytest.raises(BundleError, match=r"Cannot write .*train.jsonl.*Give another folder"):
+        run(data, to="train.jsonl")
     with pytest.raises(ConfigError, match=r'Unknown engine "rays". Did you mean "ray"'):
         run(data, engine="rays")
     with pytest.raises(ConfigError, match=r'Features cannot be stored as "half"'):

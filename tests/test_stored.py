@@ -12,6 +12,8 @@ from stores import Numbers, run, some_files
 from xblip.branch import Branch, BranchConfig
 from xblip.errors import BundleError
 from xblip.llm import FrozenLLM, LLMConfig
+from xblip.model import XBlip
+from xblip.sample import Sample
 from xblip.store import FeatureStore
 from xblip.stored import stored_encoder
 from xblip.testing import ToyEncoder, ToyModality, small_qformer
@@ -86,6 +88,26 @@ def test_a_branch_saved_without_its_encoder_is_the_same_to_the_byte(data, llm_fo
         branch.encode([data / "0.txt"])
     with pytest.raises(BundleError, match=r"has no encoder"):
         branch.read({"values": torch.zeros(1, 4)})
+
+
+def test_losses_and_gradients_are_those_of_the_encoder(data, llm):
+    run(data)
+    stored = FeatureStore.open(data / "store")
+    config = BranchConfig("numbers", bridge=small_qformer(llm.config.source))
+    losses, gradients = [], []
+    for encoder in (None, stored_encoder(stored, config)):
+        torch.manual_seed(0)
+        branch = Branch.build(config, llm_width=llm.width, encoder=encoder)
+        model = XBlip(llm=llm, branches={"numbers": branch})
+        sources = [data / f"{number}.txt" for number in range(12)]
+        media = [stored.features(source) for source in sources] if encoder else sources
+        loss = model([Sample("what is this ?", [("numbers", source)], "one") for source in media])["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(
+            torch.cat([weight.grad.flatten() for weight in branch.parameters() if weight.grad is not None])
+        )
+    assert losses[0] == losses[1] and torch.equal(*gradients) and gradients[0].abs().max() > 0
 
 
 def test_features_of_another_encoder_are_refused_before_it_is_loaded(data):

@@ -149,12 +149,12 @@ class Encoding:
         """
         loader = DataLoader(
             _Sources(sources, self.modality, self.store, again=again),
-            batch_size=8,
+            batch_size=None,
             num_workers=self.job.num_workers,
-            collate_fn=_as_they_are,
+            collate_fn=_as_it_is,
         )
         try:
-            for batch in _batches((item for items in loader for item in items), self.limit):
+            for batch in _batches(loader, self.limit):
                 features = [None] if batch[0].tensors is None else self._encode(batch)
                 yield list(zip(batch, features, strict=True))
         except torch.OutOfMemoryError as cause:
@@ -215,8 +215,8 @@ def best_device(job: Job) -> torch.device:
     return torch.accelerator.current_accelerator() if there else torch.device("cpu")
 
 
-def _as_they_are(items: list[Loaded]) -> list[Loaded]:
-    return items
+def _as_it_is(item: Loaded) -> Loaded:
+    return item
 
 
 def _batches(items: Iterable[Loaded], limit: int) -> Iterator[list[Loaded]]:

@@ -28,7 +28,7 @@ from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, Skip, best_device
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.modality import Features
-from xblip.shards import PARTIAL, SUFFIX
+from xblip.shards import PARTIAL, SUFFIX, replacing
 from xblip.store import SKIPPED, StoreWriter
 from xblip.stored import stored_encoder
 
@@ -251,9 +251,9 @@ def _check_skipped(skipped: Sequence[Skip], folder: str, sources: Sequence[Any],
     before = path.read_text().splitlines() if path.is_file() else []
     tried = {describe(source) for source in sources}
     kept = [line for line in before if json.loads(line)["source"] not in tried]
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text("".join(f"{line}\n" for line in [*kept, *(json.dumps(skip._asdict()) for skip in skipped)]))
-    partial.replace(path)
+    lines = [*kept, *(json.dumps(skip._asdict()) for skip in skipped)]
+    with replacing(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
     if len(skipped) > max_skipped * len(sources):
         raise MediaError(
             f"{len(skipped)} of {len(sources)} sources cannot be encoded, more than {max_skipped:.2%}; {path} names them. "

@@ -10,9 +10,9 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -229,13 +229,24 @@ def write_shard(
     parts["values"] = (DTYPES[dtype], (rows, width), [item.values for item in items])
     if not all(item.mask.all() for item in items):
         parts["mask"] = (np.bool_, (rows,), [item.mask for item in items])
+    with replacing(path) as file:
+        file.write(_header(parts, {"encoder": encoder, "dtype": dtype}))
+        for _, _, arrays in parts.values():
+            for array in arrays:
+                file.write(np.ascontiguousarray(array).data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that takes the place of `path` once it is whole and on disk, and not before.
+
+    Raises:
+      BundleError: it cannot be written, such as on a full disk; nothing is left of it.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
-            file.write(_header(parts, {"encoder": encoder, "dtype": dtype}))
-            for _, _, arrays in parts.values():
-                for array in arrays:
-                    file.write(np.ascontiguousarray(array).data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -243,10 +254,8 @@ def write_shard(
     except OSError as cause:
         with contextlib.suppress(OSError):
             partial.unlink()
-        size = sum(item.nbytes for item in items)
         raise BundleError(
-            f"Cannot write {size / 2**20:.3g} MiB of features to {path}: {cause.strerror}. What was complete is kept: make "
-            "room, and run the same command again."
+            f"Cannot write {path}: {cause.strerror}. What was complete is kept: make room, and run the same command again."
         ) from cause
 
 
