@@ -7,71 +7,27 @@ import shutil
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from kit import Beads, registered
 from rich.console import Console
+from stores import CountingEncoder, Numbers, run, some_files
 
-from xblip import cli, decoding, encoding, precompute
-from xblip.branch import Branch, BranchConfig
+from xblip import cli, encoding, precompute
+from xblip.branch import BranchConfig
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, PluginError
-from xblip.llm import FrozenLLM, LLMConfig
 from xblip.precompute import manifests_of, verify
 from xblip.store import FeatureStore
-from xblip.stored import stored_encoder
-from xblip.testing import ToyEncoder, ToyModality, small_qformer
-
-
-class Numbers(ToyModality):
-    """Rows of four numbers from text files; counts those that are encoded."""
-
-    name = "numbers"
-    cue = "input : "
-    encoded = 0
-
-    def load(self, source):
-        with decoding(str(source), "rows of four numbers"):
-            return super().load([float(word) for word in Path(source).read_text().split()])
-
-    def build_encoder(self):
-        return CountingEncoder(self.config.width, self.config.seed)
-
-
-class CountingEncoder(ToyEncoder):
-    """Counts segments."""
-
-    def forward(self, values):
-        Numbers.encoded += len(values)
-        return super().forward(values)
+from xblip.testing import ToyEncoder
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Twelve files of one to three rows, named by a manifest twice each; the manifest's folder."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for number in range(12):
-        values = torch.randn(4 * (1 + number % 3), generator=generator)
-        (tmp_path / f"{number}.txt").write_text(" ".join(map(str, values.tolist())))
-        rows += [{"numbers": f"{number}.txt", "instruction": "what is this ?", "answer": "one"}] * 2
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Numbers.encoded = 0
-    with registered(Numbers):
+    with some_files(tmp_path):
         yield tmp_path
-
-
-def run(data, to="store", *, console=None, **options):
-    settings = {key: options.pop(key) for key in ("engine", "max_skipped") if key in options}
-    job = Job(
-        options.pop("branch", BranchConfig("numbers")), str(data / to), dtype=options.pop("dtype", "float32"), **options
-    )
-    manifests = manifests_of(job.branch, [str(data / "train.jsonl")])
-    return precompute.precompute(job, manifests, use_cpu=True, **settings, console=console)
 
 
 def test_each_source_is_encoded_once_and_stored(data):
@@ -159,7 +115,7 @@ def test_a_broken_file_is_skipped_and_named(data):
     (data / "3.txt").write_text("1 2 three")
     (data / "4.txt").unlink()
     with pytest.raises(
-        MediaError, match=r"1 of 12 sources cannot be encoded, more than 1.00%; .*skipped.jsonl names them"
+        MediaError, match=r"[12] of 12 sources cannot be encoded, more than 1.00%; .*skipped.jsonl names them"
     ):
         run(data)
     done = run(data, max_skipped=0.2)
@@ -272,6 +228,8 @@ def test_another_encoder_needs_another_store(data, branch, message):
 
 
 def test_wrong_settings(data):
+    with pytest.raises(BundleError, match=r"Cannot write .*train.jsonl.*Give another folder"):
+        run(data, to="train.jsonl")
     with pytest.raises(ConfigError, match=r'Unknown engine "rays". Did you mean "ray"'):
         run(data, engine="rays")
     with pytest.raises(ConfigError, match=r'Features cannot be stored as "half"'):
@@ -297,18 +255,18 @@ def test_verify_reads_all_and_encodes_some_again(data):
     run(data, shard_bytes=300)
     job = Job(BranchConfig("numbers"), str(data / "store"))
     manifests = manifests_of(job.branch, [str(data / "train.jsonl")])
-    assert "12 items in" in verify(job, manifests, use_cpu=True)
+    assert "12 items in" in verify(job, manifests)
     path = next((data / "store").glob("features*"))
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 64]))
     with pytest.raises(BundleError, match=rf"1 shards in .* are damaged: {path.name}. Delete them"):
-        verify(job, manifests, use_cpu=True)
+        verify(job, manifests)
     path.write_bytes(good)
     with pytest.raises(BundleError, match=r"settings.seed is 3 here|another encoder"):
-        verify(Job(BranchConfig("numbers", config={"seed": 3}), job.folder), manifests, use_cpu=True)
+        verify(Job(BranchConfig("numbers", config={"seed": 3}), job.folder), manifests)
     (data / "5.txt").write_text("5 5 5 5")
     with pytest.raises(BundleError, match=r"1 of this run's sources have no stored features"):
-        verify(job, manifests, use_cpu=True)
+        verify(job, manifests)
 
 
 def test_verify_finds_features_of_something_else(data, monkeypatch):
@@ -317,82 +275,7 @@ def test_verify_finds_features_of_something_else(data, monkeypatch):
     monkeypatch.setattr(Numbers, "load", lambda self, source: {"values": 2 * load(self, source)["values"]})
     job = Job(BranchConfig("numbers"), str(data / "store"))
     with pytest.raises(BundleError, match=r"its stored features are off by .* they are not this encoder's"):
-        verify(job, manifests_of(job.branch, [str(data / "train.jsonl")]), use_cpu=True)
-
-
-@dataclass
-class FolderConfig:
-    """`encoder`: folder of the weights; `scale`: of the numbers."""
-
-    encoder: str = ""
-    scale: float = 1.0
-
-
-class FolderToy(ToyModality):
-    """Toys whose encoder's seed lies in a folder."""
-
-    name = "folder_toy"
-    Config = FolderConfig
-
-    def build_encoder(self):
-        return ToyEncoder(16, int(Path(self.config.encoder, "weights.bin").read_text()))
-
-
-def test_an_encoder_is_known_by_what_is_in_its_files(tmp_path):
-    folder = tmp_path / "encoder"
-    folder.mkdir()
-    (folder / "weights.bin").write_text("1")
-    (folder / "config.json").write_text("{}")
-    (tmp_path / "train.jsonl").write_text('{"folder_toy": [1, 2, 3, 4], "instruction": "what ?", "answer": "one"}\n')
-    config = BranchConfig("folder_toy", config={"encoder": str(folder)})
-    with registered(FolderToy):
-        run(tmp_path, branch=config)
-        stored = FeatureStore.open(tmp_path / "store")
-        moved = BranchConfig("folder_toy", config={"encoder": str(shutil.copytree(folder, tmp_path / "moved"))})
-        (tmp_path / "moved" / "README.md").write_text("a copy")
-        assert stored_encoder(stored, config).fingerprint == stored_encoder(stored, moved).fingerprint
-        (folder / "config.json").write_text('{"eps": 2}')
-        with pytest.raises(BundleError, match=r"files.config.json is '\w+' here and '\w+' there. Correct the config"):
-            stored_encoder(stored, config)
-        run(tmp_path, branch=moved)
-        with pytest.raises(BundleError, match=r"origin.files.config.json"):
-            run(tmp_path, branch=config)
-        shutil.rmtree(folder)
-        with pytest.raises(BundleError, match=r"settings.encoder is '.*encoder' here and None there"):
-            stored_encoder(stored, config)
-
-
-def test_a_branch_saved_without_its_encoder_is_the_same_to_the_byte(data, llm_folder):
-    run(data)
-    llm = FrozenLLM.from_pretrained(LLMConfig(source=str(llm_folder), dtype="float32"))
-    config = BranchConfig("numbers", bridge=small_qformer(llm_folder))
-    stored = FeatureStore.open(data / "store")
-    for name, encoder in (("with", None), ("without", stored_encoder(stored, config))):
-        torch.manual_seed(0)
-        branch = Branch.build(config, llm_width=llm.width, encoder=encoder)
-        branch.save(data / name, llm=llm)
-    files = sorted(path.relative_to(data / "with") for path in (data / "with").rglob("*") if path.is_file())
-    assert files and all(
-        (data / "with" / file).read_bytes() == (data / "without" / file).read_bytes() for file in files
-    )
-    features = stored.features(data / "0.txt")
-    with torch.no_grad():
-        whole = Branch.load(data / "with", llm=llm).eval()
-        assert torch.equal(whole([data / "0.txt"], ["what ?"])[0], branch.eval()([features], ["what ?"])[0])
-    with pytest.raises(BundleError, match=r"reads the features of numbers from .* and has no encoder.*values"):
-        branch.encode([data / "0.txt"])
-    with pytest.raises(BundleError, match=r"has no encoder"):
-        branch.read({"values": torch.zeros(1, 4)})
-
-
-def test_features_of_another_encoder_are_refused_before_it_is_loaded(data):
-    run(data)
-    stored = FeatureStore.open(data / "store")
-    with pytest.raises(BundleError, match=r"not those of this config's encoder: settings.seed is 1 here and 0 there"):
-        stored_encoder(stored, BranchConfig("numbers", config={"seed": 1}))
-    with registered(Beads), pytest.raises(BundleError, match=r"modality is 'beads' here and 'numbers' there"):
-        stored_encoder(stored, BranchConfig("beads"))
-    assert Numbers.encoded == 24
+        verify(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
 
 
 def test_the_command(data, llm_folder, monkeypatch, capsys):

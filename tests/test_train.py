@@ -135,7 +135,7 @@ def files(config, manifest):
 @pytest.fixture
 def store(files, tmp_path):
     """The features of these files."""
-    stored(Job(files.branch, str(tmp_path / "store"), dtype="float32"), [manifest_of(files)], use_cpu=True)
+    stored(Job(files.branch, str(tmp_path / "store"), dtype="float32", use_cpu=True), [manifest_of(files)])
     return tmp_path / "store"
 
 

@@ -52,18 +52,23 @@ def precompute(
     from xblip.train_config import load_train_config, open_manifests
 
     settings = load_train_config(config, overrides or [])
-    workers = settings.training.get("dataloader_num_workers", 0)
-    job = run.Job(settings.branch, to, dtype=dtype, batch_segments=batch_segments, num_workers=workers)
+    job = run.Job(
+        settings.branch,
+        to,
+        dtype=dtype,
+        batch_segments=batch_segments,
+        num_workers=settings.training.get("dataloader_num_workers", 0),
+        use_cpu=settings.training.get("use_cpu", False),
+    )
     modalities = {settings.branch.modality: build_modality(settings.branch)}
     named = {"data.train": settings.data.train, "data.eval": settings.data.eval}
     manifests = [
         manifest for where, given in named.items() for manifest in open_manifests(given, where, modalities=modalities)
     ]
-    use_cpu = settings.training.get("use_cpu", False)
     if verify:
-        print(f"{to} is right: {run.verify(job, manifests, use_cpu=use_cpu, show=sys.stderr.isatty())}")
+        print(f"{to} is right: {run.verify(job, manifests, show=sys.stderr.isatty())}")
         return
-    done = run.precompute(job, manifests, engine=engine, max_skipped=max_skipped, use_cpu=use_cpu)
+    done = run.precompute(job, manifests, engine=engine, max_skipped=max_skipped)
     skipped = f", skipped {len(done.skipped)} (see {Path(to, 'skipped.jsonl')})" if done.skipped else ""
     if int(os.environ.get("RANK", "0")) == 0:
         print(

@@ -5,6 +5,7 @@ out. On an accelerator batches are filled up, and features agree within the dtyp
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class Job:
       num_workers: processes that read files, for each that encodes.
       shard_bytes: of features in a shard.
       flush_seconds: what a killed run loses at most.
+      use_cpu: leave accelerators alone.
     """
 
     branch: BranchConfig
@@ -49,6 +51,7 @@ class Job:
     num_workers: int = 0
     shard_bytes: int = 2**28
     flush_seconds: float = 300
+    use_cpu: bool = False
 
 
 class Skip(NamedTuple):
@@ -134,8 +137,8 @@ class Encoding:
             flush_seconds=self.job.flush_seconds,
         )
 
-    def features(self, sources: Sequence[Any], *, again: bool = False) -> Iterator[tuple[Loaded, Features | None]]:
-        """Reads and encodes sources; gives each as it was read, with its features if it could be read and they are new.
+    def batches(self, sources: Sequence[Any], *, again: bool = False) -> Iterator[list[tuple[Loaded, Features | None]]]:
+        """Reads and encodes sources; gives batches of them as they were read, with the features of those that are new.
 
         Args:
           sources: to encode.
@@ -146,16 +149,14 @@ class Encoding:
         """
         loader = DataLoader(
             _Sources(sources, self.modality, self.store, again=again),
-            batch_size=8,
+            batch_size=None,
             num_workers=self.job.num_workers,
-            collate_fn=_as_they_are,
+            collate_fn=_as_it_is,
         )
         try:
-            for batch in _batches((item for items in loader for item in items), self.limit):
-                if batch[0].tensors is None:
-                    yield batch[0], None
-                else:
-                    yield from zip(batch, self._encode(batch), strict=True)
+            for batch in _batches(loader, self.limit):
+                features = [None] if batch[0].tensors is None else self._encode(batch)
+                yield list(zip(batch, features, strict=True))
         except torch.OutOfMemoryError as cause:
             raise InputError(f"{self.limit} segments at once do not fit into memory: give --batch-segments.") from cause
         except RuntimeError as cause:
@@ -175,20 +176,16 @@ class Encoding:
           BundleError: the store cannot be written.
         """
         skipped: list[Skip] = []
-        name = f"encode {self.modality.name}"
-        for loaded, features in tqdm(self.features(sources), desc=name, total=len(sources), disable=not show):
-            if len(loaded.files):
-                writer.files.append(loaded.files)
-            try:
-                if loaded.error:
-                    raise loaded.error
-                if features is not None:
-                    writer.add(loaded.key, features)
-            except MediaError as error:
-                skipped.append(Skip(describe(loaded.source), loaded.key.hex(), str(error)))
-            if len(skipped) > max_skipped:
-                break
-        return skipped
+        bar = tqdm(desc=f"encode {self.modality.name}", total=len(sources), disable=not show)
+        with bar, ThreadPoolExecutor(1) as beside:  # a batch is written while the next one is encoded
+            writing = beside.submit(list)
+            for batch in self.batches(sources):
+                skipped += writing.result()
+                writing = beside.submit(_add, writer, batch)
+                bar.update(len(batch))
+                if len(skipped) > max_skipped:
+                    break
+            return skipped + writing.result()
 
     def _encode(self, batch: Sequence[Loaded]) -> list[Features]:
         tensors, segments = collate([loaded.tensors for loaded in batch])
@@ -196,14 +193,30 @@ class Encoding:
         return Features(values.cpu(), mask.cpu(), segments).split()
 
 
-def best_device(*, use_cpu: bool = False) -> torch.device:
-    """Returns the accelerator of this machine if there is one."""
-    there = torch.accelerator.is_available() and not use_cpu
+def _add(writer: StoreWriter, batch: Sequence[tuple[Loaded, Features | None]]) -> list[Skip]:
+    """Adds what was encoded to a store; returns what could not be."""
+    skipped = []
+    for loaded, features in batch:
+        if len(loaded.files):
+            writer.files.append(loaded.files)
+        try:
+            if loaded.error:
+                raise loaded.error
+            if features is not None:
+                writer.add(loaded.key, features)
+        except MediaError as error:
+            skipped.append(Skip(describe(loaded.source), loaded.key.hex(), str(error)))
+    return skipped
+
+
+def best_device(job: Job) -> torch.device:
+    """Returns the accelerator of this machine if there is one and the job may use it."""
+    there = torch.accelerator.is_available() and not job.use_cpu
     return torch.accelerator.current_accelerator() if there else torch.device("cpu")
 
 
-def _as_they_are(items: list[Loaded]) -> list[Loaded]:
-    return items
+def _as_it_is(item: Loaded) -> Loaded:
+    return item
 
 
 def _batches(items: Iterable[Loaded], limit: int) -> Iterator[list[Loaded]]:

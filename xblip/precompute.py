@@ -6,6 +6,7 @@ the store holds already.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import shutil
 import sys
@@ -27,7 +28,7 @@ from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, Skip, best_device
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.modality import Features
-from xblip.shards import PARTIAL, SUFFIX
+from xblip.shards import PARTIAL, SUFFIX, replacing
 from xblip.store import SKIPPED, StoreWriter
 from xblip.stored import stored_encoder
 
@@ -82,7 +83,6 @@ def precompute(
     *,
     engine: str = "accelerate",
     max_skipped: float = 0.01,
-    use_cpu: bool = False,
     console: Console | None = None,
 ) -> Summary:
     """Stores the features of all sources that manifests name, those left out that are stored already.
@@ -95,7 +95,6 @@ def precompute(
       manifests: of the data.
       engine: "accelerate" for this process and those started with it, "ray" for the actors of a Ray cluster.
       max_skipped: share of the sources that may be broken.
-      use_cpu: leave accelerators alone.
       console: where is said what the run will take.
 
     Returns:
@@ -111,7 +110,7 @@ def precompute(
     console = console or Console(highlight=False)
     sources = distinct_sources(manifests, job.branch.modality)
     limit = max_skipped * len(sources)
-    state = PartialState(cpu=best_device(use_cpu=use_cpu).type == "cpu", timeout=timedelta(days=7))
+    state = PartialState(cpu=best_device(job).type == "cpu", timeout=timedelta(days=7))
     rank, count = state.process_index, state.num_processes
     show = state.is_main_process and sys.stderr.isatty()
     encoding = Encoding(job, state.device)
@@ -144,7 +143,7 @@ def precompute(
     return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
 
 
-def verify(job: Job, manifests: Sequence[Manifest], *, use_cpu: bool = False, show: bool = False) -> str:
+def verify(job: Job, manifests: Sequence[Manifest], *, show: bool = False) -> str:
     """Reads a whole store and compares it with its checksums, and encodes some of the sources again.
 
     Returns:
@@ -153,7 +152,7 @@ def verify(job: Job, manifests: Sequence[Manifest], *, use_cpu: bool = False, sh
     Raises:
       BundleError: shards are damaged or torn, features differ, or sources are not stored.
     """
-    encoding = Encoding(job, best_device(use_cpu=use_cpu))
+    encoding = Encoding(job, best_device(job))
     store = encoding.open(create=False)
     stored_encoder(store, job.branch)
     checked = tqdm(store.damaged(), desc="read", total=len(store), disable=not show)
@@ -167,7 +166,8 @@ def verify(job: Job, manifests: Sequence[Manifest], *, use_cpu: bool = False, sh
     store.check(sources)
     allowed = ALLOWED["exact" if {store.facts.dtype, store.facts.encoder.dtype} == {"float32"} else "rounded"]
     largest, compared = 0.0, 0
-    for loaded, fresh in encoding.features(sources[:: max(1, len(sources) // NUM_COMPARED)][:NUM_COMPARED], again=True):
+    sample = sources[:: max(1, len(sources) // NUM_COMPARED)][:NUM_COMPARED]
+    for loaded, fresh in itertools.chain.from_iterable(encoding.batches(sample, again=True)):
         if fresh is None:
             continue
         stored = store.features(loaded.source)
@@ -251,9 +251,9 @@ def _check_skipped(skipped: Sequence[Skip], folder: str, sources: Sequence[Any],
     before = path.read_text().splitlines() if path.is_file() else []
     tried = {describe(source) for source in sources}
     kept = [line for line in before if json.loads(line)["source"] not in tried]
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text("".join(f"{line}\n" for line in [*kept, *(json.dumps(skip._asdict()) for skip in skipped)]))
-    partial.replace(path)
+    lines = [*kept, *(json.dumps(skip._asdict()) for skip in skipped)]
+    with replacing(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
     if len(skipped) > max_skipped * len(sources):
         raise MediaError(
             f"{len(skipped)} of {len(sources)} sources cannot be encoded, more than {max_skipped:.2%}; {path} names them. "

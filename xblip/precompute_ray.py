@@ -16,7 +16,7 @@ class _Encoder:
     """An actor: a process with the encoder and, where the cluster has them, an accelerator."""
 
     def __init__(self, job: Job):
-        self.encoding = Encoding(job, best_device())
+        self.encoding = Encoding(job, best_device(job))
         self.encoding.open(create=False)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
@@ -64,7 +64,7 @@ def encode(
         ray.init(log_to_driver=False)
     DataContext.get_current().enable_progress_bars = False
     resources = ray.cluster_resources()
-    gpus, cores = int(resources.get("GPU", 0)), 1 + job.num_workers
+    gpus, cores = 0 if job.use_cpu else int(resources.get("GPU", 0)), 1 + job.num_workers
     actors = gpus or max(1, int(resources.get("CPU", 1)) // cores)
     at_once = max(1, min(int(job.shard_bytes / max(bytes_each, 1)), -(-len(sources) // actors)))
     blocks = [{"sources": pickle.dumps(sources[at : at + at_once])} for at in range(0, len(sources), at_once)]

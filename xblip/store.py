@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from xblip import config as configs
 from xblip.contents import COLUMNS, KEY_BYTES, KnownFiles, content_key, describe, is_file
@@ -24,12 +25,12 @@ from xblip.provenance import FORMAT, StoreFacts, differences
 from xblip.shards import (
     CHECKSUM_BYTES,
     DTYPES,
-    PARTIAL,
     SUFFIX,
     Packed,
     Shard,
     Tables,
     pack,
+    replacing,
     unpack,
     write_shard,
 )
@@ -96,7 +97,7 @@ class FeatureStore:
 
     @classmethod
     def create(cls, folder: str | Path, facts: StoreFacts) -> "FeatureStore":
-        """Opens the store of these facts, made if it is not there.
+        """Opens the store of these facts in a folder that is there; made if it is not there.
 
         Raises:
           BundleError: the folder holds features of something else, or cannot be written.
@@ -106,13 +107,8 @@ class FeatureStore:
             raise ConfigError(f'Features cannot be stored as "{facts.dtype}".{suggest(facts.dtype, DTYPES)}')
         path = Path(folder, FILE)
         if not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(FILE + PARTIAL)
-                configs.save_yaml(partial, configs.plain(facts))
-                partial.replace(path)
-            except OSError as cause:
-                raise BundleError(f"Cannot write {path}: {cause.strerror}. Give another folder.") from cause
+            with replacing(path) as file:
+                file.write(OmegaConf.to_yaml(configs.plain(facts)).encode())
         store = cls.open(folder)
         if differ := differences(facts, store.facts):
             raise BundleError(f"{folder} holds other features: {'; '.join(differ)}. Give another folder.")
