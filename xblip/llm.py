@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint
+from xblip.gated import keep_less
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 from xblip.packing import Packing
@@ -115,6 +116,7 @@ class FrozenLLM(Frozen):
         self.context_length = getattr(reader, "max_position_embeddings", None)
         self.fingerprint = _fingerprint(model, tokenizer, config)
         self._labels = LabelReader(model)
+        keep_less(model)
         self.freeze()
 
     @classmethod
