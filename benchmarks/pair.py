@@ -1,7 +1,7 @@
 """Two systems with equal weights: an InstructBLIP of transformers, and the bundle that `xblip convert` makes of it.
 
-Also what both learn from: pictures on disk, instructions and answers. Weights, pictures and words are random, for what a step
-takes does not depend on them; lengths are log-uniform, since most texts are short and a few are long.
+Also what both learn from: pictures on disk, instructions and answers. Weights, pictures and words are random, for what a
+step takes does not depend on them; lengths are log-uniform, since most texts are short and a few are long.
 """
 
 import math
@@ -103,14 +103,11 @@ def save_pair(shapes: Shapes, folder: Path, device: str = "cpu") -> None:
     tokenizer = _tokenizer(shapes.vocabulary, ["<s>"], [])
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     reader = _tokenizer(shapes.words, ["<s>"], ["</s>"])  # in the place of BERT's [CLS] and [SEP]
-    vision = {"attention_dropout": 0.0, **shapes.vision}
     config = InstructBlipConfig(
-        vision_config=vision,
+        vision_config=shapes.vision,
         qformer_config={
             "vocab_size": shapes.words,
-            "hidden_dropout_prob": 0.0,  # else the two would draw other numbers, and their losses differ
-            "attention_probs_dropout_prob": 0.0,
-            "encoder_hidden_size": vision.get("hidden_size", 1408),
+            "encoder_hidden_size": shapes.vision.get("hidden_size", 1408),
             **shapes.qformer,
         },
         text_config=LlamaConfig(
@@ -175,7 +172,7 @@ class System:
 
     Attributes:
       model: what trains and what is frozen in it.
-      rows: of one step, in the order in which this system takes them.
+      rows: of one step.
       dataset: the rows, read when they are fetched.
       collate: rows to the model's inputs.
     """
@@ -200,7 +197,7 @@ def theirs(folder: Path, rows: Sequence[Row], device: str) -> System:
 
 
 def ours(folder: Path, rows: Sequence[Row], device: str, *, stored: Path | None = None) -> System:
-    """The bundle; rows of alike length share a micro-batch, the longest first.
+    """The bundle, rows as they were drawn.
 
     Args:
       folder: of `save_pair`.
@@ -209,18 +206,17 @@ def ours(folder: Path, rows: Sequence[Row], device: str, *, stored: Path | None 
       stored: a file of `store_features`; then no picture is read, and the encoder's weights are let go.
     """
     model = XBlip.from_pretrained(folder / "ours").to(device)
-    rows = sorted(rows, key=lambda row: len(row.instruction.split()) + len(row.answer.split()), reverse=True)
     features = None
     if stored:
         model.branches["image"].encoder.module = nn.Identity()
         features = _stored(stored, len(rows), model.branches["image"].encoder.width)
-    return System(model, rows, _Samples(rows, model, features), lambda samples: {"samples": samples})
+    return System(model, list(rows), _Samples(rows, model, features), lambda samples: {"samples": samples})
 
 
 class _Samples:
     """Rows as samples, their pictures read, or their features fetched."""
 
-    def __init__(self, rows: list[Row], model: XBlip, features: Tensor | None):
+    def __init__(self, rows: Sequence[Row], model: XBlip, features: Tensor | None):
         self.rows = rows
         self.modality = model.branches["image"].modality
         self.features = features

@@ -35,9 +35,16 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class _Clock(TrainerCallback):
-    """Takes the time from the first row that is fetched to the last step."""
+    """Takes the time from the first row that is fetched to the last step, and the memory before."""
 
     def on_train_begin(self, *args, **kwargs):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.bytes_before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.bytes_before = _resident("VmRSS")
         _wait()
         self.started = time.perf_counter()
 
@@ -51,8 +58,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def train_step(system: System, shapes: Shapes, folder: Path, *, device: str, workers: int = 0) -> float:
-    """Runs one step of a Trainer; returns its seconds, reading included."""
+def train_step(system: System, shapes: Shapes, folder: Path, *, device: str, workers: int = 0) -> _Clock:
+    """Runs one step of a Trainer."""
     clock = _Clock()
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
@@ -82,7 +89,7 @@ def train_step(system: System, shapes: Shapes, folder: Path, *, device: str, wor
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return clock.seconds
+    return clock
 
 
 @torch.no_grad()
@@ -122,17 +129,8 @@ def print_peak(kind: str, folder: Path, shapes: Shapes, stage: str, device: str)
     system = build(kind, folder, shapes, stage, device)
     held = [weight for weight in system.model.parameters() if not weight.is_meta]
     sum(float(weight.detach().sum()) for weight in held)  # reads weights that lie in mapped files
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train_step(system, shapes, folder, device=device)
-        total = torch.cuda.max_memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        train_step(system, shapes, folder, device=device)
-        total = _resident("VmHWM")
+    before = train_step(system, shapes, folder, device=device).bytes_before
+    total = _resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
     print(json.dumps({"total": total, "above": total - before}))
 
 
@@ -167,7 +165,7 @@ def measure(stage: str, folder: Path, shapes: Shapes, size: str, *, device: str,
     for repeat in range(repeats + 1):
         peaks.append(peak_flops(shapes.dtype, device))
         for kind, system in systems.items():
-            taken = train_step(system, shapes, folder, device=device, workers=workers)
+            taken = train_step(system, shapes, folder, device=device, workers=workers).seconds
             if repeat:  # the first warms up
                 seconds[kind].append(taken)
             say(f"{stage}, {KINDS[kind]}: {taken:.2f} s")

@@ -19,7 +19,7 @@ CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather"},
     {"config", "loading", "media", "contents"},
-    {"pictures", "checkpoint", "frozen", "encoder", "likelihood", "provenance"},
+    {"pictures", "checkpoint", "frozen", "encoder", "gated", "likelihood", "packing", "provenance"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms", "shards"},
     {"qformer_bridges", "retrieval_bridge", "pooled", "resamplers", "initial", "records", "templates", "store"},

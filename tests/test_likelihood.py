@@ -1,5 +1,6 @@
 """Likelihoods at labelled positions against the same from plain logits, in value and gradient, for many architectures."""
 
+import copy
 import functools
 import threading
 
@@ -143,32 +144,69 @@ def test_half_precision_loses_no_more_than_its_own_rounding():
     assert (found[0] - found[1]).norm() <= 3e-3 * found[0].norm()
 
 
+def saved_bytes(llm: FrozenLLM, batch: PromptBatch) -> int:
+    """Of what a forward pass keeps for the backward pass, weights left out."""
+    weights = {weight.data_ptr() for weight in llm.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        values, _ = llm.token_log_likelihoods(batch)
+    total = sum(kept.values())
+    del values  # until now, so that no memory was used twice
+    return total
+
+
+class TestGatedFeedForwards:
+    @pytest.mark.parametrize(
+        ("family", "settings"),
+        [("Llama", {}), ("Gemma2", {}), ("Qwen3", {})],
+        ids=["Llama", "Gemma 2", "Qwen 3"],
+    )
+    def test_they_keep_less_for_the_same_gradients(self, family, settings, monkeypatch):
+        made = f"{family}ForCausalLM", {**WIDER, "intermediate_size": 200, **settings}
+        lean = build(*made)
+        monkeypatch.setattr("xblip.llm.keep_less", lambda model: None)
+        plain = build(*made)
+        found = []
+        for llm in (lean, plain):
+            batch = make_batch(llm)
+            values, _ = llm.token_log_likelihoods(batch)
+            found.append((values, gradient(values, batch), saved_bytes(llm, make_batch(llm))))
+        assert torch.equal(found[0][0], found[1][0])
+        assert (found[0][1] - found[1][1]).abs().max() <= 1e-5 * found[1][1].abs().max()
+        assert found[0][2] <= found[1][2] - 2 * 3 * 11 * 200 * 4  # layers, rows, positions, width, bytes
+
+    def test_others_are_left_as_they_are(self):
+        llm = build("Phi3ForCausalLM", {**WIDER})
+        assert not any("forward" in vars(module) for module in llm.model.modules())
+
+    def test_a_copy_has_weights_of_its_own(self):
+        model = build(*HEAD_IS_LAST["Llama"]).model
+        other = copy.deepcopy(model)
+        before = model(torch.tensor([[4, 5]])).logits
+        for weight in other.parameters():
+            weight.data.zero_()
+        assert torch.equal(model(torch.tensor([[4, 5]])).logits, before)
+        assert not other(torch.tensor([[4, 5]])).logits.any()
+
+
 class TestCheckpointing:
-    def saved_bytes(self, llm, batch) -> int:
-        """Of what a forward pass keeps for the backward pass, weights left out."""
-        weights = {weight.data_ptr() for weight in llm.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor):
-            if tensor.data_ptr() not in weights:
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            llm.token_log_likelihoods(batch)
-        return sum(kept.values())
-
     @pytest.mark.parametrize("family", ["Llama", "OPT", "Gemma 2, capped", "T5", "BART"])
     def test_gradients_stay_and_activations_go(self, family):
         llm = build(*(HEAD_IS_LAST | MODEL_DOES_MORE)[family])
         batch = make_batch(llm)
         values = llm.token_log_likelihoods(batch)[0]
-        expected, before = gradient(values, batch), self.saved_bytes(llm, batch)
+        expected, before = gradient(values, batch), saved_bytes(llm, batch)
         llm.checkpoint_layers()
         llm.checkpoint_layers()  # once more changes nothing
         again = llm.token_log_likelihoods(batch)[0]
         assert torch.equal(again, values) and torch.equal(gradient(again, batch), expected)
-        assert self.saved_bytes(llm, batch) < before / 2
+        assert saved_bytes(llm, batch) < before / 2
         assert not any(module.training for module in llm.modules())
 
     def test_generation_is_what_it_was(self):
@@ -179,7 +217,8 @@ class TestCheckpointing:
         llm.checkpoint_layers()
         assert llm.generate(batch, max_new_tokens=4) == before
 
-    def test_a_model_without_such_layers_is_an_error(self, llm, monkeypatch):
-        monkeypatch.setattr(llm, "model", torch.nn.Linear(2, 2))
+    def test_a_model_without_such_layers_is_an_error(self):
+        llm = build(*HEAD_IS_LAST["Llama"])
+        llm.model = torch.nn.Linear(2, 2)
         with pytest.raises(ConfigError, match="A Linear has no layers whose activations can be computed again: leave"):
             llm.checkpoint_layers()

@@ -204,6 +204,7 @@ class Router:
             positions = positions.flip(1)
         mask = (positions < torch.tensor(lengths, device=embedded.device)[:, None]).long()
         batch = PromptBatch(torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True, padding_side=side), mask)
+        batch.lengths = lengths if side == "right" else None
         if answers is not None:
             batch.labels = _labels(spoken, None if apart else lengths)
         return batch
