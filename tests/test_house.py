@@ -17,12 +17,12 @@ from xblip import hookspecs, plugins
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
-    {"errors", "hookspecs"},
+    {"errors", "hookspecs", "devices"},
     {"config", "loading", "media"},
     {"pictures", "checkpoint", "frozen", "encoder"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router"},
-    {"qformer_bridges", "pooled", "resamplers", "initial"},
+    {"qformer_bridges", "pooled", "resamplers", "initial", "costs"},
     {"plugins", "data"},
     {"branch", "lavis"},
     {"bundle", "features"},
