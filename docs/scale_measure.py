@@ -68,9 +68,7 @@ def training_step(rows: int = 8, tokens: int = 64, text: int = 12, labels: int =
         batch = PromptBatch(torch.cat([soft, words], 1), torch.ones(rows, positions, dtype=torch.long))
         logits = llm.logits(batch, last=labels)
         bridge.zero_grad()
-        torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), torch.zeros(rows * labels, dtype=torch.long)
-        ).backward()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(rows * labels, dtype=torch.long)).backward()
 
     costs = Costs(0.0, bridge_cost(bridge, features), LLMCost.of(llm))
     lengths = {"segments": rows, "tokens": tokens, "text": 0, "labels": rows * labels}
