@@ -208,6 +208,24 @@ class TestDryRuns:
         assert row.strip().startswith("train toy") and in_flops(total(way.flops)) in row
 
 
+class TestRealModels:
+    """The same code counts a model with weights, as a trainer has one."""
+
+    def test_costs_of_a_branch_are_those_of_its_dry_run(self, model, write, llm_folder, toys):
+        branches = {"toy": {"bridge": small_qformer(llm_folder), "config": {"width": 16}}}
+        dry = examine(write(llm={"source": str(llm_folder)}, branches=branches)).ways["toy"].costs
+        branch = model.branches["toy"]
+        costs, features = costing.costs_of(lambda: branch.encode([[1.0, 2.0, 3.0, 4.0]]), branch.bridge, model.llm)
+        assert costs.llm == dry.llm and costs.encoder == dry.encoder > 0
+        assert features.segments == [1] and all(weight.grad is None for weight in branch.parameters())
+
+    def test_stored_features_cost_nothing_to_encode(self, model):
+        branch = model.branches["toy"]
+        stored = branch.encode([[1.0, 2.0, 3.0, 4.0]])
+        costs, features = costing.costs_of(lambda: branch.encode([stored]), branch.bridge, model.llm)
+        assert costs.encoder == 0 and features.values.equal(stored.values)
+
+
 class TestSteps:
     COSTS = Costs(100.0, CountedCost(Flops(10.0, 20.0)), LLMCost.of(llama()))
     STEP = {"segments": 6, "tokens": 5, "text": 3, "positions": [7, 9], "labels": 4}

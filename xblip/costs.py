@@ -287,6 +287,25 @@ class Costs:
     llm: LLMCost
 
 
+def costs_of(
+    encode: Callable[[], Features], bridge: Bridge, llm: FrozenLLM, *, instruction: str = "a"
+) -> tuple[Costs, Features]:
+    """Costs of a branch before an LLM, found by encoding one item where the encoder is.
+
+    Args:
+      encode: gives the item's features; what it does is counted, which is nothing where they are stored.
+      bridge, llm: of the model.
+      instruction: for bridges that have no formula.
+
+    Returns:
+      The costs, and the features.
+    """
+    found: list[Features] = []
+    encoding = count_flops(lambda: found.append(encode()))
+    (features,) = found
+    return Costs(encoding / len(features.values), bridge_cost(bridge, features, instruction), LLMCost.of(llm)), features
+
+
 def step_flops(
     costs: Costs,
     *,

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xblip.blueprint import Blueprint, Source
-from xblip.costs import BYTES_OF_TRAINING, Costs, Flops, LLMCost, bridge_cost, count_flops, step_flops, stored_bytes
+from xblip.costs import BYTES_OF_TRAINING, Costs, Flops, costs_of, step_flops, stored_bytes
 from xblip.llm import PromptBatch
 from xblip.loading import first_line
-from xblip.modality import Features
 from xblip.model import XBlip
 from xblip.sample import Media, Sample
 
@@ -157,9 +156,7 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
       UNKNOWN: it cannot be tried.
     """
     branch = model.branches[name]
-    found: list[Features] = []
-    encoding = count_flops(lambda: found.append(branch.encode([item])))
-    (features,) = found
+    costs, features = costs_of(lambda: branch.encode([item]), branch.bridge, model.llm, instruction=INSTRUCTION)
     (soft,) = branch.bridge(features, [INSTRUCTION])
     encoder = next((weight.dtype for weight in branch.encoder.parameters()), features.values.dtype)
     own = {id(weight): weight for part in (branch, model.llm) for weight in part.parameters()}.values()
@@ -175,12 +172,11 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
         "activations": activations,
     }
     segments, tokens, _ = way.features
-    bridge = bridge_cost(branch.bridge, features, INSTRUCTION)
-    way.costs = Costs(encoding / segments, bridge, LLMCost.of(model.llm))
     tokenizer = getattr(branch.bridge, "tokenizer", None)
     prompt = _prompts(model, [Media(name, item)], 1).attention_mask.shape[1]
+    way.costs = costs
     way.flops = step_flops(
-        way.costs,
+        costs,
         segments=segments,
         tokens=tokens,
         text=len(tokenizer(INSTRUCTION).input_ids) if tokenizer else 0,
