@@ -17,12 +17,22 @@ from xblip import hookspecs, plugins
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
-    {"errors", "hookspecs", "gather"},
+    {"errors", "hookspecs", "gather", "devices"},
     {"config", "loading", "media", "contents"},
     {"pictures", "checkpoint", "frozen", "encoder", "gated", "likelihood", "packing", "provenance"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms", "shards"},
-    {"qformer_bridges", "retrieval_bridge", "pooled", "resamplers", "initial", "records", "templates", "store"},
+    {
+        "qformer_bridges",
+        "retrieval_bridge",
+        "pooled",
+        "resamplers",
+        "initial",
+        "records",
+        "templates",
+        "store",
+        "costs",
+    },
     {"plugins", "tables"},
     {"branch", "lavis", "data"},
     {"bundle", "stored", "mixture", "examples"},
@@ -33,7 +43,6 @@ LAYERS = [
     {"train", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
     {"convert", "testing", "scaffold", "blueprint"},
-    {"costs"},
     {"dryrun"},
     {"doctor"},
     {"cli_train", "cli_retrieve"},

@@ -202,6 +202,14 @@ def report_tables(report: "Report") -> Iterable[Table | Text | str]:
         f"For answers of {report.num_new_tokens} tokens{beams}. An estimate from below: weights, gradients and AdamW are "
         "exact, activations are those that training saves, with fused attention; what is used for a moment is not in it.\n"
     )
+    table = _table("Products of training on one sample", *("", "encoder >", "bridge >", "LLM >", "logits >", "all >"))
+    for name, way in report.ways.items():
+        if way.flops:
+            parts = [sum(part) for part in way.flops.values()]
+            table.add_row(f"train {name}", *map(in_flops, (*parts, sum(parts))))
+    if table.row_count:
+        yield table
+        yield "With stored features the encoder's are left out. Formulas: xblip/costs.py; what follows: docs/scale.md.\n"
     there = sum(source.is_here for source in report.sources)
     yield f"[italic]Files[/italic]\n{there} of {len(report.sources)} sources are here."
     for source in report.sources:
@@ -221,6 +229,15 @@ def _table(title: str, *columns: str) -> Table:
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
+
+
+def in_flops(count: float) -> str:
+    """Floating-point operations in the largest unit that they fill."""
+    for unit in ("", "k", "M", "G"):
+        if count < 1000:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:,.2f} TFLOP"
 
 
 def in_units(count: float) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xblip.blueprint import Blueprint, Source
+from xblip.costs import BYTES_OF_TRAINING, Costs, Flops, costs_of, step_flops, stored_bytes
 from xblip.llm import IGNORE, PromptBatch
 from xblip.loading import first_line
 from xblip.model import XBlip
@@ -23,8 +24,6 @@ from xblip.sample import Media, Sample
 INSTRUCTION = "What is this?"
 UNKNOWN = (NotImplementedError, RuntimeError, ValueError)
 """What networks raise that look at values, or want a precision, which tensors on the meta device have not."""
-BYTES_OF_TRAINING = 12
-"""Of each number that trains, beside itself: its gradient and AdamW's two states in float32."""
 
 
 @dataclass
@@ -59,6 +58,8 @@ class Way:
       soft_prompt: (L, D_llm).
       features_bytes: of a thousand files, each like the example.
       training_bytes: what training takes, with this modality alone: weights, gradients and optimizer, activations.
+      costs: of this modality before the LLM, for steps of any lengths.
+      flops: by part, of training on one such sample.
       error: why all but `loaded` is unknown, or "".
     """
 
@@ -67,6 +68,8 @@ class Way:
     soft_prompt: list[int] = field(default_factory=list)
     features_bytes: int = 0
     training_bytes: dict[str, int] = field(default_factory=dict)
+    costs: Costs | None = None
+    flops: dict[str, Flops] = field(default_factory=dict)
     error: str = ""
 
 
@@ -153,7 +156,7 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
       UNKNOWN: it cannot be tried.
     """
     branch = model.branches[name]
-    features = branch.encode([item])
+    costs, features = costs_of(lambda: branch.encode([item]), branch.bridge, model.llm, instruction=INSTRUCTION)
     (soft,) = branch.bridge(features, [INSTRUCTION])
     encoder = next((weight.dtype for weight in branch.encoder.parameters()), features.values.dtype)
     own = {id(weight): weight for part in (branch, model.llm) for weight in part.parameters()}.values()
@@ -162,12 +165,24 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
     activations = _saved_bytes(lambda: _loss(model, name, item, batch_size, num_new_tokens), own)
     branch.eval()
     way.features, way.soft_prompt = list(features.values.shape), list(soft.shape)
-    way.features_bytes = 1000 * features.values.numel() * encoder.itemsize
+    way.features_bytes = 1000 * stored_bytes(*way.features, str(encoder).removeprefix("torch."))
     way.training_bytes = {
         "weights": sum(weight.nbytes for weight in own),
         "gradients and AdamW": trained * BYTES_OF_TRAINING,
         "activations": activations,
     }
+    segments, tokens, _ = way.features
+    tokenizer = getattr(branch.bridge, "tokenizer", None)
+    prompt = _prompts(model, [Media(name, item)], 1).attention_mask.shape[1]
+    way.costs = costs
+    way.flops = step_flops(
+        costs,
+        segments=segments,
+        tokens=tokens,
+        text=len(tokenizer(INSTRUCTION).input_ids) if tokenizer else 0,
+        positions=[prompt if model.llm.is_encoder_decoder else prompt + num_new_tokens],
+        labels=num_new_tokens,
+    )
 
 
 def _loss(model: XBlip, name: str, item: dict[str, Tensor], rows: int, num_new_tokens: int) -> Tensor:
@@ -260,10 +275,27 @@ class _MasksHold(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention's shapes; it keeps what fused kernels do: its inputs, its output, and one number per query."""
+    """Attention's shapes; it keeps what fused kernels do: its inputs, its output, and one number per query.
+
+    Its products are done for who counts operations.
+    """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        output = (query @ _per_head(key, query).mT) @ _per_head(value, query)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        keys, values = _per_head(key, query), _per_head(value, query)
+        scores = gradient @ values.mT
+        for product in (scores.mT @ gradient, scores @ keys, scores.mT @ query):
+            assert product.is_meta
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _per_head(states: Tensor, query: Tensor) -> Tensor:
+    """Keys or values of groups of heads, once for each head."""
+    return states.repeat_interleave(query.shape[-3] // states.shape[-3], -3)
