@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
@@ -16,12 +17,13 @@ import pytest
 import torch
 import yaml
 from far import ARCHITECTURES
-from kit import Beads, Site, make_model
+from kit import Beads, FileToy, Site, make_model, registered
 
 from xblip import plugins
+from xblip.branch import BranchConfig
 from xblip.convert_qformer import Wanted
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.testing import ToyModality, save_toy_llm
+from xblip.testing import ToyModality, save_toy_llm, small_qformer
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
@@ -98,3 +100,56 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small disk takes root")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Rows of four numbers; the answer tells whether the first is positive."""
+    generator = torch.Generator().manual_seed(0)
+    with (tmp_path / "train.jsonl").open("w") as file:
+        for _ in range(64):
+            values = torch.randn(4, generator=generator)
+            row = {"toy": values.tolist(), "instruction": "what is this ?", "answer": "yes" if values[0] > 0 else "no"}
+            file.write(json.dumps(row) + "\n")
+    return tmp_path / "train.jsonl"
+
+
+@pytest.fixture
+def config(tmp_path, manifest, llm_folder, toy):
+    """Trains a branch for toys on them, a second or two."""
+    from xblip.branch import BranchConfig
+    from xblip.train_config import DataConfig, TrainConfig
+
+    return TrainConfig(
+        llm=LLMConfig(source=str(llm_folder), dtype="float32"),
+        branch=BranchConfig("toy", bridge=small_qformer(llm_folder)),
+        data=DataConfig(train=str(manifest), eval=str(manifest), eval_answers=64),
+        training={
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 60,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 5e-3,
+            "save_steps": 30,
+            "report_to": ["tensorboard"],
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+        generation={"max_new_tokens": 2},
+    )
+
+
+@pytest.fixture
+def files(config, manifest):
+    """The manifest's rows as files, four rows a file; and a config that trains on them."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for number in range(0, len(rows), 4):
+        values = rows[number].pop("toy")
+        (manifest.parent / f"{number}.txt").write_text(" ".join(map(str, values)))
+        for row in rows[number : number + 4]:
+            row.pop("toy", None)
+            row["file_toy"], row["answer"] = f"{number}.txt", rows[number]["answer"]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.branch.modality = "file_toy"
+    config.training["max_steps"] = 12
+    with registered(FileToy):
+        yield config

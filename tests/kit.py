@@ -245,3 +245,23 @@ def _without_installed(registry: plugins._Registry) -> plugins._Registry:
     }
     loaded = {name: plugin for name, plugin in registry.loaded.items() if plugin.distribution == plugins.BY_HAND}
     return plugins._Registry(items, owners, loaded)
+
+
+class FileToy(ToyModality):
+    """Toys from text files; counts what its encoder reads."""
+
+    name = "file_toy"
+    cue = "input : "
+    encoded = 0
+
+    def load(self, source):
+        return super().load([float(word) for word in Path(source).read_text().split()])
+
+    def build_encoder(self):
+        encoder = super().build_encoder()
+        encoder.register_forward_pre_hook(lambda _, args, taken: self.count(taken["values"]), with_kwargs=True)
+        return encoder
+
+    @classmethod
+    def count(cls, values):
+        cls.encoded += len(values)
