@@ -117,7 +117,6 @@ def manifest(tmp_path):
 @pytest.fixture
 def config(tmp_path, manifest, llm_folder, toy):
     """Trains a branch for toys on them, a second or two."""
-    from xblip.branch import BranchConfig
     from xblip.train_config import DataConfig, TrainConfig
 
     return TrainConfig(
