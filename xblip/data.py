@@ -7,11 +7,9 @@ Its rows come in any of the forms of `xblip.forms`, and stay on disk until they 
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -22,7 +20,7 @@ from xblip.media import FilePart
 from xblip.modality import Modality
 from xblip.records import Record
 from xblip.sample import Media, Sample, Turn
-from xblip.tables import Table
+from xblip.tables import Table, write_whole
 
 CHECKED = 1  # a number in what names a check that is kept: raise it when rows are read otherwise than before
 
@@ -171,8 +169,8 @@ class Manifest(Dataset):
         tasks = lengths.with_suffix(".json")
         if not tasks.exists():
             found = self._find()
-            _written(lengths, lambda file: np.save(file, found[0]))
-            _written(tasks, lambda file: file.write(json.dumps(sorted(found[1])).encode()))
+            write_whole(lengths, lambda file: np.save(file, found[0]))
+            write_whole(tasks, lambda file: file.write(json.dumps(sorted(found[1])).encode()))
         self._lengths = np.load(lengths, mmap_mode="r")
         return {(modality, task) for modality, task in json.loads(tasks.read_text())}
 
@@ -219,13 +217,6 @@ def with_media(sample: Sample, read: Callable[[Media], Media]) -> Sample:
         media=[part(given) for given in sample.media],
         history=[Turn(tuple(map(part, turn.content)), turn.answer) for turn in sample.history],
     )
-
-
-def _written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file of the cache so that no process ever sees half of it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        write(file)
-    os.replace(file.name, path)
 
 
 def _characters(row: Row) -> int:

@@ -8,10 +8,13 @@ the table has each record as JSON text with its place; Parquet keeps its types.
 import contextlib
 import glob
 import hashlib
+import itertools
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -110,14 +113,12 @@ class Table:
             ) from cause
 
     def _text(self, fields: Fields) -> Any:
-        from datasets import Dataset, Features, Value
+        from datasets import Dataset
 
-        columns = Features(
-            {"file": Value("int32"), "place": Value("string"), "text": Value("large_string"), "parts": Value("int32")}
-        )
-        # A tuple: for each entry of a list the generator would be called once.
-        arguments = {"files": tuple(map(str, self.files)), "fields": fields}
-        return Dataset.from_generator(_places, features=columns, cache_dir=str(self.cache), gen_kwargs=arguments)
+        kept = self.cache / "records.arrow"
+        if not kept.exists():
+            write_whole(kept, lambda file: _write_records(file, self.files, fields))
+        return Dataset.from_file(str(kept))
 
     def _parquet(self, fields: Fields) -> Any:
         from datasets import load_dataset
@@ -153,13 +154,38 @@ def _quiet() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _places(files: tuple[str, ...], fields: Fields) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a table of text."""
+def _write_records(opened: BinaryIO, files: Sequence[Path], fields: Fields) -> None:
+    """Writes the table of text files, as `datasets` keeps tables: file, place, text and number of rows of a record."""
+    import pyarrow as pa
+
+    schema = pa.schema({"file": pa.int32(), "place": pa.string(), "text": pa.large_string(), "parts": pa.int32()})
     splitting = splitting_columns(fields)
+    records = (
+        (number, *raw, parts_of(raw, fields, splitting))
+        for number, file in enumerate(files)
+        for raw in raw_records(file)
+    )
     empty = True
-    for number, file in enumerate(files):
-        for raw in raw_records(file):
+    with pa.ipc.new_stream(opened, schema) as writer:
+        while batch := list(itertools.islice(records, BATCH)):
             empty = False
-            yield {"file": number, "place": raw[0], "text": raw[1], "parts": parts_of(raw, fields, splitting)}
+            writer.write_batch(pa.record_batch([list(column) for column in zip(*batch, strict=True)], schema=schema))
     if empty:
-        raise ConfigError(f'The manifest "{", ".join(files)}" has no rows.')
+        raise ConfigError(f'The manifest "{", ".join(map(str, files))}" has no rows.')
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file so that no process ever sees half of it; several may do so at once.
+
+    Args:
+      path: the file; its folder is made.
+      write: writes into the open file that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with part.open("wb") as file:
+            write(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
