@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -118,7 +119,9 @@ def build(kind: str, folder: Path, shapes: Shapes, stage: str, device: str) -> S
 def peak_bytes(kind: str, folder: Path, size: str, stage: str, device: str) -> dict[str, int]:
     """Peak memory of a step in a process of its own: in all, and above what it was before the step."""
     command = [sys.executable, __file__, "--peak", kind, "--folder", folder, "--stage", stage, "--size", size]
-    run = subprocess.run([*map(str, command), "--device", device], capture_output=True, text=True)
+    # What is freed goes back at once, so that the resident size is what is in use, and not the allocator's history.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([*map(str, command), "--device", device], capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])
