@@ -116,6 +116,13 @@ def build(kind: str, folder: Path, shapes: Shapes, stage: str, device: str) -> S
     return ours(folder, rows, device, stored=folder / "features" if kind == "stored" else None)
 
 
+def prepare(folder: Path, shapes: Shapes, device: str) -> None:
+    """Writes what `build` loads: both systems' weights, pictures, and their features."""
+    save_pair(shapes, folder, device)
+    rows = make_rows(shapes, folder / "pictures", stage=STAGES[0])
+    store_features(folder, rows, device, folder / "features")
+
+
 def peak_bytes(kind: str, folder: Path, size: str, stage: str, device: str) -> dict[str, int]:
     """Peak memory of a step in a process of its own: in all, and above what it was before the step."""
     command = [sys.executable, __file__, "--peak", kind, "--folder", folder, "--stage", stage, "--size", size]
@@ -250,10 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        if not (folder / "ours").exists():
-            save_pair(shapes, folder, options.device)
-            rows = make_rows(shapes, folder / "pictures", stage=STAGES[0])
-            store_features(folder, rows, options.device, folder / "features")
+        if not (folder / "features").exists():
+            prepare(folder, shapes, options.device)
         common = {"device": options.device, "repeats": options.repeats, "workers": options.workers}
         results = [measure(stage, folder, shapes, options.size, **common) for stage in options.stages]
     options.json.write_text(json.dumps({"size": options.size, **common, "results": results}, indent=1) + "\n")
