@@ -19,7 +19,7 @@ CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs"},
     {"config", "loading", "media"},
-    {"pictures", "checkpoint", "frozen", "encoder", "gated", "likelihood", "packing"},
+    {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "packing"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router"},
     {"qformer_bridges", "pooled", "resamplers", "initial"},

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from xblip.activations import checkpoint_layers, keep_less
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint
-from xblip.gated import keep_less
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 from xblip.packing import Packing
@@ -216,21 +215,10 @@ class FrozenLLM(Frozen):
     def checkpoint_layers(self) -> None:
         """Lets training keep what goes into each layer alone, and run the layer again for its backward pass.
 
-        transformers' own gradient checkpointing waits for training mode, in which a frozen LLM never is.
-
         Raises:
-          ConfigError: the model has no layers that transformers knows how to run again.
+          ConfigError: the model has no layers that can be run again.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers:
-            raise ConfigError(
-                f"A {type(self.model).__name__} has no layers whose activations can be computed again: leave "
-                "gradient_checkpointing out."
-            )
-        for layer in layers:
-            layer.forward = _Checkpointed(layer.forward)
+        checkpoint_layers(self.model)
 
     def _run(self, batch: PromptBatch) -> Any:
         inputs = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask, "use_cache": False}
@@ -307,18 +295,6 @@ class FrozenLLM(Frozen):
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
         return self.tokenize("abcdef") == [self.tokenizer.unk_token_id]
-
-
-class _Checkpointed:
-    """A layer's `forward` that keeps its inputs alone where there will be a backward pass."""
-
-    def __init__(self, forward: Callable[..., Any]):
-        self.forward = forward.forward if isinstance(forward, _Checkpointed) else forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def check_generation_options(options: Mapping[str, Any]) -> None:
