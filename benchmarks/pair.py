@@ -103,19 +103,7 @@ def save_pair(shapes: Shapes, folder: Path, device: str = "cpu") -> None:
     tokenizer = _tokenizer(shapes.vocabulary, ["<s>"], [])
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     reader = _tokenizer(shapes.words, ["<s>"], ["</s>"])  # in the place of BERT's [CLS] and [SEP]
-    config = InstructBlipConfig(
-        vision_config=shapes.vision,
-        qformer_config={
-            "vocab_size": shapes.words,
-            "encoder_hidden_size": shapes.vision.get("hidden_size", 1408),
-            **shapes.qformer,
-        },
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **shapes.llm
-        ).to_dict(),
-        num_query_tokens=QUERIES,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
+    config = make_config(shapes, vocabulary=len(tokenizer), image_token=tokenizer.convert_tokens_to_ids("<image>"))
     torch.manual_seed(0)
     with torch.device(device):
         model = InstructBlipForConditionalGeneration(config)
@@ -127,6 +115,23 @@ def save_pair(shapes: Shapes, folder: Path, device: str = "cpu") -> None:
     InstructBlipProcessor(pictures, tokenizer, reader, num_query_tokens=QUERIES).save_pretrained(folder / "theirs")
     del model
     convert(folder / "theirs", folder / "ours")
+
+
+def make_config(shapes: Shapes, *, vocabulary: int, image_token: int) -> InstructBlipConfig:
+    """Of theirs; `vocabulary` counts `image_token` too."""
+    return InstructBlipConfig(
+        vision_config=shapes.vision,
+        qformer_config={
+            "vocab_size": shapes.words,
+            "encoder_hidden_size": shapes.vision.get("hidden_size", 1408),
+            **shapes.qformer,
+        },
+        text_config=LlamaConfig(
+            vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shapes.llm
+        ).to_dict(),
+        num_query_tokens=QUERIES,
+        image_token_index=image_token,
+    )
 
 
 def _tokenizer(size: int, before: Sequence[str], after: Sequence[str]):

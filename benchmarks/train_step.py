@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -115,10 +116,19 @@ def build(kind: str, folder: Path, shapes: Shapes, stage: str, device: str) -> S
     return ours(folder, rows, device, stored=folder / "features" if kind == "stored" else None)
 
 
+def prepare(folder: Path, shapes: Shapes, device: str) -> None:
+    """Writes what `build` loads: both systems' weights, pictures, and their features."""
+    save_pair(shapes, folder, device)
+    rows = make_rows(shapes, folder / "pictures", stage=STAGES[0])
+    store_features(folder, rows, device, folder / "features")
+
+
 def peak_bytes(kind: str, folder: Path, size: str, stage: str, device: str) -> dict[str, int]:
     """Peak memory of a step in a process of its own: in all, and above what it was before the step."""
     command = [sys.executable, __file__, "--peak", kind, "--folder", folder, "--stage", stage, "--size", size]
-    run = subprocess.run([*map(str, command), "--device", device], capture_output=True, text=True)
+    # What is freed goes back at once, so that the resident size is what is in use, and not the allocator's history.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([*map(str, command), "--device", device], capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])
@@ -247,10 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        if not (folder / "ours").exists():
-            save_pair(shapes, folder, options.device)
-            rows = make_rows(shapes, folder / "pictures", stage=STAGES[0])
-            store_features(folder, rows, options.device, folder / "features")
+        if not (folder / "features").exists():
+            prepare(folder, shapes, options.device)
         common = {"device": options.device, "repeats": options.repeats, "workers": options.workers}
         results = [measure(stage, folder, shapes, options.size, **common) for stage in options.stages]
     options.json.write_text(json.dumps({"size": options.size, **common, "results": results}, indent=1) + "\n")

@@ -19,7 +19,7 @@ CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices"},
     {"config", "loading", "media", "contents"},
-    {"pictures", "checkpoint", "frozen", "encoder", "gated", "likelihood", "packing", "provenance"},
+    {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "packing", "provenance"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms", "shards"},
     {

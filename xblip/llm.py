@@ -9,7 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from xblip.activations import checkpoint_layers, keep_less
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint
-from xblip.gated import keep_less
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 from xblip.packing import Packing
@@ -216,21 +215,10 @@ class FrozenLLM(Frozen):
     def checkpoint_layers(self) -> None:
         """Lets training keep what goes into each layer alone, and run the layer again for its backward pass.
 
-        transformers' own gradient checkpointing waits for training mode, in which a frozen LLM never is.
-
         Raises:
-          ConfigError: the model has no layers that transformers knows how to run again.
+          ConfigError: the model has no layers that can be run again.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [layer for layer in self.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if not layers:
-            raise ConfigError(
-                f"A {type(self.model).__name__} has no layers whose activations can be computed again: leave "
-                "gradient_checkpointing out."
-            )
-        for layer in layers:
-            layer.forward = _Checkpointed(layer.forward)
+        checkpoint_layers(self.model)
 
     def _run(self, batch: PromptBatch) -> Any:
         inputs = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask, "use_cache": False}
@@ -245,10 +233,12 @@ class FrozenLLM(Frozen):
 
     def _packing(self, batch: PromptBatch) -> Packing | None:
         """How to lay a batch out in fewer positions, where that helps and the model can tell samples in a row apart."""
-        if self.is_encoder_decoder or batch.lengths is None:
+        if (
+            self.is_encoder_decoder or batch.lengths is None or not self._packs
+        ):  # tried in the first step of all processes
             return None
         packing = Packing.plan(batch.lengths, self.width)
-        return packing if packing.is_worth_it and self._packs else None
+        return packing if packing.is_worth_it else None
 
     @functools.cached_property
     @torch.no_grad()
@@ -263,7 +253,7 @@ class FrozenLLM(Frozen):
         alone = self.logits(batch)[mask.bool()].float()
         places = packing.find(*mask.cpu().nonzero(as_tuple=True))
         packed = self._run_packed(batch, packing).logits[places].float()
-        return bool((packed - alone).norm() < 0.02 * alone.norm())
+        return bool((packed - alone).norm() < (1e-3 if self.dtype is torch.float32 else 0.05) * alone.norm())
 
     def generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
         """Generates by transformers' `generate`.
@@ -305,18 +295,6 @@ class FrozenLLM(Frozen):
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
         return self.tokenize("abcdef") == [self.tokenizer.unk_token_id]
-
-
-class _Checkpointed:
-    """A layer's `forward` that keeps its inputs alone where there will be a backward pass."""
-
-    def __init__(self, forward: Callable[..., Any]):
-        self.forward = forward.forward if isinstance(forward, _Checkpointed) else forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def check_generation_options(options: Mapping[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""What a frozen LLM keeps of a forward pass for the backward pass, and two ways to keep less.
+
+Weights without gradients ask for little: norms keep their input, attention its four tensors, and a gated feed-forward three
+that are wider than all others, one of which is cheap to compute again; that is always done. Running whole layers again
+costs a third of the LLM's time, and is asked for.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xblip.errors import ConfigError
+
+
+def keep_less(model: nn.Module) -> None:
+    """Lets gated feed-forwards keep gate and up alone: all that do what `_forward` does, instruction by instruction."""
+    known = _forward.__code__
+    for module in model.modules():
+        code = getattr(type(module).forward, "__code__", None)
+        if code and (code.co_code, code.co_names) == (known.co_code, known.co_names):
+            module.forward = functools.partial(_lean_forward, module)
+
+
+def _forward(self, x):
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _lean_forward(module: Any, x: Tensor) -> Tensor:
+    return module.down_proj(_GatedProduct.apply(module.gate_proj(x), module.up_proj(x), module.act_fn))
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.activation(gate)
+        (to_gate,) = torch.autograd.grad(activated, gate, upstream * up)
+        return to_gate, upstream * activated.detach(), None
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Lets layers keep their inputs alone, and run again for the backward pass.
+
+    transformers' own gradient checkpointing waits for training mode, in which a frozen LLM never is.
+
+    Raises:
+      ConfigError: the model has no layers that transformers knows how to run again.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"A {type(model).__name__} has no layers whose activations can be computed again: leave "
+            "gradient_checkpointing out."
+        )
+    for layer in layers:
+        layer.forward = _Checkpointed(layer.forward)
+
+
+class _Checkpointed:
+    """A layer's `forward` that keeps its inputs alone where there will be a backward pass."""
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward.forward if isinstance(forward, _Checkpointed) else forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
