@@ -63,7 +63,12 @@ class ContextConfig:
 
 
 class Examples(Dataset):
-    """The samples of several manifests, by visit."""
+    """The samples of several manifests, by visit.
+
+    Attributes:
+      splits_answers: the beginning of an answer, as much as is drawn, goes before the LLM as part of the prompt (prefix
+        LM: how BLIP-2 trains through an encoder-decoder); the Q-Former does not read it.
+    """
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Examples(Dataset):
         self.sources, self.stage, self.seed = list(sources), stage, seed
         self.templates, self.features, self.context = dict(templates or {}), dict(features or {}), context
         self._texts = _context_texts(context) if context else []
+        self.splits_answers = False
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -187,6 +193,10 @@ class Examples(Dataset):
         if templates:
             instruction = templates[draw.integers(len(templates))].format(question=instruction)
         media = self._in_context(sample.media, draw) if self.context else sample.media
+        words = answer.split()
+        if self.splits_answers and len(words) > 1:
+            cut = int(draw.integers(1, len(words)))
+            media, answer = [*media, " ".join(words[:cut])], " ".join(words[cut:])
         return dataclasses.replace(sample, instruction=instruction, media=media, answer=answer)
 
     def _templates(self, modality: str, task: str, where: str) -> list[str]:

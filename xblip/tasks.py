@@ -49,9 +49,11 @@ class Task(ABC):
       model: takes `samples=[...]`, gives `loss` and numbers to log.
       branches: those whose bridges train, by modality.
       counts_tokens: the loss is a mean over tokens, whose number `count_tokens` tells, not over batches.
+      splits_answers: examples are to give the beginning of an answer as part of the prompt (prefix LM).
     """
 
     counts_tokens = False
+    splits_answers = False
 
     def __init__(self, model: nn.Module, branches: Mapping[str, Branch]):
         self.model = model
@@ -107,9 +109,10 @@ class AnswerTask(Task):
 
     counts_tokens = True
 
-    def __init__(self, model: XBlip, *, eval_answers: int):
+    def __init__(self, model: XBlip, *, eval_answers: int, splits_answers: bool = False):
         super().__init__(model, model.branches)
         self.eval_answers = eval_answers
+        self.splits_answers = splits_answers
 
     def parts(self) -> list[tuple[str, nn.Module]]:
         return [*super().parts(), ("LLM", self.model.llm.model)]

@@ -30,10 +30,14 @@ from xblip.model import XBlip
 from xblip.resume import clear_unfinished, last_checkpoint, read_state, replacing
 from xblip.store import FeatureStore
 from xblip.stored import stored_encoder
+from xblip.streaming import StreamedExamples
 from xblip.tasks import AlignTask, AnswerTask, Task
 from xblip.templates import load_templates
 from xblip.train_config import TrainConfig, check_config, open_manifests, refusing, sources_of, training_arguments
 from xblip.trainer import BridgeTrainer
+
+ROWS_OF_A_STREAM = 10_000
+"""Rows that broken ones of a stream, whose length is unknown, are a share of."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> dict[str, float]:
@@ -69,31 +73,33 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         clear_unfinished(output)
     set_seed(arguments.seed)
     stores = open_stores(config)
-    train_data, eval_data = (
-        read_data(config, given, where, stores)
-        for given, where in ((config.data.train, "data.train"), (config.data.eval, "data.eval"))
-    )
-    plan = make_plan(config, arguments, train_data)
+    train_data = read_data(config, config.data.train, "data.train", stores, streaming=config.data.streaming)
+    eval_data = read_data(config, config.data.eval, "data.eval", stores)
+    done = read_state(checkpoint).global_step if checkpoint else 0
+    plan = make_plan(config, arguments, train_data, done)
     task = build_task(config, arguments, stores, None if checkpoint else console)
     console.print(parts_table(task))
     if checkpoint:
-        console.print(f"Goes on from {checkpoint}, step {read_state(checkpoint).global_step}.")
+        console.print(f"Goes on from {checkpoint}, step {done}.")
+    for data in (train_data, eval_data):
+        data.splits_answers = task.splits_answers
     skipped = SkipLog(
         output / "skipped.jsonl",
-        rows=len(train_data) + len(eval_data),
+        rows=ROWS_OF_A_STREAM if config.data.streaming else len(train_data) + len(eval_data),
         max_skipped=config.data.max_skipped,
-        resume=resume,
+        resume=resume or not is_main,
     )
+    arguments.ignore_data_skip = config.data.streaming  # a stream itself goes on where it was
     with refusing():
         trainer = BridgeTrainer(
             task=task,
-            plan=plan,
+            plan=None if config.data.streaming else plan,
             skipped=skipped,
             rates=config.learning_rates,
             facts=facts_of(config, arguments, task, stores),
             args=arguments,
             data_collator=collate_examples,
-            train_dataset=train_data,
+            train_dataset=plan if config.data.streaming else train_data,
             eval_dataset=eval_data if len(eval_data) else None,
         )
     result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -131,7 +137,9 @@ def open_stores(config: TrainConfig) -> dict[str, FeatureStore]:
     return stores
 
 
-def read_data(config: TrainConfig, given: Any, where: str, stores: Mapping[str, FeatureStore]) -> Examples:
+def read_data(
+    config: TrainConfig, given: Any, where: str, stores: Mapping[str, FeatureStore], *, streaming: bool = False
+) -> Examples:
     """Opens the manifests that `given` names, and checks all of their rows and stored features.
 
     Raises:
@@ -139,7 +147,7 @@ def read_data(config: TrainConfig, given: Any, where: str, stores: Mapping[str, 
       BundleError, MediaError: a file has no features in the store, or changed since.
     """
     modalities = {branch.modality: build_modality(branch) for branch in config.all_branches}
-    manifests = open_manifests(given, where, modalities=modalities)
+    manifests = open_manifests(given, where, modalities=modalities, streaming=streaming)
     examples = Examples(
         manifests,
         stage=config.stage,
@@ -149,7 +157,7 @@ def read_data(config: TrainConfig, given: Any, where: str, stores: Mapping[str, 
         context=config.data.context,
     )
     examples.check()
-    for name, store in stores.items():
+    for name, store in stores.items() if not streaming else ():
         store.check(
             media.source
             for manifest in manifests
@@ -160,8 +168,10 @@ def read_data(config: TrainConfig, given: Any, where: str, stores: Mapping[str, 
     return examples
 
 
-def make_plan(config: TrainConfig, arguments: TrainingArguments, examples: Examples) -> BatchPlan:
-    """Decides which rows are in which batch of this process.
+def make_plan(
+    config: TrainConfig, arguments: TrainingArguments, examples: Examples, done: int
+) -> BatchPlan | StreamedExamples:
+    """Decides which rows are in which batch of this process; of streams after the steps that are `done`.
 
     Raises:
       ConfigError: the weights of sources are wrong, or there are fewer rows than processes.
@@ -171,6 +181,18 @@ def make_plan(config: TrainConfig, arguments: TrainingArguments, examples: Examp
     weights: Any = [source.weight for source in given]
     if any(weight is not None for weight in weights) and config.data.mix != "size":
         raise ConfigError("data.mix and the `weight` of sources both say how often they are visited: keep one of them.")
+    weights = config.data.mix if all(weight is None for weight in weights) else weights
+    common = {
+        "batch_size": arguments.per_device_train_batch_size,
+        "seed": arguments.seed,
+        "accumulation": arguments.gradient_accumulation_steps,
+        "world_size": arguments.world_size,
+        "rank": arguments.process_index,
+    }
+    if config.data.streaming:
+        weights = "equal" if weights == "size" and len(given) == 1 else weights
+        start = done * arguments.gradient_accumulation_steps
+        return StreamedExamples(examples, weights=weights, start=start, **common)
     return BatchPlan(
         [
             Source(
@@ -181,13 +203,9 @@ def make_plan(config: TrainConfig, arguments: TrainingArguments, examples: Examp
             )
             for source, manifest in zip(given, examples.sources, strict=True)
         ],
-        batch_size=arguments.per_device_train_batch_size,
-        seed=arguments.seed,
-        weights=config.data.mix if all(weight is None for weight in weights) else weights,
-        accumulation=arguments.gradient_accumulation_steps,
-        world_size=arguments.world_size,
-        rank=arguments.process_index,
+        weights=weights,
         group_by_length=config.data.group_by_length,
+        **common,
     )
 
 
@@ -235,7 +253,8 @@ def build_task(
         apply_wishes(llm, {name: config.training[name] for name in WISHES if name in config.training})
         if config.shard_llm:
             shard_llm(model, arguments.device)
-        task = AnswerTask(model, eval_answers=config.data.eval_answers)
+        prefixes = config.stage == "generate" and llm.is_encoder_decoder
+        task = AnswerTask(model, eval_answers=config.data.eval_answers, splits_answers=prefixes)
     if not any(weight.requires_grad for weight in task.model.parameters()):
         raise ConfigError(
             "Nothing would train: all weights of this config are frozen. Let a bridge have some that are not."

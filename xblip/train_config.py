@@ -25,6 +25,7 @@ from xblip.layers import WISHES
 from xblip.llm import LLMConfig
 from xblip.modality import Modality
 from xblip.router import RouterConfig
+from xblip.streaming import Stream
 
 STAGES = ("align", "generate", "instruct")
 MISPLACED = {
@@ -68,7 +69,10 @@ class DataConfig:
       eval: the same to evaluate on while training; none if None.
       eval_answers: of how many of its rows answers are generated and compared with the truth; 0 for none.
       mix: how often a source is visited: by "size", "sqrt", "equal", or {"temperature": t}.
-      group_by_length: let batches hold rows of about one length, so that little of them is padding.
+      group_by_length: let batches hold rows of about one length; for an encoder-decoder, whose samples are padded (those
+        before a decoder-only LLM share rows).
+      streaming: read manifests from beginning to end instead of keeping them in a cache; then a run says `max_steps`, and
+        rows are checked as they come.
       features: store of `xblip precompute`, or a list of them, one for each modality; then no encoder is loaded.
       templates: YAML of instructions for captions, questions and labels that have none, by modality.
       context: text of other inputs around the one that is learnt.
@@ -79,7 +83,8 @@ class DataConfig:
     eval: Any = None
     eval_answers: int = 200
     mix: Any = "size"
-    group_by_length: bool = True
+    group_by_length: bool = False
+    streaming: bool = False
     features: Any = None
     templates: dict[str, str] = field(default_factory=dict)
     context: ContextConfig | None = None
@@ -151,14 +156,17 @@ def sources_of(given: Any, where: str) -> list[SourceConfig]:
     return sources
 
 
-def open_manifests(given: Any, where: str, *, modalities: Mapping[str, Modality]) -> list[Manifest]:
+def open_manifests(
+    given: Any, where: str, *, modalities: Mapping[str, Modality], streaming: bool = False
+) -> list[Manifest] | list[Stream]:
     """Opens the manifests that `data.train` or `data.eval` names.
 
     Raises:
       ConfigError: there is none at a path, or it is empty.
     """
+    opened = Stream if streaming else Manifest
     return [
-        Manifest(source.path, modalities=modalities, fields=source.fields, root=source.root)
+        opened(source.path, modalities=modalities, fields=source.fields, root=source.root)
         for source in sources_of(given, where)
     ]
 
@@ -185,6 +193,14 @@ def check_config(config: TrainConfig) -> None:
                 raise ConfigError(f"training.{name} is for the LLM, and the stage align has none: leave it out.")
     elif config.llm is None:
         raise ConfigError(f"The stage {config.stage} learns through an LLM: name its folder or hub id by llm.source.")
+    if config.data.streaming and not config.training.get("max_steps", 0) > 0:
+        raise ConfigError("data.streaming: a stream has no end that is known: say training.max_steps.")
+    if config.data.streaming and config.also:
+        raise ConfigError("data.streaming: streams train one branch. Leave `also` out, or streaming.")
+    if config.data.streaming and config.data.group_by_length:
+        raise ConfigError(
+            "data.group_by_length: nobody knows the lengths of a stream's rows. Leave one of the two out."
+        )
     configs.at_least(config.data, eval_answers=0)
     if not 0 <= config.data.max_skipped <= 1:
         raise ConfigError(f"data.max_skipped is a share of all rows, from 0 to 1, not {config.data.max_skipped:g}.")

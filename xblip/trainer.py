@@ -35,7 +35,7 @@ class BridgeTrainer(Trainer):
 
     Attributes:
       task: what trains.
-      plan: which rows make which batch, of this process.
+      plan: which rows make which batch, of this process; None for a stream.
       skipped: rows whose files are broken.
       rates: learning rates of their own, by part of a weight's name.
       facts: what a resumed run must share with the one that it goes on from.
@@ -45,7 +45,7 @@ class BridgeTrainer(Trainer):
         self,
         *,
         task: Task,
-        plan: BatchPlan,
+        plan: BatchPlan | None,
         skipped: SkipLog,
         rates: Mapping[str, float],
         facts: Mapping[str, Any],
@@ -80,11 +80,12 @@ class BridgeTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, self.plan)
 
-    def _loader(self, dataset: Dataset, batches: Iterable) -> DataLoader:
+    def _loader(self, dataset: Dataset, batches: Iterable | None) -> DataLoader:
+        """Loads batches of visits; a stream, for which there are none, gives batches itself."""
         workers = self.args.dataloader_num_workers
         return _EpochLoader(
             dataset,
-            batch_sampler=batches,
+            **({"batch_size": None} if batches is None else {"batch_sampler": batches}),
             collate_fn=self.data_collator,
             num_workers=workers,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
