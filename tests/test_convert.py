@@ -68,6 +68,9 @@ def test_initial_weights_of_bert(tmp_path):
             assert torch.equal(written[f"qformer.encoder.layer.1.{ours}.dense.weight"], layer.intermediate.dense.weight)
         assert not any("crossattention" in name for name in written)
         assert any("token_type" in name for name in report.left_out)
+        head = {name for name in written if name.startswith("language_head.")}
+        assert len(head) == (5 if name == "lm" else 0), "of masked language modelling, as BLIP-2 starts from"
+        assert not head or torch.equal(written["language_head.bias"], model.cls.predictions.bias)
         others = {name for name in report.fresh if ".crossattention." not in name}
         assert others == {"query_tokens", "layer_norm", "projector"} and len(report.fresh) == 10 + len(others)
 
@@ -113,13 +116,14 @@ def command(monkeypatch):
 
 
 def test_the_command_prints_what_was_loaded_fresh_and_left_out(command, tmp_path, capsys):
-    shapes = lavis.bridge(width=16, llm_width=32, **lavis.SMALL, text=False) | {"itm_head.bias": (2,)}
+    shapes = lavis.bridge(width=16, llm_width=32, **lavis.SMALL, text=False)
+    shapes |= {"itm_head.bias": (2,), "visual_encoder.cls_token": (1, 1, 16)}
     weights = {name: value for name, value in lavis.values(shapes).items() if "llm_proj" not in name}
     command(lavis.saved(tmp_path / "blip2.pth", weights), tmp_path / "out")
     assert capsys.readouterr().out.splitlines() == [
         f"wrote {tmp_path}/out: initial weights", f"loaded: {len(weights) - 2} weights",
         "fresh: 2 weights of projector, random until trained",
-        "left out: 1 weights of itm_head, for matching with texts",
+        "left out: 1 weights of visual_encoder, of the encoder, which is given as its own folder",
         "left out: 1 weights of Qformer, a constant that is computed",
     ]  # fmt: skip
 

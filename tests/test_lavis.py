@@ -16,6 +16,7 @@ from xblip.convert import convert
 from xblip.convert_qformer import Wanted
 from xblip.errors import BundleError
 from xblip.lavis import prefixes, published, skeleton
+from xblip.retrieval import Retriever
 from xblip.testing import WORDS, toy_tokenizer
 
 WIDTHS = {"image": 1408, "video": 1408, "audio": 768, "pc": 512}
@@ -243,33 +244,93 @@ class TestSharedQFormer:
 
 
 class TestStageOne:
-    EXTRA = {
+    HEADS = {
         "temp": (), "itm_head.weight": (2, 64), "itm_head.bias": (2,), "vision_proj.weight": (8, 64),
         "vision_proj.bias": (8,), "text_proj.weight": (8, 64), "text_proj.bias": (8,),
-        "visual_encoder.cls_token": (1, 1, 16), "Qformer.cls.predictions.bias": (50,),
-        "Qformer.cls.predictions.decoder.weight": (50, 64),
+        "Qformer.cls.predictions.bias": (SMALL["vocabulary"],), "Qformer.cls.predictions.transform.dense.weight": (64, 64),
+        "Qformer.cls.predictions.transform.dense.bias": (64,), "Qformer.cls.predictions.transform.LayerNorm.weight": (64,),
+        "Qformer.cls.predictions.transform.LayerNorm.bias": (64,),
     }  # fmt: skip
+    OURS = {
+        "temp": "temperature", "itm_head.": "matching_head.", "vision_proj.": "media_projection.",
+        "text_proj.": "text_projection.", "Qformer.cls.predictions.transform.LayerNorm.": "language_head.layer_norm.",
+        "Qformer.cls.predictions.transform.": "language_head.", "Qformer.cls.predictions.": "language_head.",
+    }  # fmt: skip
+    TWICE = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")
 
     @pytest.fixture
     def weights(self):
-        shapes = lavis.bridge(width=16, llm_width=32, **SMALL) | self.EXTRA
-        return {name: value for name, value in lavis.values(shapes).items() if "llm_proj" not in name}
+        shapes = lavis.bridge(width=16, llm_width=32, **SMALL) | self.HEADS | {"visual_encoder.cls_token": (1, 1, 16)}
+        weights = {name: value for name, value in lavis.values(shapes).items() if "llm_proj" not in name}
+        weights[self.TWICE[0]] = weights["Qformer.bert.embeddings.word_embeddings.weight"].clone()
+        weights[self.TWICE[1]] = weights["Qformer.cls.predictions.bias"].clone()
+        return weights
 
-    def test_gives_initial_weights_with_their_tokenizer(self, wanted, weights, tmp_path):
+    def ours(self, name: str) -> str:
+        start = next(start for start in self.OURS if name.startswith(start))
+        return self.OURS[start] + name.removeprefix(start)
+
+    def test_gives_initial_weights_with_their_heads_and_tokenizer(self, wanted, weights, tmp_path):
         wanted.llm = ""
         report = convert(lavis.saved(tmp_path / "blip2.pth", weights), tmp_path / "out", wanted)
         assert report.made == "initial weights" and set(report.fresh) == {"projector.weight", "projector.bias"}
-        assert set(report.left_out) == {*self.EXTRA, "Qformer.bert.embeddings.position_ids"}
+        assert set(report.left_out) == {*self.TWICE, "visual_encoder.cls_token", "Qformer.bert.embeddings.position_ids"}
         written = load_file(tmp_path / "out" / "bridge.safetensors")
         assert len(written) == report.loaded == len(weights) - len(report.left_out)
+        for name, shape in self.HEADS.items():
+            assert torch.equal(written[self.ours(name)], weights[name].reshape(shape or 1))
         assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")) == SMALL["vocabulary"]
         assert "by `branch.bridge.tokenizer`" in (tmp_path / "out" / "README.md").read_text()
         for line in (
             "initial weights\n", f"loaded: {len(written)} weights\n",
             "fresh: 2 weights of projector, random until trained\n",
             "left out: 1 weights of visual_encoder, of the encoder, which is given as its own folder",
+            "left out: 2 weights of Qformer, the embeddings of words and their bias, stored once more",
         ):  # fmt: skip
             assert line in str(report)
+
+    def test_a_head_that_ends_in_other_embeddings_is_left_out(self, wanted, weights, tmp_path):
+        wanted.llm = ""
+        weights[self.TWICE[0]][0, 0] += 1
+        report = convert(lavis.saved(tmp_path / "blip2.pth", weights), tmp_path / "out", wanted)
+        head = {name for name in self.HEADS if name.startswith("Qformer.cls.")}
+        assert {report.left_out[name] for name in head} == {"the head that writes texts, which only retrievers have"}
+        assert not any("language_head" in name for name in load_file(tmp_path / "out" / "bridge.safetensors"))
+
+    @pytest.fixture
+    def eva(self, tmp_path):
+        """A tiny encoder of pictures."""
+        pytest.importorskip("xblip_image")
+        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        Blip2VisionModel(Blip2VisionConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(tmp_path / "eva")
+        BlipImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "eva")
+        return str(tmp_path / "eva")
+
+    @pytest.mark.parametrize("writes", [True, False])
+    def test_gives_a_retriever_where_its_encoder_is_told(self, wanted, weights, eva, tmp_path, writes):
+        wanted.llm, wanted.only, wanted.encoder = "", "image", eva
+        if not writes:
+            del weights["Qformer.cls.predictions.bias"]
+        report = convert(lavis.saved(tmp_path / "blip2.pth", weights), tmp_path / "out", wanted)
+        assert report.made == "retriever: image" and not report.fresh
+        bridge = Retriever.from_pretrained(tmp_path / "out").branch.bridge
+        assert bridge.config.language_head == writes and bridge.config.embedding_width == 8
+        held = bridge.state_dict()
+        assert torch.equal(held["text_projection.weight"], weights["text_proj.weight"])
+        assert ("temperature" in held) == writes == ("language_head.bias" in held)
+
+    def test_a_retriever_of_what_is_not_told_or_does_not_fit(self, wanted, weights, eva, tmp_path):
+        wanted.llm, wanted.encoder = "", eva
+        path = lavis.saved(tmp_path / "blip2.pth", weights)
+        with pytest.raises(
+            BundleError, match="becomes a retriever of one modality: say which it is for by --only NAME"
+        ):
+            convert(path, tmp_path / "out", wanted)
+        wanted.only = "image"
+        other = lavis.values(lavis.bridge(width=9, llm_width=32, **SMALL))
+        path = lavis.saved(tmp_path / "other.pth", {n: other.get(n, value) for n, value in weights.items()})
+        with pytest.raises(BundleError, match="was made for an encoder of width 9, and the one of image has 16"):
+            convert(path, tmp_path / "out", wanted)
 
     def test_gives_a_branch_whose_projector_is_told_to_be_fresh(self, wanted, weights, llm, tmp_path):
         wanted.only = "toy"

@@ -66,8 +66,9 @@ class Checkpoint:
         return {name.removeprefix(prefix): self.tensors[name] for name in names}
 
     def leave_out(self, prefix: str, why: str) -> None:
-        """Leaves out all tensors whose name starts with `prefix`."""
-        self.left_out.update({name: why for name in self.tensors if name.startswith(prefix)})
+        """Leaves out all tensors whose name starts with `prefix` and that were not taken."""
+        names = [name for name in self.tensors if name.startswith(prefix) and name not in self.taken]
+        self.left_out.update(dict.fromkeys(names, why))
 
     def check_all_used(self) -> None:
         """Raises BundleError for tensors that were neither taken nor left out."""

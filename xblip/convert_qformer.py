@@ -1,4 +1,4 @@
-"""Converting bridges that LAVIS saved, and BERT: into branches, or into initial weights where no LLM is given."""
+"""Converting bridges that LAVIS saved, and BERT: into branches, retrievers, or initial weights."""
 
 import re
 from dataclasses import dataclass, fields
@@ -13,10 +13,25 @@ from xblip.branch import Branch, BranchConfig, made_folder
 from xblip.bridge import TOKENIZER, WEIGHTS
 from xblip.checkpoint import Checkpoint
 from xblip.errors import BundleError, ConfigError
-from xblip.lavis import STAGE_ONE, Published, named, published, renamed, rows, sizes, skeleton, with_qformer
+from xblip.lavis import (
+    STAGE_ONE,
+    STORED_TWICE,
+    Published,
+    language_head,
+    named,
+    published,
+    renamed,
+    rows,
+    sizes,
+    skeleton,
+    stage_one_heads,
+    with_qformer,
+)
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.loading import LOADING_ERRORS, why_not_loaded
 from xblip.qformer import QFormer, QFormerConfig
+from xblip.retrieval import Retriever
+from xblip.retrieval_bridge import TEMPERATURE
 
 FRESH = "random until trained"
 
@@ -60,18 +75,22 @@ def from_lavis(checkpoint: Checkpoint, found: set[str], folder: Path, wanted: Wa
     names = _modalities()
     for other in found - {prefix}:
         checkpoint.leave_out(f"{other}_", f"of {names.get(other, other)}, which is converted by --only")
+    is_stage_one = any(name.startswith(STAGE_ONE) for name in checkpoint.tensors)
+    heads = stage_one_heads(checkpoint) if is_stage_one and not wanted.llm else {}
     bridge = published(checkpoint, prefix)
-    _check_told(checkpoint.path, bridge.kind, wanted)
+    _check_told(checkpoint.path, bridge.kind, wanted, retrieves=bool(heads))
     if bridge.kind == "frozen_qformer":
         bridge = with_qformer(bridge, wanted.qformer)
     if bridge.settings.get("instruction_aware"):
         known = rows(checkpoint.path, bridge.weights, "qformer.embeddings.word_embeddings.weight")
         bridge.settings["tokenizer"] = _save_tokenizer(wanted.tokenizer, folder, known)
-    may_lack = ("projector.",) if any(name.startswith(STAGE_ONE) for name in checkpoint.tensors) else ()
+    may_lack = ("projector.",) if is_stage_one else ()
     fresh = checkpoint.check_fit(bridge.weights, skeleton(bridge).state_dict(), what="The bridge", may_lack=may_lack)
+    if heads and wanted.encoder:
+        return _save_retriever(checkpoint, modality, bridge, heads, folder, wanted)
     checkpoint.fresh.update(dict.fromkeys(fresh, FRESH))
     if not wanted.llm:
-        return save_initial(checkpoint, bridge.settings, bridge.weights, folder)
+        return save_initial(checkpoint, bridge.settings, bridge.weights | heads, folder)
     cue = wanted.cue
     if cue is None:
         cue = f" {plugins.get('modality', modality).cue}" if prefix else ""
@@ -79,13 +98,15 @@ def from_lavis(checkpoint: Checkpoint, found: set[str], folder: Path, wanted: Wa
     return f"{made}, its Q-Former that of {wanted.qformer}" if wanted.qformer else made
 
 
-def _check_told(path: Path, kind: str, wanted: Wanted) -> None:
+def _check_told(path: Path, kind: str, wanted: Wanted, *, retrieves: bool) -> None:
     """Refuses what is told in vain."""
     if kind == "frozen_qformer" and not wanted.llm:
         raise BundleError(f"{path} holds a projector alone: give the LLM that it is for by --llm.")
     if kind != "frozen_qformer" and wanted.qformer:
         raise ConfigError(f"{path} holds the Q-Former of its own bridge: leave --qformer out.")
-    if not wanted.llm and (wanted.encoder or wanted.cue is not None):
+    if retrieves and wanted.encoder and not wanted.only:
+        raise BundleError(f"{path} becomes a retriever of one modality: say which it is for by --only NAME.")
+    if not wanted.llm and ((wanted.encoder and not retrieves) or wanted.cue is not None):
         raise ConfigError(
             f"{path} becomes a branch for an LLM: give it by --llm, or leave --encoder and --cue out for initial weights."
         )
@@ -119,12 +140,7 @@ def _chosen(checkpoint: Checkpoint, found: set[str], wanted: Wanted) -> tuple[st
 
 
 def _save_branch(path: Path, modality: str, bridge: Published, folder: Path, wanted: Wanted, *, cue: str) -> str:
-    known = {field.name for field in fields(plugins.get("modality", modality).Config)}
-    if "encoder" in known and not wanted.encoder:
-        raise BundleError(f"A branch names its encoder: give the folder of the {modality} encoder by --encoder.")
-    config: dict[str, Any] = {"encoder": wanted.encoder} if "encoder" in known else {}
-    if "layer" in known:
-        config["layer"] = -1  # the checkpoint's layer norm stands in the place of the encoder's own last one
+    config = _encoder_config(modality, wanted)
     llm = FrozenLLM.from_pretrained(LLMConfig(source=wanted.llm))
     settings = {"kind": bridge.kind, **bridge.settings}
     branch = Branch.build(
@@ -144,6 +160,41 @@ def _save_branch(path: Path, modality: str, bridge: Published, folder: Path, wan
     branch.bridge.load_state_dict(weights | fresh, strict=True)
     branch.save(folder, llm=llm)
     return f"branch: {modality}"
+
+
+def _encoder_config(modality: str, wanted: Wanted) -> dict[str, Any]:
+    """A modality's settings that name the encoder which is told."""
+    known = {field.name for field in fields(plugins.get("modality", modality).Config)}
+    if "encoder" in known and not wanted.encoder:
+        raise BundleError(f"A branch names its encoder: give the folder of the {modality} encoder by --encoder.")
+    config: dict[str, Any] = {"encoder": wanted.encoder} if "encoder" in known else {}
+    if "layer" in known:
+        config["layer"] = -1  # the checkpoint's layer norm stands in the place of the encoder's own last one
+    return config
+
+
+def _save_retriever(
+    checkpoint: Checkpoint, modality: str, bridge: Published, heads: dict[str, Tensor], folder: Path, wanted: Wanted
+) -> str:
+    writes = any(name.startswith("language_head.") for name in heads)
+    width = rows(checkpoint.path, heads, "media_projection.weight", what="The retriever")
+    settings = {**bridge.settings, "embedding_width": width, "language_head": writes}
+    config = BranchConfig(modality, config=_encoder_config(modality, wanted), bridge=settings, encoder_dtype="auto")
+    retriever = Retriever.build(config)
+    if bridge.encoder_width != retriever.branch.encoder.width:
+        raise BundleError(
+            f"The Q-Former in {checkpoint.path} was made for an encoder of width {bridge.encoder_width}, and the one of "
+            f"{modality} has {retriever.branch.encoder.width}: give the encoder that it was trained with."
+        )
+    own = retriever.branch.bridge
+    weights = {name: value.float() for name, value in (bridge.weights | heads).items()}
+    if not writes:
+        weights.pop("temperature", None)
+    fresh = checkpoint.check_fit(weights, own.state_dict(), what="The retriever", may_lack=("temperature",))
+    checkpoint.fresh.update(dict.fromkeys(fresh, f"{TEMPERATURE}, as at the start of training"))
+    own.load_state_dict(own.state_dict() | weights, strict=True)
+    retriever.save_pretrained(folder)
+    return f"retriever: {modality}"
 
 
 def _save_tokenizer(source: str, folder: Path, known: int) -> str:
@@ -172,6 +223,7 @@ def from_bert(checkpoint: Checkpoint, folder: Path) -> str:
 
     The query positions' feed-forward is copied from the text's, as BLIP-2 does; cross-attention is not there.
     """
+    head = language_head(checkpoint, "")
     weights = bert_weights(checkpoint)
     settings = sizes(checkpoint.path, weights, what="The BERT")
     vocabulary = rows(checkpoint.path, weights, "qformer.embeddings.word_embeddings.weight", what="The BERT")
@@ -180,7 +232,7 @@ def from_bert(checkpoint: Checkpoint, folder: Path) -> str:
     expected = named("qformer.", qformer.state_dict())
     fresh = checkpoint.check_fit(weights, expected, what="The BERT", may_lack=(".crossattention.",))
     checkpoint.fresh.update(dict.fromkeys([*fresh, "query_tokens", "layer_norm", "projector"], FRESH))
-    return save_initial(checkpoint, settings, weights, folder)
+    return save_initial(checkpoint, settings, weights | head, folder)
 
 
 def bert_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -192,7 +244,8 @@ def bert_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     for unused, why in (
         (f"{start}embeddings.token_type_embeddings.", "a Q-Former reads one text alone"),
         (f"{start}pooler.", "a Q-Former has none"),
-        ("cls.", "the head of masked language modelling, which no bridge has"),
+        ("cls.", "a head of which no bridge has the like"),
+        ("cls.predictions.decoder.", STORED_TWICE),
     ):
         checkpoint.leave_out(unused, why)
     weights = renamed(checkpoint.take(start))

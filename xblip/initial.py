@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from xblip.bridge import WEIGHTS, Bridge
 from xblip.errors import BundleError
+
+PER_WORD = ("word_embeddings.weight", "language_head.bias")
+"""Ends of names of weights that have a row for each word."""
 
 
 @dataclass
@@ -70,17 +76,24 @@ def initialise(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = (
     except SafetensorError as cause:
         raise BundleError(f"{path} is damaged: {cause}. Copy it again.") from cause
     own = bridge.state_dict()
-    fitting = {
-        name: value
-        for name, value in found.items()
-        if name in own and own[name].shape == value.shape and not any(part in name for part in without)
-    }
+    wanted = [name for name in found if name in own and not any(part in name for part in without)]
+    fitting = {name: value for name in wanted if (value := _fitted(name, found[name], own[name])) is not None}
     if not fitting:
         raise BundleError(f"Not one weight of {path} fits this bridge: it is of other sizes, or of another kind.")
     bridge.load_state_dict(fitting, strict=False)
     return Taken(
         sorted(fitting), [name for name in own if name not in fitting], [name for name in found if name not in own]
     )
+
+
+def _fitted(name: str, value: Tensor, own: Tensor) -> Tensor | None:
+    """A weight as the bridge takes it, None if it cannot; [DEC], a vocabulary's last word, may be in one of both alone."""
+    if value.shape == own.shape:
+        return value
+    if name.endswith(PER_WORD) and value.shape[1:] == own.shape[1:] and abs(len(value) - len(own)) == 1:
+        known = min(len(value), len(own))
+        return torch.cat([value[:known], own[known:].to(value)])
+    return None
 
 
 def _families(names: Sequence[str]) -> str:

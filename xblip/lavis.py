@@ -24,8 +24,12 @@ SHARED = "shared"
 PROJECTORS = ("llm_proj", "t5_proj", "opt_proj", "llama_proj")
 STAGE_ONE = ("itm_head.", "vision_proj.", "text_proj.")
 """What BLIP-2 has before it knows an LLM, and therefore without a projector."""
+HEADS = {"vision_proj.": "media_projection.", "text_proj.": "text_projection.", "itm_head.": "matching_head."}
+"""Of these, what ours are called."""
+STORED_TWICE = "the embeddings of words and their bias, stored once more"
 UNUSED = {
-    "Qformer.cls.": "the head of masked language modelling, which no bridge has",
+    "Qformer.cls.": "the head that writes texts, which only retrievers have",
+    "Qformer.cls.predictions.decoder.": STORED_TWICE,
     "vision_proj.": "for contrast with texts",
     "text_proj.": "for contrast with texts",
     "itm_head.": "for matching with texts",
@@ -112,6 +116,34 @@ def published(checkpoint: Checkpoint, prefix: str) -> Published:
     return Published(kind, settings, weights, encoder_width, llm_width)
 
 
+def stage_one_heads(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Takes what BLIP-2's first stage has beside its Q-Former, by the names of a `RetrievalBridge`; call it first."""
+    heads = language_head(checkpoint, "Qformer.")
+    for theirs, ours in HEADS.items():
+        heads |= named(ours, checkpoint.take(theirs))
+    if "temp" in checkpoint.tensors:
+        heads["temperature"] = checkpoint.take("temp")[""].reshape(1)
+    return heads
+
+
+def language_head(checkpoint: Checkpoint, start: str) -> dict[str, Tensor]:
+    """Takes BERT's head of language modelling from under `start`, if it is whole and ends in the embeddings of words."""
+    head, words = f"{start}cls.predictions.", f"{start}bert.embeddings.word_embeddings.weight"
+    tensors = checkpoint.tensors
+    decoder = tensors.get(f"{head}decoder.weight")
+    if decoder is not None and (words not in tensors or not torch.equal(decoder, tensors[words])):
+        return {}
+    names = {"transform.dense.": "dense.", "transform.LayerNorm.": "layer_norm.", "bias": "bias"}
+    wanted = {f"{head}{name}{part}" for name in names for part in (("weight", "bias") if name[-1] == "." else ("",))}
+    if not wanted <= set(tensors):
+        return {}
+    return {
+        f"language_head.{ours}{rest}": value
+        for theirs, ours in names.items()
+        for rest, value in checkpoint.take(head + theirs).items()
+    }
+
+
 def _leave_out_others(checkpoint: Checkpoint, start: str) -> None:
     if trained := sorted(name for name in checkpoint.tensors if ".lora_" in name):
         raise BundleError(
@@ -142,7 +174,8 @@ def with_qformer(projector: Published, folder: str) -> Published:
             "checkpoint first, and give its folder by --qformer."
         )
     held = read(path).tensors
-    kept = [name for name in held if not name.startswith("projector.") and not is_text_part(name)]
+    own = ("layer_norm.", "query_tokens", "qformer.")
+    kept = [name for name in held if name.startswith(own) and not is_text_part(name)]
     weights = {name: held[name] for name in kept} | projector.weights
     settings = {"max_segments": 0, "join_segments": False, "features_layer_norm": True}
     settings |= {"instruction_aware": False, **sizes(path, weights)}
