@@ -163,8 +163,7 @@ class AlignModel(nn.Module):
         if self.training:
             with torch.no_grad():
                 bridge.temperature.clamp_(*TEMPERATURES)
-        with torch.autocast(device.type, enabled=False):
-            contrast, *nearest = self._contrast(own, everyone, features, text)
+        contrast, *nearest = self._contrast(own, everyone, features, text)
         parts = {"itc": contrast}
         if config.itm:
             parts["itm"] = self._matching(batch, *nearest)
@@ -267,7 +266,7 @@ class AlignModel(nn.Module):
             chosen(media, mediums), {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
         )
         losses = F.cross_entropy(logits.float(), torch.tensor(labels, device=logits.device), reduction="none")
-        return losses @ torch.tensor(weights, device=logits.device)
+        return (losses * torch.tensor(weights, device=logits.device)).sum()
 
     def _fetch(self, batch: _Batch, far: list[int]) -> Features | None:
         """Gets the features of media that are `far`, in other processes, and gives those processes what they ask for."""

@@ -62,8 +62,9 @@ def padded(values: Tensor, size: int, *, dim: int = 1, value: float = 0) -> Tens
 def similarities(own: Embedded, others: Iterable[Embedded]) -> tuple[Tensor, Tensor]:
     """Cosines of own media with all texts, and of own texts with all media: (B, G) each, of the nearest query token."""
     others = list(others)
-    of_media = [_nearest(own.media, own.real, other.texts) for other in others]
-    of_texts = [_nearest(other.media, other.real, own.texts).T for other in others]
+    with torch.autocast(own.media.device.type, enabled=False):
+        of_media = [_nearest(own.media, own.real, other.texts) for other in others]
+        of_texts = [_nearest(other.media, other.real, own.texts).T for other in others]
     return torch.cat(of_media, 1), torch.cat(of_texts, 1)
 
 
