@@ -187,6 +187,16 @@ class TestMomentum:
         with pytest.raises(ConfigError, match=message):
             make(llm_folder, config=AlignConfig(momentum=MomentumConfig(**settings)))
 
+    def test_it_starts_from_the_weights_of_the_first_step(self, llm_folder):
+        model = make(llm_folder, config=AlignConfig(momentum=MomentumConfig(decay=0.9)))
+        weight = model.branch.bridge.query_tokens
+        with torch.no_grad():
+            weight.fill_(2.0)
+            model(samples(PAIRS))
+            weight.fill_(3.0)
+            model(samples(PAIRS))
+        assert torch.allclose(model.momentum.bridge.query_tokens, torch.tensor(2.1))
+
     def test_no_queue_is_a_queue_too(self, llm_folder):
         model = make(llm_folder, config=AlignConfig(momentum=MomentumConfig(queue_size=0)))
         for _ in range(2):

@@ -33,6 +33,7 @@ from xblip.contrast import (
 from xblip.errors import ConfigError, InputError
 from xblip.gather import exchange, gather, largest, world
 from xblip.modality import Features
+from xblip.qformer import KeysValues
 from xblip.retrieval import Retriever
 from xblip.retrieval_bridge import RetrievalBridge, chosen, row_table
 from xblip.sample import Sample
@@ -70,16 +71,22 @@ class _Batch:
     Attributes:
       features: of B media.
       media: these, read for cross-attention.
-      ids: (G, T) tokens of all texts, -1 for padding.
+      text: B captions, tokenized.
+      own: B pairs, embedded; L is that of the process with the longest media.
+      everyone: all G pairs, whose embeddings are still to be gathered.
       equal: (B, G) whether a pair has the media or the text of another.
+      ids: (G, T) tokens of all texts, -1 for padding.
       segments: of all media, G numbers.
       num_tokens: N of the widest features of all processes.
     """
 
     features: Features
     media: MediaRead
-    ids: Tensor
+    text: dict[str, Tensor]
+    own: Embedded
+    everyone: Embedded
     equal: Tensor
+    ids: Tensor
     segments: list[int]
     num_tokens: int
 
@@ -88,8 +95,7 @@ class AlignModel(nn.Module):
     """A retriever's branch with the losses of the first stage.
 
     Attributes:
-      branch: with a `RetrievalBridge` that has its language head; give it its initial weights first, since momentum copies
-        them.
+      branch: with a `RetrievalBridge` that has its language head.
       momentum: what distillation keeps, or None.
     """
 
@@ -133,44 +139,22 @@ class AlignModel(nn.Module):
         pairs = [self._pair(sample, number) for number, sample in enumerate(samples, 1)]
         items = [self.branch.read(source) for source, _ in pairs]
         features = self._thinned(self.branch.encode(items))
-        device = features.values.device
         media = bridge.read_media(features)
         text = bridge.tokenize([caption for _, caption in pairs])
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: KeysValues = []
         queries = bridge.embed_queries(bridge.read_queries(media, kept=kept))
         keys = [[key_of_media(item), key_of_text(caption)] for item, (_, caption) in zip(items, pairs, strict=True)]
-        own = embedded(queries, media[2], bridge.embed_texts(text), torch.tensor(keys, device=device))
-        written = bridge.to_write(text)
-
-        length, width, num_tokens = largest(
-            own.media.shape[1], text["input_ids"].shape[1], features.values.shape[1], device=device
-        )
-        own = own._replace(media=padded(own.media, length), real=padded(own.real, length, value=False))
-        counts = [own.real.sum(1), torch.tensor(features.segments, device=device), written["attention_mask"].sum(1) - 1]
-        facts = gather(torch.cat([own.keys, torch.stack(counts, 1)], 1))
-        real = torch.arange(length, device=device) < facts[:, 2, None]
-        everyone = Embedded(own.media, real, own.texts, facts[:, :2])
-        ids = text["input_ids"].masked_fill(text["attention_mask"] == 0, -1)
-        batch = _Batch(
-            features=features,
-            media=media,
-            ids=gather(padded(ids, width, value=-1)),
-            equal=are_equal(own.keys, everyone.keys),
-            segments=facts[:, 3].tolist(),
-            num_tokens=num_tokens,
-        )
-
+        own = embedded(queries, media[2], bridge.embed_texts(text), torch.tensor(keys, device=queries.device))
+        batch = self._gathered(features, media, text, own)
         if self.training:
             with torch.no_grad():
                 bridge.temperature.clamp_(*TEMPERATURES)
-        contrast, *nearest = self._contrast(own, everyone, features, text)
+        contrast, *nearest = self._contrast(batch)
         parts = {"itc": contrast}
         if config.itm:
             parts["itm"] = self._matching(batch, *nearest)
         if config.itg:
-            logits, labels = bridge.write(kept, media[2], written)
-            summed = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=config.label_smoothing)
-            parts["itg"] = summed * world()[1] / facts[:, 4].sum().clamp(min=1)
+            parts["itg"] = self._writing(batch, kept)
         loss = sum(getattr(config, name) * part for name, part in parts.items())
         told = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **told, "temperature": bridge.temperature.detach().clone()[0]}
@@ -219,19 +203,41 @@ class AlignModel(nn.Module):
         values = features.values.gather(1, order[..., None].expand(-1, -1, features.values.shape[2]))
         return Features(values, torch.arange(order.shape[1], device=mask.device) < counts[:, None], features.segments)
 
-    def _contrast(
-        self, own: Embedded, everyone: Embedded, features: Features, text: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _gathered(self, features: Features, media: MediaRead, text: dict[str, Tensor], own: Embedded) -> _Batch:
+        """Tells all processes what each needs to know of the others' pairs, beside their embeddings."""
+        device = own.keys.device
+        length, width, num_tokens = largest(
+            own.media.shape[1], text["input_ids"].shape[1], features.values.shape[1], device=device
+        )
+        own = own._replace(media=padded(own.media, length), real=padded(own.real, length, value=False))
+        counts = torch.stack([own.real.sum(1), torch.tensor(features.segments, device=device)], 1)
+        facts = gather(torch.cat([own.keys, counts], 1))
+        real = torch.arange(length, device=device) < facts[:, 2, None]
+        ids = text["input_ids"].masked_fill(text["attention_mask"] == 0, -1)
+        return _Batch(
+            features=features,
+            media=media,
+            text=text,
+            own=own,
+            everyone=Embedded(own.media, real, own.texts, facts[:, :2]),
+            equal=are_equal(own.keys, facts[:, :2]),
+            ids=gather(padded(ids, width, value=-1)),
+            segments=facts[:, 3].tolist(),
+            num_tokens=num_tokens,
+        )
+
+    def _contrast(self, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
         """ITC, and similarities (B, G) of own media with all texts and of own texts with all media, for `_matching`."""
+        own, everyone = batch.own, batch.everyone
         temperature, count = self.branch.bridge.temperature, len(everyone.keys)
         if self.momentum is None or not self.training:
             compared = [near / temperature for near in similarities(own, [own.gathered(everyone)])]
             smoothing = self.config.label_smoothing
-            true = _shares(are_equal(own.keys, everyone.keys))
+            true = _shares(batch.equal)
             targets = [(1 - smoothing) * true + smoothing / count] * 2
         else:
             alpha = self.momentum.follow(self.branch.bridge)
-            follower = self.momentum.embed(features, text, own.keys)
+            follower = self.momentum.embed(batch.features, batch.text, own.keys)
             follower = follower._replace(media=padded(follower.media, own.media.shape[1]), real=own.real)
             queue, current = self.momentum.queue(), follower.gathered(everyone)
             compared = [near / temperature for near in similarities(own, [current, queue])]
@@ -267,6 +273,15 @@ class AlignModel(nn.Module):
         )
         losses = F.cross_entropy(logits.float(), torch.tensor(labels, device=logits.device), reduction="none")
         return (losses * torch.tensor(weights, device=logits.device)).sum()
+
+    def _writing(self, batch: _Batch, kept: KeysValues) -> Tensor:
+        """ITG: the captions, said on what the query tokens kept when they read the media; the mean over all tokens."""
+        bridge = self.branch.bridge
+        logits, labels = bridge.write(kept, batch.media[2], bridge.to_write(batch.text))
+        total = gather(torch.tensor([len(labels)], device=labels.device)).sum().clamp(min=1)
+        smoothing = self.config.label_smoothing
+        summed = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        return summed * world()[1] / total
 
     def _fetch(self, batch: _Batch, far: list[int]) -> Features | None:
         """Gets the features of media that are `far`, in other processes, and gives those processes what they ask for."""

@@ -153,11 +153,10 @@ class Momentum(nn.Module):
 
     @torch.no_grad()
     def follow(self, bridge: RetrievalBridge) -> float:
-        """Moves towards the bridge that trains; returns the share of the targets that this step takes from here."""
-        weights = dict(bridge.named_parameters())
+        """Moves towards the bridge that trains, at first all the way; returns the share that targets take from here."""
+        weights, steps = dict(bridge.named_parameters()), int(self.steps)
         for name, own in self.bridge.named_parameters():
-            own.lerp_(weights[name], 1 - self.config.decay)
-        steps = int(self.steps)
+            own.lerp_(weights[name], 1 - self.config.decay if steps else 1.0)
         self.steps += 1
         return self.config.alpha * (min(1.0, steps / self.config.warmup) if self.config.warmup else 1.0)
 
