@@ -23,7 +23,7 @@ from xblip import plugins
 from xblip.branch import BranchConfig
 from xblip.convert_qformer import Wanted
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.testing import ToyModality, save_toy_llm, small_qformer
+from xblip.testing import ToyModality, save_toy_llm, small_qformer, toy_tokenizer
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
@@ -32,6 +32,22 @@ torch.set_num_threads(1)  # tiny models: a second thread costs more than it brin
 def llm_folder(tmp_path_factory):
     """A tiny random Llama with its tokenizer."""
     return save_toy_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory):
+    """A tiny random T5 with its tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    tokenizer = toy_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("t5")
+    for part in (T5ForConditionalGeneration(config), tokenizer):
+        part.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

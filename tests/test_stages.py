@@ -105,10 +105,10 @@ def test_momentum_distillation_is_resumed_exactly(captions, tmp_path):
     train(captions)
     captions.training["max_steps"] = 6
     train(captions, resume=True)
-    for file in ("bridge.safetensors", "momentum.safetensors"):
+    for file in ("bridge.safetensors", "task.safetensors"):
         whole, resumed = (load_file(tmp_path / run / "checkpoint-6" / file) for run in ("run", "broken"))
         assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not (tmp_path / "run" / "momentum.safetensors").exists()
+    assert not (tmp_path / "run" / "task.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,10 @@ def test_momentum_distillation_is_resumed_exactly(captions, tmp_path):
         ({"stage": "aling"}, 'Unknown stage "aling". Did you mean "align"'),
         ({"llm": None, "stage": "generate"}, "The stage generate learns through an LLM: name its folder"),
         ({"stage": "align", "shard_llm": True}, "align has no LLM that shard_llm could spread"),
-        ({"shard_llm": True, "stage": "generate"}, "shard_llm spreads the LLM over several processes, and this run has one"),
+        (
+            {"shard_llm": True, "stage": "generate"},
+            "shard_llm spreads the LLM over several processes, and this run has one",
+        ),
         ({"stage": "align", "training": {"gradient_checkpointing": True}}, "gradient_checkpointing is for the LLM"),
         ({"stage": "align", "align": AlignConfig(itc=0, itm=0, itg=0)}, "The weights of the losses"),
     ],

@@ -102,7 +102,7 @@ class AlignModel(nn.Module):
 
     def __init__(self, branch: Branch, config: AlignConfig | None = None):
         super().__init__()
-        self.config = config = config or AlignConfig()
+        self.settings = config = config or AlignConfig()
         _check(config)
         if not isinstance(branch.bridge, RetrievalBridge) or not branch.bridge.config.language_head:
             raise ConfigError(
@@ -141,7 +141,7 @@ class AlignModel(nn.Module):
         Raises:
           InputError, MediaError: a sample has other media or no caption, or its media cannot be read.
         """
-        bridge, config = self.branch.bridge, self.config
+        bridge, config = self.branch.bridge, self.settings
         pairs = [self._pair(sample, number) for number, sample in enumerate(samples, 1)]
         items = [self.branch.read(source) for source, _ in pairs]
         features = self._thinned(self.branch.encode(items))
@@ -199,7 +199,7 @@ class AlignModel(nn.Module):
 
     def _thinned(self, features: Features) -> Features:
         """Leaves out tokens of each segment at random while training."""
-        share = self.config.keep_tokens
+        share = self.settings.keep_tokens
         if not self.training or share == 1:
             return features
         mask = features.mask
@@ -238,7 +238,7 @@ class AlignModel(nn.Module):
         temperature, count = self.branch.bridge.temperature, len(everyone.keys)
         if self.momentum is None or not self.training:
             compared = [near / temperature for near in similarities(own, [own.gathered(everyone)])]
-            smoothing = self.config.label_smoothing
+            smoothing = self.settings.label_smoothing
             true = _shares(batch.equal)
             targets = [(1 - smoothing) * true + smoothing / count] * 2
         else:
@@ -285,7 +285,7 @@ class AlignModel(nn.Module):
         bridge = self.branch.bridge
         logits, labels = bridge.write(kept, batch.media[2], bridge.to_write(batch.text))
         total = gather(torch.tensor([len(labels)], device=labels.device)).sum().clamp(min=1)
-        smoothing = self.config.label_smoothing
+        smoothing = self.settings.label_smoothing
         summed = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
         return summed * world()[1] / total
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from xblip import config as configs
 from xblip.align import AlignConfig, AlignModel
@@ -24,8 +25,8 @@ from xblip.resume import reading
 from xblip.retrieval import Retriever
 from xblip.sample import Sample
 
-MOMENTUM = "momentum.pt"
-"""What momentum distillation keeps, beside a retriever in a checkpoint."""
+STATE = "task.safetensors"
+"""A task's state, beside the branches in a checkpoint."""
 
 
 class EvalBatch(NamedTuple):
@@ -82,8 +83,12 @@ class Task(ABC):
     def save(self, folder: Path) -> None:
         """Writes the branches."""
 
+    def state(self) -> dict[str, Tensor]:
+        """Returns what only a resumed run needs, to lie in `STATE` beside the branches of a checkpoint."""
+        return {}
+
     def load(self, folder: Path) -> None:
-        """Takes up the weights that `save` wrote.
+        """Takes up the branches of a checkpoint, and the state.
 
         Raises:
           BundleError: they are missing, damaged, or other bridges'.
@@ -158,14 +163,15 @@ class AlignTask(Task):
 
     def save(self, folder: Path) -> None:
         Retriever(self.model.branch).save_pretrained(folder, with_encoder=False)
-        if self.model.momentum is not None:
-            torch.save(self.model.momentum.state_dict(), folder / MOMENTUM)
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.model.momentum is None else self.model.momentum.state_dict()
 
     def load(self, folder: Path) -> None:
         super().load(folder)
         if self.model.momentum is not None:
             with reading(folder):
-                self.model.momentum.load_state_dict(torch.load(folder / MOMENTUM, weights_only=True))
+                self.model.momentum.load_state_dict(load_file(folder / STATE))
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> Counter[str]:
         """Looks, for each row, among the captions and the media of all rows of all processes for what is nearest."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +25,7 @@ from xblip.loading import first_line
 from xblip.meters import Curves, Meter
 from xblip.mixture import BatchPlan
 from xblip.resume import STATE, check_facts, reading, write_facts, writing
+from xblip.tasks import STATE as TASK_STATE
 from xblip.tasks import EvalBatch, Task
 
 CALLBACKS = (Curves,)
@@ -231,6 +233,8 @@ class BridgeTrainer(Trainer):
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
             if is_main:
+                if state := self.task.state():
+                    save_file(state, staging / TASK_STATE)
                 self._note_callbacks()
                 self.state.save_to_json(str(staging / STATE))
                 write_facts(staging, self.facts)
