@@ -68,7 +68,7 @@ class Meter:
         samples, tokens, batches, *sums = totals
         shown = {
             "samples_per_second": round(samples / seconds, 2),
-            "tokens_per_second": round(tokens / seconds, 1),
+            **({"tokens_per_second": round(tokens / seconds, 1)} if tokens else {}),
             "waiting_for_data": round(self._waited / seconds, 4),
             "peak_memory_gib": round(peak_memory_bytes() / 2**30, 3),
         }

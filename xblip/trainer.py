@@ -276,10 +276,11 @@ class BridgeTrainer(Trainer):
 
 
 class _EpochLoader(DataLoader):
-    """A data loader that tells its batch sampler the epoch, as transformers' Trainer asks a loader to."""
+    """A data loader that tells its plan the epoch, as transformers' Trainer asks a loader to; a stream has no plan."""
 
     def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
+        if self.batch_sampler is not None:
+            self.batch_sampler.set_epoch(epoch)
 
 
 @contextlib.contextmanager
