@@ -4,6 +4,7 @@ Everything that is asked or trained on becomes a `Sample` first: keyword argumen
 are three ways of writing one. The instruction always comes last, as in InstructBLIP; it is what the Q-Formers read too.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,7 +226,4 @@ def _text_of(content: Any) -> str:
 
 
 def _at(source: Any, root: Path | None) -> Any:
-    if root is None or not isinstance(source, str):
-        return source
-    path = Path(source)
-    return source if path.is_absolute() else str(root / path)
+    return source if root is None or not isinstance(source, str) else os.path.join(root, source)
