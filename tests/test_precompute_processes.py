@@ -168,5 +168,5 @@ def test_the_command_under_torchrun_and_on_ray(installed, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed")
     shown = command(*call, tmp_path / "ray", "--engine", "ray")
     assert f"{NUM_FILES} items" in shown and digest(tmp_path, "ray") == digest(tmp_path, "one")
-    assert "0 items, 60 were there" in command(*call, tmp_path / "ray", "--engine", "ray")
+    assert "0 items, 60 were there or are the same" in command(*call, tmp_path / "ray", "--engine", "ray")
     assert "is right" in command(*call, tmp_path / "ray", "--verify")

@@ -51,7 +51,7 @@ def test_align_then_generate_then_instruct(captions, manifest, tmp_path, llm_fol
     assert list(SIGNS.values())[ranked[0].index] == "red two"
 
     captions.stage, captions.init = "generate", InitConfig(str(tmp_path / "align"))
-    captions.training |= {"output_dir": str(tmp_path / "generate"), "max_steps": 40}
+    captions.training |= {"output_dir": str(tmp_path / "generate"), "max_steps": 80, "learning_rate": 5e-3}
     metrics = train(captions)
     assert metrics["eval_accuracy"] > 0.9
     shown = " ".join(capsys.readouterr().out.split())

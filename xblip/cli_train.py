@@ -71,6 +71,5 @@ def precompute(
     done = run.precompute(job, manifests, engine=engine, max_skipped=max_skipped)
     skipped = f", skipped {len(done.skipped)} (see {Path(to, 'skipped.jsonl')})" if done.skipped else ""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"wrote {to}: {done.num_written} items, {done.num_held} were there{skipped}; {done.nbytes / 2**20:.4g} MiB"
-        )
+        same = f"{done.num_held} were there or are the same"
+        print(f"wrote {to}: {done.num_written} items, {same}{skipped}; {done.nbytes / 2**20:.4g} MiB")

@@ -4,12 +4,16 @@ A task is what fills one shard, and writes it itself: a task that Ray repeats, a
 second time at worst, and a store counts them once. All machines must see the data and the store at the same paths.
 """
 
+import logging
 import pickle
 from collections.abc import Sequence
 from typing import Any
 
 from xblip.encoding import Encoding, Job, Skip, best_device
 from xblip.errors import PluginError, XBlipError
+
+TASKS = 4
+"""For each actor at least, so that those that are done early help."""
 
 
 class _Encoder:
@@ -61,12 +65,14 @@ def encode(
     from tqdm.auto import tqdm
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    DataContext.get_current().enable_progress_bars = False
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    logging.getLogger("ray.data").setLevel("ERROR")
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
     resources = ray.cluster_resources()
     gpus, cores = 0 if job.use_cpu else int(resources.get("GPU", 0)), 1 + job.num_workers
     actors = gpus or max(1, int(resources.get("CPU", 1)) // cores)
-    at_once = max(1, min(int(job.shard_bytes / max(bytes_each, 1)), -(-len(sources) // actors)))
+    at_once = max(1, min(int(job.shard_bytes / max(bytes_each, 1)), -(-len(sources) // (TASKS * actors))))
     blocks = [{"sources": pickle.dumps(sources[at : at + at_once])} for at in range(0, len(sources), at_once)]
     if not blocks:
         return 0, []
