@@ -5,6 +5,7 @@ attention of its own. Chosen over grouping samples of like lengths: batches stay
 larger than another (the one with all long samples would need the most memory), and nothing is left to pad.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,25 +31,21 @@ class Packing:
 
         Args:
           lengths: of the samples.
-          width: D_llm, by which attention's work a token is compared with that of the weights.
+          width: D_llm; a token's work is some 12 D_llm^2 of weights, and 2 D_llm for each position of its row in
+            attention, which runs at about a third of the speed.
         """
-        longest = max(lengths)
-        plans = [cls._filled(lengths, longest * part // 4) for part in range(4, 17)]
-        return min(plans, key=lambda plan: plan.num_tokens * (6 * width + plan.row_length))
+        plans = [cls._spread(lengths, count) for count in range(1, len(lengths) + 1)]
+        return min(plans, key=lambda plan: plan.num_tokens * (2 * width + plan.row_length))
 
     @classmethod
-    def _filled(cls, lengths: Sequence[int], capacity: int) -> "Packing":
-        """Puts each sample, the longest first, into the first row that has room for it."""
-        rows: list[list[int]] = []
-        room: list[int] = []
+    def _spread(cls, lengths: Sequence[int], count: int) -> "Packing":
+        """Puts each sample, the longest first, into the row that is the shortest so far."""
+        rows: list[list[int]] = [[] for _ in range(count)]
+        shortest = [(0, number) for number in range(count)]
         for sample in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-            row = next((index for index, left in enumerate(room) if left >= lengths[sample]), None)
-            if row is None:
-                row = len(rows)
-                rows.append([])
-                room.append(capacity)
-            rows[row].append(sample)
-            room[row] -= lengths[sample]
+            length, number = heapq.heappop(shortest)
+            rows[number].append(sample)
+            heapq.heappush(shortest, (length + lengths[sample], number))
         return cls(rows, lengths)
 
     @property
