@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xblip.blueprint import draw, read_plan
 from xblip.bridge import QFormerBridge
 from xblip.costs import Costs, LLMCost, bridge_cost, step_flops, total
-from xblip.llm import FrozenLLM, LLMConfig, PromptBatch
+from xblip.llm import IGNORE, FrozenLLM, LLMConfig, PromptBatch
 from xblip.modality import Features
 from xblip.testing import toy_tokenizer
 
@@ -62,13 +62,14 @@ def training_step(rows: int = 8, tokens: int = 64, text: int = 12, labels: int =
     features = Features(torch.randn(rows, tokens, 512), torch.ones(rows, tokens, dtype=torch.bool), [1] * rows)
     words = llm.embed([5] * (text + labels)).expand(rows, -1, -1)
     positions = 32 + text + labels
+    ids = torch.full((rows, positions), IGNORE)
+    ids[:, -labels:] = 5
 
     def run() -> None:
         soft = torch.stack(bridge(features, [""] * rows))
-        batch = PromptBatch(torch.cat([soft, words], 1), torch.ones(rows, positions, dtype=torch.long))
-        logits = llm.logits(batch, last=labels)
+        batch = PromptBatch(torch.cat([soft, words], 1), torch.ones(rows, positions, dtype=torch.long), ids)
         bridge.zero_grad()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(rows * labels, dtype=torch.long)).backward()
+        llm.token_log_likelihoods(batch)[0].sum().neg().backward()
 
     costs = Costs(0.0, bridge_cost(bridge, features), LLMCost.of(llm))
     lengths = {"segments": rows, "tokens": tokens, "text": 0, "labels": rows * labels}

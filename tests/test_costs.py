@@ -24,7 +24,7 @@ from xblip.bridge import MLPBridge, QFormerBridge
 from xblip.costs import Costs, CountedCost, Flops, LLMCost, QFormerCost, bridge_cost, count_flops, step_flops, total
 from xblip.doctor import examine, in_flops, report_tables
 from xblip.dryrun import _on_meta
-from xblip.llm import FrozenLLM, LLMConfig, PromptBatch
+from xblip.llm import IGNORE, FrozenLLM, LLMConfig, PromptBatch
 from xblip.modality import Features
 from xblip.testing import small_qformer, toy_tokenizer
 
@@ -67,13 +67,13 @@ class TestLLM:
     @pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
     @pytest.mark.parametrize("positions", [5, 60])
     def test_a_decoder(self, make, positions):
-        llm, rows, labels = make(), 2, 4
+        llm, rows = make(), 2
         embeds = torch.randn(rows, positions, llm.width, requires_grad=True)
         batch = PromptBatch(embeds, torch.ones(rows, positions, dtype=torch.long))
-        forward, backward = counted(lambda: llm.logits(batch, last=labels))
+        forward, backward = counted(lambda: llm.logits(batch))
         cost = LLMCost.of(llm)
-        inner = cost.flops([positions] * rows, labels * rows)
-        head = 2 * rows * labels * cost.vocabulary
+        inner = cost.flops([positions] * rows, 0)
+        head = 2 * rows * positions * cost.vocabulary
         assert forward == pytest.approx(inner.forward + head, rel=TOLERANCE)
         assert backward == pytest.approx(inner.backward + head, rel=TOLERANCE)
 
@@ -106,18 +106,21 @@ class TestLLM:
         layers, each = SIZES["num_hidden_layers"], 3 * 32 * 24
         assert weights(4) - weights(2) == layers * 2 * each
 
-    def test_checkpointing_runs_the_layers_once_more(self):
-        llm, positions = llama(), 20
-        llm.model.gradient_checkpointing_enable({"use_reentrant": False})
-        llm.model.model.train()
-        for layer in llm.model.model.layers:
-            layer.train()
-        embeds = torch.randn(1, positions, llm.width, requires_grad=True)
-        batch = PromptBatch(embeds, torch.ones(1, positions, dtype=torch.long))
-        _, backward = counted(lambda: llm.logits(batch, last=1))
-        cost = LLMCost.of(llm)
-        inner = cost.flops([positions], 1, checkpointing=True)
-        assert backward == pytest.approx(inner.backward + inner.again + 2 * cost.vocabulary, rel=TOLERANCE)
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_a_step_as_training_does_it(self, checkpointing):
+        llm, positions, labels = llama(), 20, 3
+        if checkpointing:
+            llm.checkpoint_layers()
+        ids = torch.full((2, positions), IGNORE)
+        ids[:, -labels:] = 5
+        embeds = torch.randn(2, positions, llm.width, requires_grad=True)
+        batch = PromptBatch(embeds, torch.ones(2, positions, dtype=torch.long), ids)
+        llm.token_log_likelihoods(batch)  # the first finds out how the model makes logits
+        done = counted(lambda: llm.token_log_likelihoods(batch)[0])
+        costs = Costs(0.0, CountedCost(Flops(0.0)), LLMCost.of(llm))
+        lengths = {"segments": 2, "tokens": 1, "text": 0, "positions": [positions] * 2, "labels": 2 * labels}
+        expected = total(step_flops(costs, **lengths, checkpointing=checkpointing))
+        assert sum(done) == pytest.approx(expected, rel=TOLERANCE)
 
 
 class TestBridges:

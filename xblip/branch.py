@@ -249,7 +249,12 @@ class Branch(nn.Module):
 @contextlib.contextmanager
 def _without_half_precision(device_type: str) -> Iterator[None]:
     """Lets a bridge run in float32 under float16 autocast, in which a Q-Former's loss overflows (LAVIS, issue 267)."""
-    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16:
+    knows_autocast = device_type != "meta"
+    if (
+        knows_autocast
+        and torch.is_autocast_enabled(device_type)
+        and torch.get_autocast_dtype(device_type) is torch.float16
+    ):
         with torch.autocast(device_type, enabled=False):
             yield
     else:
