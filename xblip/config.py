@@ -6,9 +6,9 @@ is an error that suggests the nearest, never silently ignored.
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -130,7 +130,8 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
         if key not in fields:
             raise ConfigError(f'Unknown key "{where}.{key}".{suggest(str(key), fields)}')
         kind = fields[key].type
-        nested = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
+        kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+        nested = next((part for part in kinds if dataclasses.is_dataclass(part)), None)
         if nested and isinstance(value, Mapping):
             _check_keys(nested, value, f"{where}.{key}")
 
