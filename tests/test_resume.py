@@ -47,7 +47,10 @@ def test_a_full_disk_is_one_clear_error_and_leaves_what_was_there(tmp_path, rais
     place.mkdir()
     (place / "bridge").write_text("old")
     before = writing(place / "checkpoint-2", is_main=True) if how == "writing" else replacing(place)
-    with pytest.raises(BundleError, match=r"Cannot write .*: .* make room, and go on with --resume"), before as folder:
+    with (
+        pytest.raises(BundleError, match=r"Cannot write .*: .* make room or mend it, and go on with --resume"),
+        before as folder,
+    ):
         (folder / "bridge").write_text("new")
         raise raised
     assert [path.name for path in place.iterdir()] == ["bridge"] and (place / "bridge").read_text() == "old"

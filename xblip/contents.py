@@ -167,3 +167,12 @@ def _person(name: str) -> bytes:
 def _path_hash(path: str | Path) -> int:
     name = os.fsencode(os.path.abspath(path))
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+def flush(path: str | Path) -> None:
+    """Makes lasting what was written at a path: a file's content, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,7 +6,6 @@ name is whole, however the run died.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from xblip.contents import flush
 from xblip.errors import BundleError, ConfigError
 from xblip.loading import first_line
 
@@ -73,7 +73,7 @@ def writing(checkpoint: Path, *, is_main: bool) -> Iterator[Path]:
             _to_disk(staging)
             shutil.rmtree(checkpoint, ignore_errors=True)
             staging.replace(checkpoint)
-            _sync(checkpoint.parent)
+            flush(checkpoint.parent)
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def replacing(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(folder / part.name, ignore_errors=True)
             part.replace(folder / part.name)
         staging.rmdir()
-        _sync(folder)
+        flush(folder)
 
 
 @contextlib.contextmanager
@@ -107,8 +107,8 @@ def _staging(target: Path) -> Iterator[Path]:
             raise
         shutil.rmtree(staging, ignore_errors=True)
         raise BundleError(
-            f"Cannot write {target}: {first_line(cause)} What was written before is whole: make room, and go on with "
-            "--resume."
+            f"Cannot write {target}: {first_line(cause)} What was written before is whole: make room or mend it, and go on "
+            "with --resume."
         ) from cause
 
 
@@ -127,15 +127,7 @@ def clear_unfinished(folder: Path) -> None:
 def _to_disk(folder: Path) -> None:
     """Makes sure that a crash of the machine loses nothing of a folder."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(path)
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xblip.contents import COLUMNS, KEY_BYTES
+from xblip.contents import COLUMNS, KEY_BYTES, flush
 from xblip.errors import BundleError, ConfigError, MediaError
 from xblip.modality import Features
 
@@ -250,7 +250,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _flush_folder(path.parent)
+        flush(path.parent)
     except OSError as cause:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -270,12 +270,3 @@ def _header(parts: dict[str, tuple[type, tuple[int, ...], Sequence[np.ndarray]]]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes the names in a folder lasting, as `fsync` makes a file's content."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -73,8 +73,9 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         clear_unfinished(output)
     set_seed(arguments.seed)
     stores = open_stores(config)
-    train_data = read_data(config, config.data.train, "data.train", stores, streaming=config.data.streaming)
-    eval_data = read_data(config, config.data.eval, "data.eval", stores)
+    with arguments.main_process_first(local=False):  # which leaves what it read in a cache for the others
+        train_data = read_data(config, config.data.train, "data.train", stores, streaming=config.data.streaming)
+        eval_data = read_data(config, config.data.eval, "data.eval", stores)
     done = read_state(checkpoint).global_step if checkpoint else 0
     plan = make_plan(config, arguments, train_data, done)
     task = build_task(config, arguments, stores, None if checkpoint else console)
@@ -108,11 +109,17 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         with replacing(output) as folder:
             task.save(folder)
     trainer.save_state()
+    if is_main:
+        _write_metrics(output, metrics)
     if len(eval_data):
         metrics |= trainer.evaluated()
-    if is_main:
-        Path(output, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        if is_main:
+            _write_metrics(output, metrics)
     return metrics
+
+
+def _write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def open_stores(config: TrainConfig) -> dict[str, FeatureStore]:
