@@ -75,7 +75,7 @@ def run_as_written(document: str, folder: Path) -> list[str]:
 @pytest.mark.slow
 @needs_numerals
 def test_train_runs_as_written(tmp_path):
-    *_, asked, by_command, stages, found, _ = run_as_written("docs/train.md", tmp_path)
+    *_, asked, by_command, _, found, _ = run_as_written("docs/train.md", tmp_path)
     folder = tmp_path / "work"
     truth = dict(line.split(",") for line in (folder / "held-out.csv").read_text().splitlines())
     assert (asked.strip(), by_command.strip()) == (truth["held-out-000.png"], truth["held-out-001.png"])
