@@ -76,6 +76,7 @@ class DataConfig:
       features: store of `xblip precompute`, or a list of them, one for each modality; then no encoder is loaded.
       templates: YAML of instructions for captions, questions and labels that have none, by modality.
       context: text of other inputs around the one that is learnt.
+      augment: change the files of `train` at random, each time anew; how, stands in `augment` of the branch's `config`.
       max_skipped: share of all rows whose files may be broken.
     """
 
@@ -88,6 +89,7 @@ class DataConfig:
     features: Any = None
     templates: dict[str, str] = field(default_factory=dict)
     context: ContextConfig | None = None
+    augment: bool = False
     max_skipped: float = 0.01
 
 
