@@ -247,8 +247,9 @@ def _check_space(writer: StoreWriter, num_sources: int, num_missing: int, num_pr
     """Says what the features will take, by the first ones; refuses if the disk has less."""
     needed = writer.bytes_added / max(1, num_probes) * num_missing
     free = shutil.disk_usage(writer.folder).free
+    what = "sources and views" if writer.facts.views.count else "sources"
     console.print(
-        f"{num_sources} sources{' and views' if writer.facts.views.count else ''}, {num_sources - num_missing} of them stored already; the others' features will take about "
+        f"{num_sources} {what}, {num_sources - num_missing} of them stored already; the others' features will take about "
         f"{needed / 2**20:.4g} MiB as {writer.facts.dtype}, and {free / 2**20:.4g} MiB are free.",
         soft_wrap=True,
     )
