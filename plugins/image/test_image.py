@@ -235,15 +235,14 @@ class TestAugmentation:
 
     def test_settings_come_from_the_config(self, encoders):
         settings = {"encoder": str(encoders / "vit"), "augment": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1}}
-        modality = xblip.testing.Branch.build(
-            xblip.testing.BranchConfig("image", settings, {"kind": "linear"}), llm_width=8
-        ).modality
+        branch = xblip.testing.BranchConfig("image", settings, {"kind": "linear"})
+        modality = xblip.testing.Branch.build(branch, llm_width=8).modality
         square = noise(40, 40)
         mirrored = modality.augmented(square, np.random.default_rng(0))["pixel_values"]
         assert torch.equal(mirrored, modality.load(square[:, ::-1])["pixel_values"])
         settings["augment"]["scail"] = [1, 1]
         with pytest.raises(xblip.ConfigError, match=r"augment.scail\"\. Did you mean \"scale\""):
-            xblip.testing.Branch.build(xblip.testing.BranchConfig("image", settings, {"kind": "linear"}), llm_width=8)
+            xblip.testing.Branch.build(branch, llm_width=8)
 
     def test_broken_files_are_refused_as_by_load(self, plain, tmp_path):
         (tmp_path / "text.png").write_text("not a picture")
