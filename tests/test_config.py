@@ -136,7 +136,7 @@ class TestBuild:
         [
             ({"name": "x", "lense": {}}, 'Unknown key "camera.lense". Did you mean "lens"?'),
             ({"name": "x", "lens": {"widht_mm": 3}}, 'Unknown key "camera.lens.widht_mm". Did you mean "width_mm"?'),
-            ({"name": "x", "spare": {"widht_mm": 3}}, "\"camera\".*widht_mm.*Did you mean: 'width_mm'"),
+            ({"name": "x", "spare": {"widht_mm": 3}}, 'Unknown key "camera.spare.widht_mm". Did you mean "width_mm"?'),
             ({"name": "x", 3: 4}, 'Unknown key "camera.3"'),
             ({"name": "x", "lens": {"width_mm": "wide"}}, '"camera": .*wide.*lens.width_mm'),
             ({"name": "x", "lens": {"coated": "perhaps"}}, '"camera": .*perhaps.*lens.coated'),

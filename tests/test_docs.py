@@ -1,5 +1,6 @@
 """The guide's page for plugin authors and the examples do what they say: their code is run as written."""
 
+import json
 import re
 import subprocess
 import sys
@@ -55,12 +56,11 @@ def test_the_readme_runs_as_written(tmp_path):
     assert printed[0] == "the image" and printed[-1] == "thirteen"
 
 
-@pytest.mark.slow
-@needs_numerals
-def test_write_a_modality_runs_as_written(tmp_path):
-    shell = fresh_shell(tmp_path)
+def run_as_written(document: str, folder: Path) -> list[str]:
+    """Writes the files of a document and runs its other blocks; returns what each of these printed."""
+    shell = fresh_shell(folder)
     printed = []
-    for block in blocks("docs/write-a-modality.md"):
+    for block in blocks(document):
         if block.file:
             (shell.folder / block.file).write_text(block.text)
             continue
@@ -69,6 +69,26 @@ def test_write_a_modality_runs_as_written(tmp_path):
         )
         printed.append(shell.succeed(command))
         print(printed[-1])
+    return printed
+
+
+@pytest.mark.slow
+@needs_numerals
+def test_train_runs_as_written(tmp_path):
+    *_, asked, by_command, stages, found, _ = run_as_written("docs/train.md", tmp_path)
+    folder = tmp_path / "work"
+    truth = dict(line.split(",") for line in (folder / "held-out.csv").read_text().splitlines())
+    assert (asked.strip(), by_command.strip()) == (truth["held-out-000.png"], truth["held-out-001.png"])
+    accuracy = json.loads((folder / "runs/pictures/metrics.json").read_text())["eval_accuracy"]
+    assert accuracy > 0.8, f"the page's branch describes {accuracy} of the held-out pictures"
+    nearest = re.search(r"pictures/(held-out-\d+\.png)", found)[1]
+    assert truth[nearest] == "a red seven", found
+
+
+@pytest.mark.slow
+@needs_numerals
+def test_write_a_modality_runs_as_written(tmp_path):
+    printed = run_as_written("docs/write-a-modality.md", tmp_path)
     right = int(re.search(r"(\d+) of 100 sums are right", "".join(printed))[1])
     assert right >= 50, f"a fifth modality trained apart gets {right} of 100 sums with the image"
     assert printed[-1].strip() in ("the image", "the point cloud"), printed[-1]

@@ -15,6 +15,7 @@ from xblip.errors import BundleError, ConfigError
 from xblip.model import XBlip
 from xblip.qformer_bridges import is_text_part
 from xblip.sample import Sample
+from xblip.tasks import AnswerTask
 from xblip.testing import ToyModality, small_qformer
 from xblip.train import parts_table
 
@@ -111,7 +112,7 @@ class TestFrozen:
     def test_what_trains_is_shown_and_written(self, branch, llm, tmp_path):
         total = sum(weight.numel() for weight in branch.bridge.parameters())
         trained = 32 * llm.width + llm.width
-        table = parts_table(XBlip(llm=llm, branches={"toy": branch}))
+        table = parts_table(AnswerTask(XBlip(llm=llm, branches={"toy": branch}), eval_answers=0))
         assert list(table.columns[2].cells)[1] == f"{total:,}"
         assert list(table.columns[3].cells) == ["frozen", f"{trained:,} train", "frozen"]
         branch.save(tmp_path / "mine", llm=llm)

@@ -12,6 +12,7 @@ from xblip.data import Manifest
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, UnknownWordsWarning
 from xblip.initial import InitConfig
+from xblip.meters import Meter
 from xblip.model import XBlip
 from xblip.precompute import precompute as stored
 from xblip.train import train
@@ -160,3 +161,20 @@ def test_curves_and_pace_are_told(config, tmp_path):
     line = next(entry for entry in log if "loss" in entry)
     assert line["samples_per_second"] > 0 and line["tokens_per_second"] > line["samples_per_second"]
     assert 0 <= line["waiting_for_data"] <= 1 and 0.05 < line["peak_memory_gib"] < 100
+
+
+def test_utilisation_is_told_where_the_peak_of_the_device_is_known(config, monkeypatch):
+    config.training |= {"max_steps": 20, "save_strategy": "no"}
+    config.data.eval = None
+    monkeypatch.setattr(BridgeTrainer, "_make_meter", lambda self: Meter(flops=self.task.flops, peak=1e9))
+    train(config)
+    log = json.loads(Path(config.training["output_dir"], "trainer_state.json").read_text())["log_history"]
+    told = [entry for entry in log if "mfu" in entry]
+    assert len(told) == 2
+    for entry in told:  # 16 FLOPs of two products, forward and back, are the least of what a position takes
+        weights = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+        assert (
+            4 * weights * entry["tokens_per_second"] / 1e9
+            < entry["mfu"]
+            < 40 * weights * entry["tokens_per_second"] / 1e9
+        )

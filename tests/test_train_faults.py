@@ -182,8 +182,8 @@ def frozen_heads(self, config, llm_width):
         (lambda config, file: setattr(config.branch, "config", {"seed": 4}), r"branches\.toy\.modality\.encoder was"),
         (lambda config, file: setattr(config.router, "postfix", " answer :"), "router.postfix was '', is ' answer :'"),
         (
-            lambda config, file: setattr(config.data, "group_by_length", False),
-            "data.group_by_length was True, is False",
+            lambda config, file: setattr(config.data, "group_by_length", True),
+            "data.group_by_length was False, is True",
         ),
     ],
 )

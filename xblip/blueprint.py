@@ -5,6 +5,7 @@ temporary folder with what the config's `architectures` say of it, so that modal
 any folder, and nobody need know.
 """
 
+import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,7 @@ class Plan:
     Attributes:
       branches: each described, with the folder where it is saved, if it is.
       architectures: of sources that may not be here.
-      files: what else must be there, by what it is used for.
+      files: what else must be there, with what it is used for.
       batch_size: of training.
     """
 
@@ -155,18 +156,26 @@ def read_plan(source: str | Path, overrides: Sequence[str] = ()) -> Plan:
 
 
 def _training_plan(source: str | Path, overrides: Sequence[str]) -> Plan:
-    from xblip.train_config import load_train_config, training_arguments
+    from xblip.train_config import check_config, load_train_config, sources_of, training_arguments
 
     config = load_train_config(source, overrides)
-    named = {"training data": config.data.train, "evaluation data": config.data.eval}
-    named["initial weights"] = config.init.folder and os.path.join(config.init.folder, WEIGHTS)
+    check_config(config)
+    if config.llm is None:
+        raise ConfigError(f"{source}: the stage align has no LLM to examine it before. Name one by llm.source=...")
+    files = {
+        part.path: use
+        for use, given in (("training data", config.data.train), ("evaluation data", config.data.eval))
+        for part in sources_of(given, use)
+    }
+    if config.init.folder:
+        files[os.path.join(config.init.folder, WEIGHTS)] = "initial weights"
     return Plan(
         config.llm,
-        {config.branch.modality: (config.branch, None)},
+        {branch.modality: (branch, None) for branch in config.all_branches},
         config.router,
         config.generation,
         config.architectures,
-        {use: file for use, file in named.items() if file},
+        files,
         training_arguments(config).per_device_train_batch_size,
     )
 
@@ -189,8 +198,8 @@ def draw(plan: Plan, *, dtype: str = "") -> Iterator[Blueprint]:
         place = places.of(plan.llm.source, "LLM", revision=plan.llm.revision)
         config = replace(plan.llm, source=place, dtype=dtype or plan.llm.dtype)
         described = {name: _placed(branch, saved, places) for name, (branch, saved) in plan.branches.items()}
-        for use, file in plan.files.items():
-            state = HERE if os.path.exists(file) else MISSING
+        for file, use in plan.files.items():
+            state = HERE if glob.glob(file) else MISSING
             places.sources[file] = Source(file, state, used_for=[use])
         # Before there is a meta device: what is imported to read media must not make its constants there.
         items = {name: _example(branch, plan.branches[name][1]) for name, branch in described.items()}

@@ -8,6 +8,7 @@ is an error that suggests the nearest, never silently ignored.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -128,8 +129,10 @@ def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(f'Unknown key "{where}.{key}".{suggest(str(key), fields)}')
-        nested = fields[key].type
-        if dataclasses.is_dataclass(nested) and isinstance(value, Mapping):
+        kind = fields[key].type
+        kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+        nested = next((part for part in kinds if dataclasses.is_dataclass(part)), None)
+        if nested and isinstance(value, Mapping):
             _check_keys(nested, value, f"{where}.{key}")
 
 

@@ -18,16 +18,22 @@ SHARES = ("accuracy", "recall_at_1")
 
 
 class Meter:
-    """Counts what passes between two lines of the log."""
+    """Counts what passes between two lines of the log.
 
-    def __init__(self):
-        self.paused_s = 0.0
+    Attributes:
+      flops: FLOPs that so many samples, positions before the LLM and labels cannot do without; None if nobody knows.
+      peak: FLOP/s of this process' device; None if it is not known.
+    """
+
+    def __init__(self, *, flops: Callable[[float, float, float], float] | None = None, peak: float | None = None):
+        self.flops = flops
+        self.peak = peak
         self._begin()
 
     def _begin(self) -> None:
         self._started = time.perf_counter()
         self._waited = self._paused = 0.0
-        self._samples = self._tokens = self._batches = 0
+        self._samples = self._tokens = self._labels = self._batches = 0
         self._sums: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -45,13 +51,15 @@ class Meter:
         self._paused += time.perf_counter() - began
 
     def add(self, samples: int, outputs: Mapping[str, Tensor]) -> None:
-        """Counts a batch; of `outputs` the `num_positions` are summed, and what is not a count is averaged."""
+        """Counts a batch; of `outputs` the counts are summed, and what is no count is averaged."""
         self._samples += samples
         self._batches += 1
         for name, value in outputs.items():
             if name == "num_positions":
                 self._tokens = self._tokens + value.detach()
-            elif name not in ("loss", "num_tokens"):
+            elif name == "num_tokens":
+                self._labels = self._labels + value.detach()
+            elif name != "loss":
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float()
 
     def take(self, summed: Callable[[Sequence[float]], list[float]]) -> dict[str, float]:
@@ -72,6 +80,9 @@ class Meter:
             "waiting_for_data": round(self._waited / seconds, 4),
             "peak_memory_gib": round(peak_memory_bytes() / 2**30, 3),
         }
+        if self.flops and self.peak and self._samples:
+            done = self.flops(self._samples, float(self._tokens), float(self._labels))
+            shown["mfu"] = round(done / seconds / self.peak, 4)
         shown |= {name: value / max(batches, 1) for name, value in zip(names, sums, strict=True)}
         self._begin()
         return shown

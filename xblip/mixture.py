@@ -100,7 +100,6 @@ class BatchPlan(Sampler[list[Visit]]):
         assert not group_by_length or all(source.lengths is not None for source in self.sources)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
-        self._start = 0
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -109,18 +108,11 @@ class BatchPlan(Sampler[list[Visit]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch `iter` will give."""
-        if epoch != self.epoch:
-            self.epoch, self._start = epoch, 0
-
-    def resume(self, step: int) -> None:
-        """Says that `step` optimiser steps are done: the next `iter` goes on there, reading nothing."""
-        self.epoch, done = divmod(step, self.steps_per_epoch)
-        self._start = done * self.accumulation
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[Visit]]:
         order, places = self._turns.of(self.epoch)
-        start, self._start = self._start, 0
-        for source, place in zip(order[start:].tolist(), places[start:].tolist(), strict=True):
+        for source, place in zip(order.tolist(), places.tolist(), strict=True):
             epoch, rows = self._rows(source, place)
             mine = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
             yield [Visit(source, row, epoch) for row in mine.tolist()]

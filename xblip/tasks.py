@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from xblip import config as configs
 from xblip.align import AlignConfig, AlignModel
 from xblip.branch import Branch
-from xblip.bridge import load_bridge
+from xblip.bridge import QFormerBridge, load_bridge
+from xblip.costs import Costs, costs_of, step_flops, total
 from xblip.layers import is_sharded
+from xblip.modality import Features
 from xblip.model import XBlip
 from xblip.resume import reading
 from xblip.retrieval import Retriever
 from xblip.sample import Sample
+from xblip.stored import StoredEncoder
 
 STATE = "task.safetensors"
 """A task's state, beside the branches in a checkpoint."""
@@ -50,6 +53,7 @@ class Task(ABC):
       model: takes `samples=[...]`, gives `loss` and numbers to log.
       branches: those whose bridges train, by modality.
       counts_tokens: the loss is a mean over tokens, whose number `count_tokens` tells, not over batches.
+      example: a sample of the run, which the trainer notes.
       splits_answers: examples are to give the beginning of an answer as part of the prompt (prefix LM).
     """
 
@@ -59,6 +63,7 @@ class Task(ABC):
     def __init__(self, model: nn.Module, branches: Mapping[str, Branch]):
         self.model = model
         self.branches = dict(branches)
+        self.example: Sample | None = None
 
     def count_tokens(self, samples: Sequence[Sample]) -> int:
         """Returns how many tokens the loss of these samples is a mean over."""
@@ -118,9 +123,38 @@ class AnswerTask(Task):
         super().__init__(model, model.branches)
         self.eval_answers = eval_answers
         self.splits_answers = splits_answers
+        self._costs: tuple[Costs, Features] | None = None
 
     def parts(self) -> list[tuple[str, nn.Module]]:
         return [*super().parts(), ("LLM", self.model.llm.model)]
+
+    def flops(self, samples: float, positions: float, labels: float) -> float:
+        """FLOPs that no correct step can do without, of so many samples with media like those of the first one.
+
+        Args:
+          samples: their number.
+          positions: that the LLM read, of all of them.
+          labels: tokens that were learnt, of all of them.
+        """
+        branch = next(iter(self.branches.values()))
+        if self._costs is None:
+            media = self.example.all_media[0]
+            self._costs = costs_of(lambda: branch.encode([media.source]), branch.bridge, self.model.llm)
+        costs, features = self._costs
+        reads = isinstance(branch.bridge, QFormerBridge) and branch.bridge.tokenizer is not None
+        text = branch.bridge.tokenize([self.example.instruction or ""])["input_ids"].shape[1] if reads else 0
+        return total(
+            step_flops(
+                costs,
+                segments=round(samples * len(features.values)),
+                tokens=features.values.shape[1],
+                text=text,
+                positions=[positions / samples] * round(samples),
+                labels=round(labels),
+                stored=isinstance(branch.encoder, StoredEncoder),
+            ),
+            again=False,
+        )
 
     def facts(self) -> dict[str, Any]:
         return {"llm": self.model.llm.fingerprint, "router": configs.plain(self.model.router.config)}

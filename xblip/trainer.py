@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from xblip.devices import device_peak
 from xblip.errors import ConfigError, XBlipError, suggest
 from xblip.examples import SkipLog
 from xblip.layers import is_sharded
@@ -26,7 +27,7 @@ from xblip.meters import Curves, Meter
 from xblip.mixture import BatchPlan
 from xblip.resume import STATE, check_facts, reading, write_facts, writing
 from xblip.tasks import STATE as TASK_STATE
-from xblip.tasks import EvalBatch, Task
+from xblip.tasks import AnswerTask, EvalBatch, Task
 
 CALLBACKS = (Curves,)
 """Of every run."""
@@ -60,11 +61,18 @@ class BridgeTrainer(Trainer):
         self.rates = rates
         self.facts = facts
         self.loss_is_scaled_for_ga = task.counts_tokens
-        self._meter = Meter()
+        self._meter = self._make_meter()
         self._samples: list[Any] = []
         frozen = [name for name, weight in self.model.named_parameters() if not weight.requires_grad]
         frozen += [name for name, _ in self.model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+
+    def _make_meter(self) -> Meter:
+        """A meter that tells utilisation where the device's peak is known, of a run that trains one branch."""
+        if self.args.device.type != "cuda" or not isinstance(self.task, AnswerTask) or len(self.task.branches) > 1:
+            return Meter()
+        device = device_peak(torch.cuda.get_device_name(self.args.device))
+        return Meter(flops=self.task.flops, peak=device and device.flops)
 
     def _move_model_to_device(self, model, device) -> None:
         if not is_sharded(model):  # what is sharded lies where it belongs
@@ -120,6 +128,7 @@ class BridgeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._samples = inputs["samples"]
+        self.task.example = self.task.example or self._samples[0]
         outputs = model(samples=self._samples)
         self._meter.add(len(self._samples), outputs)
         loss = outputs["loss"]
