@@ -17,14 +17,16 @@ from kit import FileToy, registered
 from rich.console import Console
 from safetensors.torch import load_file
 
-from xblip import cli, contents, decoding
+from xblip import cli, contents, decoding, plugins
+from xblip.branch import BranchConfig
 from xblip.data import Manifest, Visit
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, MediaError
 from xblip.examples import Examples, Skipped
-from xblip.precompute import precompute, verify
+from xblip.precompute import manifests_of, precompute, verify
 from xblip.store import FeatureStore
 from xblip.streaming import Stream, StreamedExamples
+from xblip.testing import small_qformer
 from xblip.train import open_stores, read_data, train
 
 
@@ -286,3 +288,22 @@ class TestViews:
         facts = FeatureStore.open(tmp_path / "store").facts
         assert dataclasses.asdict(facts.views) == {"count": 2, "seed": 11, "augment": {"noise": 0.5}}
         assert "48 items" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["image", "video", "audio", "point_cloud"])
+def test_real_files_train_changed_at_random_and_by_stored_views(config, llm_folder, tmp_path, name):
+    (tmp_path / "example").mkdir()
+    example = plugins.get("modality", name).example(tmp_path / "example")
+    files = [source for source in example.sources if isinstance(source, Path)]
+    rows = [json.dumps({name: str(file), "instruction": "what is this ?", "answer": "one"}) for file in files * 4]
+    Path(config.data.train).write_text("\n".join(rows))
+    config.branch = BranchConfig(name, config=example.config, bridge=small_qformer(llm_folder))
+    config.data.augment, config.data.eval = True, None
+    config.training |= {"max_steps": 2, "per_device_train_batch_size": 4}
+    train(config)
+    learnt = manifests_of(config.branch, [config.data.train])
+    store = tmp_path / "store"
+    precompute(Job(config.branch, str(store), views=2, dtype="float32", use_cpu=True), learnt, learnt=learnt)
+    assert len(FeatureStore.open(store)) == 3 * len(files)
+    config.data.features, config.training["output_dir"] = str(store), str(tmp_path / "stored")
+    train(config)
