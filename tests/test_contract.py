@@ -3,6 +3,7 @@
 import re
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from kit import KINDS, Beads, registered
@@ -16,6 +17,7 @@ from xblip.testing import ModalityContract, ToyEncoder, ToyModality, run_contrac
 
 PROMISES = [name for name in vars(ModalityContract) if name.startswith("test_")]
 LIGHT = "test_importing_the_plugin_stays_light"
+AUGMENTING = "augmenting changes what loading gives by the given chance alone"
 
 
 @pytest.fixture(scope="class", autouse=True)
@@ -193,6 +195,59 @@ class Unlimited(Changed):
         return Example(config=example.config, sources=example.sources, broken=[])
 
 
+class Augmented(Changed):
+    """Can be changed at random, as it should be; a subclass does it otherwise."""
+
+    def augmented(self, source: Any, draw: np.random.Generator) -> dict[str, Tensor]:
+        values = self.load(source)["values"]
+        return {"values": self.change(values, draw)}
+
+    def change(self, values: Tensor, draw: np.random.Generator) -> Tensor:
+        return values * draw.uniform(0.5, 2.0)
+
+
+class Lifeless(Augmented):
+    """Changes nothing."""
+
+    def change(self, values, draw):
+        return values
+
+
+class Careless(Augmented):
+    """Draws from elsewhere."""
+
+    def change(self, values, draw):
+        return values + torch.rand(())
+
+
+class Widening(Augmented):
+    """Gives another dtype."""
+
+    def change(self, values, draw):
+        return values.double()
+
+
+class Cropping(Augmented):
+    """Gives another shape."""
+
+    def change(self, values, draw):
+        return values[:, :3]
+
+
+class Lasting(Augmented):
+    """Changes what `load` gives afterwards."""
+
+    shift = 0.0
+
+    def load(self, source):
+        return {"values": super().load(source)["values"] + self.shift}
+
+    def augmented(self, source, draw):
+        tensors = super(Augmented, self).load(source)
+        self.shift = 1.0
+        return tensors
+
+
 class Mute(Changed):
     __doc__ = None
 
@@ -238,6 +293,11 @@ def faults(modality: type) -> dict[str, str]:
         (GivesNaN, "features have the promised shape", "features are not finite"),
         (Neighbourly, "a source has the same features in a batch and alone", "features differ by"),
         (Constant, "two sources give two soft prompts", "two sources look the same"),
+        (Lifeless, AUGMENTING, "augmented changes nothing"),
+        (Careless, AUGMENTING, "equal draws give two values of values"),
+        (Widening, AUGMENTING, r"values is torch.float64, and torch.float32 by load"),
+        (Cropping, AUGMENTING, r"loaded items of different shapes, {'values': \(1, 3\)} beside {'values': \(4,\)}"),
+        (Lasting, AUGMENTING, "augmented changes load"),
         (Sleepless, "encoder is frozen", r"train\(\) reached the encoder"),
         (Drifting, "only the bridge trains", "training changed the encoder"),
         (Unseeded, "save and load give the same soft prompts", "trained on an encoder with fingerprint"),
@@ -257,7 +317,11 @@ def test_a_broken_modality_fails_at_the_promise_it_breaks(modality, promise, fau
     assert re.search(fault, found[promise]), found
 
 
-@pytest.mark.parametrize("modality", [Neighbourly, Constant, Deaf, Forgiving, Mute], ids=lambda m: m.__name__)
+def test_a_modality_may_be_augmented():
+    assert not any(faults(Augmented).values())
+
+
+@pytest.mark.parametrize("modality", [Neighbourly, Lifeless, Constant, Deaf, Forgiving, Mute], ids=lambda m: m.__name__)
 def test_a_single_fault_breaks_a_single_promise(modality):
     assert sum(bool(fault) for fault in faults(modality).values()) == 1
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import xblip
-from xblip.pictures import as_picture
+from xblip.pictures import Crop, RandomCrop, as_picture
 
 
 def rgb(source, max_pixels=100_000_000):
@@ -237,3 +237,67 @@ def test_floats_must_be_finite_and_between_zero_and_one():
 
 def test_integers_beyond_sixteen_bit_are_refused():
     fails(PIL.Image.fromarray(np.array([[0, 70_000]], np.int32)), 'mode "I"', "0 to 70000", "Scale them")
+
+
+class TestRandomCrop:
+    def test_parts_are_of_the_shapes_asked_for_and_from_everywhere(self):
+        crop, draw = RandomCrop(scale=[0.25, 0.5], ratio=[0.8, 1.25]), np.random.default_rng(0)
+        drawn = [crop.drawn(300, 200, draw) for _ in range(500)]
+        sizes = [crop.of(PIL.Image.new("RGB", (300, 200))).size for crop in drawn]
+        areas = [width * height / 60_000 for width, height in sizes]
+        ratios = [width / height for width, height in sizes]
+        assert 0.24 < min(areas) < 0.26 and 0.48 < max(areas) < 0.51
+        assert 0.79 < min(ratios) < 0.82 and 1.22 < max(ratios) < 1.27
+        assert not any(crop.flip for crop in drawn)
+        assert min(crop.left for crop in drawn) < 0.02 and max(crop.right for crop in drawn) > 0.98
+        assert min(crop.top for crop in drawn) < 0.02 and max(crop.bottom for crop in drawn) > 0.98
+
+    def test_it_is_drawn_as_torchvision_draws_it(self):
+        """Areas and ratios of what is kept are spread alike, also where few draws fit; so is what is kept if none does."""
+        from torchvision.transforms import RandomResizedCrop
+
+        for width, height in ((300, 200), (100, 131), (600, 60)):
+            ours, theirs, draw = [], [], np.random.default_rng(0)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                blank = torch.zeros(1, height, width)
+                for _ in range(1500):
+                    crop = RandomCrop().drawn(width, height, draw)
+                    ours.append([crop.left, crop.top, crop.right - crop.left, crop.bottom - crop.top])
+                    top, left, high, wide = RandomResizedCrop.get_params(blank, [0.5, 1.0], [0.75, 1.3333])
+                    theirs.append([left / width, top / height, wide / width, high / height])
+            for share in (0.1, 0.5, 0.9):
+                assert np.allclose(np.quantile(ours, share, 0), np.quantile(theirs, share, 0), atol=0.02)
+
+    def test_pixels_are_those_of_the_part(self):
+        pixels = noise(40, 60)
+        part = np.asarray(Crop(0.1, 0.25, 0.6, 0.75, flip=False).of(PIL.Image.fromarray(pixels)))
+        assert np.array_equal(part, pixels[10:30, 6:36])
+        mirrored = np.asarray(Crop(0.1, 0.25, 0.6, 0.75, flip=True).of(PIL.Image.fromarray(pixels)))
+        assert np.array_equal(mirrored, part[:, ::-1])
+
+    def test_mirrored_as_often_as_asked_for(self):
+        draw = np.random.default_rng(0)
+        flipped = sum(RandomCrop(flip=0.3).drawn(9, 9, draw).flip for _ in range(1000))
+        assert 250 < flipped < 350
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 150), (2, 3), (200, 1)])
+    def test_the_smallest_and_thinnest_pictures_keep_a_pixel(self, size):
+        draw = np.random.default_rng(0)
+        for _ in range(50):
+            part = RandomCrop(scale=[0.01, 1.0]).drawn(*size, draw).of(PIL.Image.new("RGB", size))
+            assert min(part.size) >= 1 and part.size[0] <= size[0] and part.size[1] <= size[1]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"scale": [0.5, 1.5]}, r"augment.scale must be .* above 0 and at most 1, such as .* not \[0.5, 1.5\]"),
+            ({"scale": [0.5]}, r"augment.scale must be"),
+            ({"scale": [0.0, 1.0]}, r"augment.scale must be"),
+            ({"ratio": [2.0, 1.0]}, r"augment.ratio must be the least and the most, above 0, such"),
+            ({"flip": 2.0}, r"augment.flip must be a share of pictures from 0 to 1, not 2"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, settings, message):
+        with pytest.raises(xblip.ConfigError, match=message):
+            RandomCrop(**settings)

@@ -41,6 +41,9 @@ def precompute(
     batch_segments: Annotated[
         int | None, typer.Option(help="Segments encoded at once; 64, or on a CPU one item.")
     ] = None,
+    views: Annotated[
+        int, typer.Option(help="Augmented views of each training file to store too, for data.augment.", min=0)
+    ] = 0,
     max_skipped: Annotated[float, typer.Option(help="Share of the sources that may be broken.")] = 0.01,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare a store with its checksums and its encoder.")
@@ -56,19 +59,19 @@ def precompute(
         settings.branch,
         to,
         dtype=dtype,
+        views=views,
+        seed=settings.training.get("seed", 42),
         batch_segments=batch_segments,
         num_workers=settings.training.get("dataloader_num_workers", 0),
         use_cpu=settings.training.get("use_cpu", False),
     )
     modalities = {settings.branch.modality: build_modality(settings.branch)}
-    named = {"data.train": settings.data.train, "data.eval": settings.data.eval}
-    manifests = [
-        manifest for where, given in named.items() for manifest in open_manifests(given, where, modalities=modalities)
-    ]
+    learnt = open_manifests(settings.data.train, "data.train", modalities=modalities)
+    manifests = learnt + open_manifests(settings.data.eval, "data.eval", modalities=modalities)
     if verify:
-        print(f"{to} is right: {run.verify(job, manifests, show=sys.stderr.isatty())}")
+        print(f"{to} is right: {run.verify(job, manifests, learnt=learnt, show=sys.stderr.isatty())}")
         return
-    done = run.precompute(job, manifests, engine=engine, max_skipped=max_skipped)
+    done = run.precompute(job, manifests, learnt=learnt, engine=engine, max_skipped=max_skipped)
     skipped = f", skipped {len(done.skipped)} (see {Path(to, 'skipped.jsonl')})" if done.skipped else ""
     if int(os.environ.get("RANK", "0")) == 0:
         same = f"{done.num_held} were there or are the same"

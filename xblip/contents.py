@@ -10,7 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,13 @@ COLUMNS = 7
 """Of the table of known files, uint64 each: path's hash, size, mtime_ns, ctime_ns, inode, and both halves of the key."""
 SETTLED_SECONDS = 2
 """How old a change must be before a file counts as known; coarse file systems keep times by the second or two."""
+
+
+class View(NamedTuple):
+    """A source as its modality's augmentation drew it once: which source, and the how many-th view of it."""
+
+    source: Any
+    number: int
 
 
 class KnownFiles:
@@ -127,6 +134,11 @@ def content_key(source: Any) -> bytes:
         ) from cause
 
 
+def view_key(key: bytes, number: int) -> bytes:
+    """Returns the key of a view of the source that has this key."""
+    return _hash(b"view", key + number.to_bytes(8, "little"))
+
+
 def stamp(path: str | Path) -> tuple[int, int, int, int]:
     """What changes whenever a file does: its size, times and inode.
 
@@ -143,6 +155,8 @@ def stamp(path: str | Path) -> tuple[int, int, int, int]:
 
 def describe(source: Any) -> str:
     """How messages call a source: its path, or the beginning of what it is."""
+    if isinstance(source, View):
+        return f"{describe(source.source)}, view {source.number}"
     return str(source) if is_file(source) else str(getattr(source, "name", None) or f"{source!r:.60}")
 
 

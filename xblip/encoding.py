@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from xblip import config as configs
 from xblip.branch import BranchConfig, build_encoder, build_modality
-from xblip.contents import KnownFiles, describe, is_file, stamp
+from xblip.contents import KnownFiles, View, describe, is_file, stamp
 from xblip.errors import BundleError, InputError, MediaError, XBlipError
 from xblip.frozen import FrozenEncoder
 from xblip.modality import Features, Modality, collate
-from xblip.provenance import StoreFacts, differences
+from xblip.provenance import StoreFacts, Views, differences
 from xblip.store import FILE, FeatureStore, StoreWriter
 from xblip.stored import encoder_facts, origin_of
 
+VIEW = 8  # stream of chance; those below are of `xblip.mixture`, `xblip.examples` and `xblip.streaming`
 BATCH_SEGMENTS = 64
 """Segments that an accelerator encodes at once, unless told."""
 
@@ -37,6 +39,8 @@ class Job:
       branch: of it, the modality, its settings and `encoder_dtype` matter.
       folder: of the store.
       dtype: that features are stored in.
+      views: augmented views to store of each source that is learnt from, beside the source as it is.
+      seed: that these are drawn from.
       batch_segments: encoded at once; None for one item on a CPU and `BATCH_SEGMENTS` elsewhere.
       num_workers: processes that read files, for each that encodes.
       shard_bytes: of features in a shard.
@@ -47,6 +51,8 @@ class Job:
     branch: BranchConfig
     folder: str
     dtype: str = "float16"
+    views: int = 0
+    seed: int = 0
     batch_segments: int | None = None
     num_workers: int = 0
     shard_bytes: int = 2**28
@@ -86,26 +92,40 @@ class _Sources(Dataset):
 
     def __getitem__(self, index: int) -> Loaded:
         source, key, tensors, failed = self.sources[index], b"", None, None
+        plain = source.source if isinstance(source, View) else source
         try:
-            before = stamp(source) if is_file(source) else None
+            before = stamp(plain) if is_file(plain) else None
             key = self.store.key(source)
             if self.again or key not in self.store:
-                tensors = self.modality.load(source)
-                if is_file(source) and stamp(source) != before:
-                    raise MediaError(f'Cannot read "{source}": it is being written. Wait until that has ended.')
+                tensors = self._tensors(source)
+                if is_file(plain) and stamp(plain) != before:
+                    raise MediaError(f'Cannot read "{plain}": it is being written. Wait until that has ended.')
         except XBlipError as error:  # as a value, since torch makes a text of what a worker raises
             tensors, failed = None, error
         return Loaded(source, key, tensors, failed, self.store.files.take())
+
+    def _tensors(self, source: Any) -> dict[str, Tensor]:
+        if not isinstance(source, View):
+            return self.modality.load(source)
+        content = np.frombuffer(self.store.key(source.source), np.uint32)
+        draw = np.random.default_rng([self.store.facts.views.seed, VIEW, *content.tolist(), source.number])
+        return self.modality.augmented(source.source, draw)
 
 
 class Encoding:
     """One process' part in a run: its encoder, and the store as it was when the run began."""
 
     def __init__(self, job: Job, device: torch.device):
-        """Builds the encoder."""
+        """Builds the encoder.
+
+        Raises:
+          ConfigError: views are asked for, and the modality has no augmentation.
+        """
         self.job = job
         self.device = device
         self.modality = build_modality(job.branch)
+        if job.views:
+            self.modality.check_augmentation()
         self.encoder: FrozenEncoder = build_encoder(job.branch, self.modality).to(device)
         self.limit = job.batch_segments or (1 if device.type == "cpu" else BATCH_SEGMENTS)
         self.store: FeatureStore
@@ -120,7 +140,9 @@ class Encoding:
             folder = Path(self.job.folder)
             files = FeatureStore.open(folder).files if (folder / FILE).is_file() else KnownFiles()
             origin = origin_of(self.job.branch, self.modality, files)
-            facts = StoreFacts(origin, encoder_facts(self.encoder), self.job.dtype)
+            augment = configs.plain(self.modality.config).get("augment")
+            views = Views(self.job.views, self.job.seed, augment) if self.job.views else Views()
+            facts = StoreFacts(origin, encoder_facts(self.encoder), self.job.dtype, views)
             FeatureStore.create(folder, facts).remember(files.take())
         self.store = FeatureStore.open(self.job.folder)
         if differ := differences(encoder_facts(self.encoder), self.store.facts.encoder):

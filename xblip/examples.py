@@ -26,7 +26,7 @@ from xblip.templates import Templates
 
 STAGES = ("align", "generate", "instruct")
 ATTEMPTS = 100  # rows that are tried in the place of one whose file is broken
-DRAW, REPLACE = 3, 4  # streams of chance; `xblip.mixture` has those before
+DRAW, REPLACE, AUGMENT = 3, 4, 7  # streams of chance; `xblip.mixture` and `xblip.streaming` have others
 
 
 class Skipped(NamedTuple):
@@ -45,6 +45,8 @@ class FeatureSource(Protocol):
     """Where frozen features are found by the file they were made of; `xblip.store` has one."""
 
     def features(self, source: str | Path) -> Features: ...
+
+    def view(self, source: str | Path, draw: np.random.Generator) -> Features: ...
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Examples(Dataset):
         templates: Mapping[str, Templates] | None = None,
         features: Mapping[str, FeatureSource] | None = None,
         context: ContextConfig | None = None,
+        augment: bool = False,
     ):
         """Keeps them; reads only the texts of `context`.
 
@@ -89,9 +92,10 @@ class Examples(Dataset):
           templates: instructions for rows that have none, by modality.
           features: where features are that stand in for files, by modality.
           context: text beside the input; none if None.
+          augment: change media at random, or take one of the views that a store holds.
 
         Raises:
-          ConfigError: an unknown stage, or a context that cannot be.
+          ConfigError: an unknown stage, a context that cannot be, or a modality without augmentation.
         """
         if stage == "align" and context:
             raise ConfigError("Stage align has no LLM that would read a context: remove it, or choose another stage.")
@@ -100,6 +104,9 @@ class Examples(Dataset):
         self.sources, self.stage, self.seed = list(sources), stage, seed
         self.templates, self.features, self.context = dict(templates or {}), dict(features or {}), context
         self._texts = _context_texts(context) if context else []
+        self.augment = augment
+        for modality in [modality for manifest in sources if augment for modality in manifest.modalities.values()]:
+            modality.check_augmentation()
         self.splits_answers = False
 
     def __len__(self) -> int:
@@ -170,7 +177,8 @@ class Examples(Dataset):
             except XBlipError as error:
                 return [*skipped, error]
             try:
-                return [*skipped, with_media(sample, functools.partial(self._read, manifest))]
+                draw = np.random.default_rng([self.seed, AUGMENT, *visit]) if self.augment else None
+                return [*skipped, with_media(sample, functools.partial(self._read, manifest, draw))]
             except MediaError as error:
                 skipped.append(Skipped(row.origin, str(error)))
             except XBlipError as error:
@@ -220,13 +228,14 @@ class Examples(Dataset):
         before = int(draw.integers(count + 1))
         return [*texts[:before], *media, *texts[before:]]
 
-    def _read(self, manifest: Manifest, media: Media) -> Media:
-        """An input as tensors, or as the features kept of it; what changes tensors by chance has its place here."""
-        store = self.features.get(media.modality)
+    def _read(self, manifest: Manifest, draw: np.random.Generator | None, media: Media) -> Media:
+        """An input as tensors, or as the features kept of it; changed at random if there is something to draw by."""
+        store, modality = self.features.get(media.modality), manifest.modalities[media.modality]
         if store is not None:
-            return Media(media.modality, store.features(media.source))
+            return Media(media.modality, store.view(media.source, draw) if draw else store.features(media.source))
         try:
-            return Media(media.modality, manifest.modalities[media.modality].load(media.source))
+            tensors = modality.augmented(media.source, draw) if draw else modality.load(media.source)
+            return Media(media.modality, tensors)
         except MediaError as error:
             if isinstance(media.source, (str, Path, bytes, FilePart)):
                 raise

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from xblip import media, pictures
-from xblip.errors import MediaError, PluginError
+from xblip.errors import ConfigError, MediaError, PluginError
 
 if TYPE_CHECKING:
     from xblip.checkpoint import Checkpoint
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class Modality(ABC):
     """One kind of input. Subclass it, name it, and register the class by `register_modalities`.
 
-    Helpers for `load`: `as_picture`, `check_picture_size` (both of `xblip.pictures`) and `as_array` (of `xblip.media`).
+    Helpers for `load`: `as_picture`, `check_picture_size` (both of `xblip.pictures`) and `as_array` (of `xblip.media`);
+    for `augmented`: `RandomCrop` (of `xblip.pictures`).
 
     Class attributes:
       name: identifier used everywhere (Python, configs, command line); equals the entry point's name.
@@ -39,7 +41,9 @@ class Modality(ABC):
       transformers_models: classes of transformers whose media part is this modality's.
       bridge: defaults of this modality's bridge that differ from the bridge's own, e.g. {"max_segments": 16}.
       Config: dataclass of the modality's settings. If the encoder comes from files, its folder or hub id stands in
-        a field called `encoder`; the core then copies that folder into bundles.
+        a field called `encoder`; the core then copies that folder into bundles. What `augmented` changes, and how
+        strongly, stands in a field called `augment`: nothing that `load` gives may hang on it, since stored features
+        stay true whatever it says.
     """
 
     name: ClassVar[str]
@@ -90,6 +94,33 @@ class Modality(ABC):
           Floats come in the dtype of its weights, or in that of its attribute `input_dtype` if it has one.
         """
 
+    def augmented(self, source: Any, draw: np.random.Generator) -> dict[str, Tensor]:
+        """Reads one source as `load` does, but changed at random, as it may be shown to a model that learns.
+
+        Nothing a text says of the source may become false by it, unless `Config.augment` asks for that.
+
+        Args:
+          source: as for `load`.
+          draw: all chance comes from it, so that a run can be repeated.
+
+        Returns:
+          As `load`.
+
+        Raises:
+          MediaError: as `load`.
+          ConfigError: the modality has no augmentation; it has if it overrides this.
+        """
+        raise ConfigError(
+            f'The modality "{self.name}" has no augmentation: its plugin would have to implement augmented(source, draw). '
+            "Leave out data.augment, or --views of xblip precompute."
+        )
+
+    def check_augmentation(self) -> None:
+        """Raises `ConfigError` if the modality has no augmentation."""
+        if type(self).augmented is Modality.augmented:
+            self.augmented(None, np.random.default_rng(0))
+
+    RandomCrop = pictures.RandomCrop
     as_array = staticmethod(media.as_array)
     as_picture = staticmethod(pictures.as_picture)
     check_picture_size = staticmethod(pictures.check_size)

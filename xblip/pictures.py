@@ -3,13 +3,15 @@
 One road for all sources, so that a path, its bytes and its pixels cannot give an encoder different tensors.
 """
 
+import math
 import threading
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from xblip.errors import MediaError
+from xblip.errors import ConfigError, MediaError
 from xblip.media import as_array, decoding, media_file
 
 if TYPE_CHECKING:
@@ -20,6 +22,71 @@ EXPECTED = "a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF image"
 MAX_ASPECT_RATIO = 200
 """Long side over short side, as in Qwen2-VL's image processor: processors that bring the short side to a fixed size
 would blow up a thin strip."""
+
+
+@dataclass
+class RandomCrop:
+    """How a part of a picture is drawn, which then goes to an encoder's own processor in the place of the whole.
+
+    With a processor that squeezes pictures to a square, the defaults are BLIP-2's random resized crop, but for flips: it
+    mirrors every other picture, which makes every text wrong that says left, right, or what is written in it.
+
+    Attributes:
+      scale: least and most of the picture's area that is kept.
+      ratio: least and most width over height of what is kept.
+      flip: how often it is mirrored, from 0 (never) to 1.
+    """
+
+    scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.3333])
+    flip: float = 0.0
+
+    def __post_init__(self):
+        """Raises `ConfigError` for what cannot be."""
+        for name, most in (("scale", 1.0), ("ratio", math.inf)):
+            values = getattr(self, name)
+            if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+                raise ConfigError(
+                    f"augment.{name} must be the least and the most, above 0{' and at most 1' if most == 1 else ''}, such "
+                    f"as [0.5, 1.0], not {list(values)}."
+                )
+        if not 0 <= self.flip <= 1:
+            raise ConfigError(f"augment.flip must be a share of pictures from 0 to 1, not {self.flip:g}.")
+
+    def drawn(self, width: int, height: int, draw: np.random.Generator) -> "Crop":
+        """Draws as torchvision's `RandomResizedCrop` does: ten times, then the largest part from the middle that fits."""
+        for _ in range(10):
+            area = width * height * draw.uniform(*self.scale)
+            ratio = math.exp(draw.uniform(*map(math.log, self.ratio)))
+            wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < high <= height:
+                left, top = draw.integers(width - wide + 1), draw.integers(height - high + 1)
+                break
+        else:
+            least, most = self.ratio
+            wide, high = min(width, max(1, round(height * most))), min(height, max(1, round(width / least)))
+            left, top = (width - wide) // 2, (height - high) // 2
+        return Crop(left / width, top / height, (left + wide) / width, (top + high) / height, draw.random() < self.flip)
+
+
+class Crop(NamedTuple):
+    """A part of a picture: its edges as shares of width and height, and whether it is mirrored."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    flip: bool
+
+    def of(self, picture: "PIL.Image.Image") -> "PIL.Image.Image":
+        """Returns that part of a picture."""
+        import PIL.Image
+
+        width, height = picture.size
+        left, top = min(width - 1, round(self.left * width)), min(height - 1, round(self.top * height))
+        right, bottom = max(left + 1, round(self.right * width)), max(top + 1, round(self.bottom * height))
+        part = picture.crop((left, top, right, bottom))
+        return part.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else part
 
 
 def as_picture(source: Any, *, kind: str, max_pixels: int) -> "PIL.Image.Image":

@@ -23,14 +23,14 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from xblip.branch import BranchConfig, build_modality, made_folder
-from xblip.contents import describe, is_file
+from xblip.contents import View, describe, is_file
 from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, Skip, best_device
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.modality import Features
 from xblip.shards import PARTIAL, SUFFIX, replacing
 from xblip.store import SKIPPED, StoreWriter
-from xblip.stored import stored_encoder
+from xblip.stored import check_views, stored_encoder
 
 ENGINES = ("accelerate", "ray")
 NUM_PROBES = 8
@@ -77,10 +77,20 @@ def distinct_sources(manifests: Iterable[Manifest], modality: str) -> list[Any]:
     return list(found.values())
 
 
+def sources_and_views(
+    modality: str, manifests: Sequence[Manifest], learnt: Sequence[Manifest], views: int
+) -> list[Any]:
+    """Returns what a store is to hold: the sources of `manifests`, then views of those that `learnt` ones name."""
+    sources = distinct_sources(manifests, modality)
+    viewed = distinct_sources(learnt, modality) if views else []
+    return sources + [View(source, number) for source in viewed for number in range(views)]
+
+
 def precompute(
     job: Job,
     manifests: Sequence[Manifest],
     *,
+    learnt: Sequence[Manifest] = (),
     engine: str = "accelerate",
     max_skipped: float = 0.01,
     console: Console | None = None,
@@ -93,6 +103,7 @@ def precompute(
     Args:
       job: what to encode by, and where to.
       manifests: of the data.
+      learnt: those of them whose sources' views are stored too, as many as the job says.
       engine: "accelerate" for this process and those started with it, "ray" for the actors of a Ray cluster.
       max_skipped: share of the sources that may be broken.
       console: where is said what the run will take.
@@ -108,7 +119,7 @@ def precompute(
     if engine not in ENGINES:
         raise ConfigError(f'Unknown engine "{engine}".{suggest(engine, ENGINES)}')
     console = console or Console(highlight=False)
-    sources = distinct_sources(manifests, job.branch.modality)
+    sources = sources_and_views(job.branch.modality, manifests, learnt, job.views)
     limit = max_skipped * len(sources)
     state = PartialState(cpu=best_device(job).type == "cpu", timeout=timedelta(days=7))
     rank, count = state.process_index, state.num_processes
@@ -143,7 +154,7 @@ def precompute(
     return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
 
 
-def verify(job: Job, manifests: Sequence[Manifest], *, show: bool = False) -> str:
+def verify(job: Job, manifests: Sequence[Manifest], *, learnt: Sequence[Manifest] = (), show: bool = False) -> str:
     """Reads a whole store and compares it with its checksums, and encodes some of the sources again.
 
     Returns:
@@ -162,7 +173,10 @@ def verify(job: Job, manifests: Sequence[Manifest], *, show: bool = False) -> st
             f"{len(bad)} shards in {store.folder} are damaged: {', '.join(bad)}. Delete them, and run xblip precompute "
             "again."
         )
-    sources = distinct_sources(manifests, job.branch.modality)
+    views = store.facts.views.count
+    if views:
+        check_views(store, job.branch)
+    sources = sources_and_views(job.branch.modality, manifests, learnt, views)
     store.check(sources)
     allowed = ALLOWED["exact" if {store.facts.dtype, store.facts.encoder.dtype} == {"float32"} else "rounded"]
     largest, compared = 0.0, 0
@@ -233,8 +247,9 @@ def _check_space(writer: StoreWriter, num_sources: int, num_missing: int, num_pr
     """Says what the features will take, by the first ones; refuses if the disk has less."""
     needed = writer.bytes_added / max(1, num_probes) * num_missing
     free = shutil.disk_usage(writer.folder).free
+    what = "sources and views" if writer.facts.views.count else "sources"
     console.print(
-        f"{num_sources} sources, {num_sources - num_missing} of them stored already; the others' features will take about "
+        f"{num_sources} {what}, {num_sources - num_missing} of them stored already; the others' features will take about "
         f"{needed / 2**20:.4g} MiB as {writer.facts.dtype}, and {free / 2**20:.4g} MiB are free.",
         soft_wrap=True,
     )

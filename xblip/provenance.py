@@ -18,7 +18,8 @@ class Origin:
 
     Attributes:
       modality: its name.
-      settings: the modality's; a field `encoder` that names a folder is left out, and `files` stand for it.
+      settings: the modality's, without `augment`, which changes views alone; a field `encoder` that names a folder is
+        left out too, and `files` stand for it.
       encoder_dtype: as the branch's config asks for it.
       files: of the encoder's folder, hashes of the contents by name; none if it is built by code or from a hub.
       revision: commit of an encoder from a hub; None for any other.
@@ -42,6 +43,21 @@ class EncoderFacts:
 
 
 @dataclass
+class Views:
+    """What is drawn of each source that is learnt from.
+
+    Attributes:
+      count: of views beside the source as it is; 0 for none.
+      seed: that they are drawn from.
+      augment: the modality's settings of that name.
+    """
+
+    count: int = 0
+    seed: int = 0
+    augment: Any = None
+
+
+@dataclass
 class StoreFacts:
     """What a store says of itself.
 
@@ -49,12 +65,14 @@ class StoreFacts:
       origin: what its features are made by.
       encoder: what made them.
       dtype: of `xblip.shards.DTYPES`.
+      views: that it holds.
       format: version of the files.
     """
 
     origin: Origin
     encoder: EncoderFacts
     dtype: str = "float16"
+    views: Views = field(default_factory=Views)
     format: int = FORMAT
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from xblip import config as configs
-from xblip.contents import COLUMNS, KEY_BYTES, KnownFiles, content_key, describe, is_file
+from xblip.contents import COLUMNS, KEY_BYTES, KnownFiles, View, content_key, describe, is_file, view_key
 from xblip.errors import BundleError, ConfigError, MediaError, suggest
 from xblip.modality import Features
 from xblip.provenance import FORMAT, StoreFacts, differences
@@ -135,6 +135,8 @@ class FeatureStore:
         Raises:
           MediaError, InputError: it cannot be read, or is of no kind that has a key.
         """
+        if isinstance(source, View):
+            return view_key(self.key(source.source), source.number)
         return self.files.key(source) if is_file(source) else content_key(source)
 
     def features(self, source: Any) -> Features:
@@ -152,6 +154,14 @@ class FeatureStore:
         if place is None:
             raise self._missing(source, key)
         return unpack(self._read(place), self.facts.dtype)
+
+    def views(self, source: Any) -> list[View]:
+        """Returns the views of a source that is learnt from, as this store names them."""
+        return [View(source, number) for number in range(self.facts.views.count)]
+
+    def view(self, source: Any, draw: np.random.Generator) -> Features:
+        """Reads the features of one of a source's views; raises as `features`."""
+        return self.features(View(source, int(draw.integers(self.facts.views.count))))
 
     def check(self, sources: Iterable[Any]) -> None:
         """Checks that all sources are in the store, and remembers the files it had to read for it.
@@ -177,11 +187,12 @@ class FeatureStore:
 
     def holds(self, source: Any) -> bool:
         """Whether the features of a source are here, as far as it is known without reading a file."""
+        plain = source.source if isinstance(source, View) else source
         try:
-            key = self.files.known(source) if is_file(source) else None if hasattr(source, "read") else self.key(source)
+            key = self.files.known(plain) if is_file(plain) else None if hasattr(plain, "read") else self.key(plain)
         except MediaError:
             return False
-        return key is not None and key in self
+        return key is not None and (view_key(key, source.number) if isinstance(source, View) else key) in self
 
     def remember(self, files: np.ndarray) -> None:
         """Keeps rows of known files (n, 7) for those who open the store later."""
@@ -237,11 +248,13 @@ class FeatureStore:
     def _missing(self, source: Any, key: bytes) -> BundleError | MediaError:
         if key in self.skipped:
             return MediaError(f"{self.skipped[key]} (as xblip precompute found)")
-        changed = is_file(source) and any(held in self for held in self.files.keys(source))
+        plain = source.source if isinstance(source, View) else source
+        changed = is_file(plain) and any(held in self for held in self.files.keys(plain) if held != self.key(plain))
         what = "changed since its features were stored" if changed else "is not in the feature store"
+        views = f" --views {self.facts.views.count}" if self.facts.views.count else ""
         return BundleError(
-            f'"{describe(source)}" {what} in {self.folder}: run xblip precompute CONFIG --to {self.folder} again, which '
-            "adds what is missing."
+            f'"{describe(source)}" {what} in {self.folder}: run xblip precompute CONFIG --to {self.folder}{views} again, '
+            "which adds what is missing."
         )
 
 

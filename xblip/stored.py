@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 from xblip import config as configs
 from xblip.branch import BranchConfig, build_modality
 from xblip.contents import KnownFiles
-from xblip.errors import BundleError
+from xblip.errors import BundleError, ConfigError
 from xblip.frozen import Frozen, FrozenEncoder
 from xblip.loading import cached_snapshot
 from xblip.modality import Modality
-from xblip.provenance import EncoderFacts, Origin, differences
+from xblip.provenance import EncoderFacts, Origin, Views, differences
 from xblip.store import FeatureStore
 
 DOCUMENTS = (".md",)
@@ -84,6 +84,27 @@ def stored_encoder(store: FeatureStore, config: BranchConfig) -> StoredEncoder:
     return StoredEncoder(store)
 
 
+def check_views(store: FeatureStore, config: BranchConfig) -> None:
+    """Checks that a branch may learn from the views in a store.
+
+    Raises:
+      ConfigError: there are none.
+      BundleError: they were drawn by other settings.
+    """
+    views = store.facts.views
+    if not views.count:
+        raise ConfigError(
+            f"data.augment and data.features: the features in {store.folder} are of sources as they are, so nothing can be "
+            "changed at random. Leave out one of the two, or store views in another folder: xblip precompute --views."
+        )
+    here = configs.plain(build_modality(config).config).get("augment")
+    if differ := differences(Views(views.count, views.seed, here), views):
+        raise BundleError(
+            f"The views in {store.folder} were drawn by other settings: {'; '.join(differ)}. Correct the config, or run "
+            "xblip precompute with it into another folder."
+        )
+
+
 def origin_of(config: BranchConfig, modality: Modality, files: KnownFiles) -> Origin:
     """Returns what a branch's features are made by, as far as it is known without loading the encoder.
 
@@ -96,6 +117,7 @@ def origin_of(config: BranchConfig, modality: Modality, files: KnownFiles) -> Or
       BundleError: the encoder's folder is not there.
     """
     settings = configs.plain(modality.config)
+    settings.pop("augment", None)
     source = settings.get("encoder")
     origin = Origin(modality.name, settings, config.encoder_dtype)
     if not isinstance(source, str):

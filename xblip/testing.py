@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from xblip import plugins
 from xblip.branch import Branch, BranchConfig
 from xblip.errors import MediaError, UnknownWordsWarning, XBlipError
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.modality import Example, Modality
+from xblip.modality import Example, Modality, collate
 from xblip.model import XBlip
 from xblip.sample import Media, Sample
 
@@ -203,6 +204,26 @@ class ModalityContract:
             for key, tensor in first.items():
                 assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{key} is not finite"
                 assert torch.equal(tensor, second[key]), f"loading twice gives two values of {key}"
+
+    def test_augmenting_changes_what_loading_gives_by_the_given_chance_alone(self):
+        subject = type(self)._subject()
+        modality = subject.branch.modality
+        if type(modality).augmented is Modality.augmented:
+            return
+        changed = False
+        for source in subject.example.sources:
+            plain = modality.load(source)
+            for seed in range(8):
+                first, second = (modality.augmented(source, np.random.default_rng(seed)) for _ in range(2))
+                collate([plain, first])  # raises where names or shapes differ
+                for key, tensor in first.items():
+                    assert tensor.dtype == plain[key].dtype, f"{key} is {tensor.dtype}, and {plain[key].dtype} by load"
+                    assert not tensor.is_floating_point() or tensor.isfinite().all(), f"{key} is not finite"
+                    assert torch.equal(tensor, second[key]), f"equal draws give two values of {key}"
+                    changed = changed or not torch.equal(tensor, plain[key])
+            again = modality.load(source)
+            assert all(torch.equal(tensor, again[key]) for key, tensor in plain.items()), "augmented changes load"
+        assert changed, "augmented changes nothing, whatever is drawn"
 
     def test_encoder_is_frozen(self):
         branch = type(self)._subject().branch

@@ -29,7 +29,7 @@ from xblip.mixture import BatchPlan, Source
 from xblip.model import XBlip
 from xblip.resume import clear_unfinished, last_checkpoint, read_state, replacing
 from xblip.store import FeatureStore
-from xblip.stored import stored_encoder
+from xblip.stored import check_views, stored_encoder
 from xblip.streaming import StreamedExamples
 from xblip.tasks import AlignTask, AnswerTask, Task
 from xblip.templates import load_templates
@@ -74,7 +74,14 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     set_seed(arguments.seed)
     stores = open_stores(config)
     with arguments.main_process_first(local=False):  # which leaves what it read in a cache for the others
-        train_data = read_data(config, config.data.train, "data.train", stores, streaming=config.data.streaming)
+        train_data = read_data(
+            config,
+            config.data.train,
+            "data.train",
+            stores,
+            streaming=config.data.streaming,
+            augment=config.data.augment,
+        )
         eval_data = read_data(config, config.data.eval, "data.eval", stores)
     done = read_state(checkpoint).global_step if checkpoint else 0
     plan = make_plan(config, arguments, train_data, done)
@@ -126,26 +133,35 @@ def open_stores(config: TrainConfig) -> dict[str, FeatureStore]:
     """Opens the stores that `data.features` names, by the modality that each of them is of.
 
     Raises:
-      BundleError, ConfigError: one is missing or damaged, or of a modality that no branch has or another store is of.
+      BundleError, ConfigError: one is missing or damaged, of a modality that no branch has or another store is of, or
+        without the views that `data.augment` asks for.
     """
     given = config.data.features
     stores: dict[str, FeatureStore] = {}
     for folder in [] if given is None else given if isinstance(given, list) else [given]:
         store = FeatureStore.open(folder)
         name = store.facts.origin.modality
-        known = [branch.modality for branch in config.all_branches]
+        known = {branch.modality: branch for branch in config.all_branches}
         if name in stores or name not in known:
             also = f", as those in {stores[name].folder} are" if name in stores else ""
             raise ConfigError(
                 f"data.features: the features in {folder} are of the modality {name}{also}. Expected one store for each "
                 f"of {', '.join(known)} at most."
             )
+        if config.data.augment:
+            check_views(store, known[name])
         stores[name] = store
     return stores
 
 
 def read_data(
-    config: TrainConfig, given: Any, where: str, stores: Mapping[str, FeatureStore], *, streaming: bool = False
+    config: TrainConfig,
+    given: Any,
+    where: str,
+    stores: Mapping[str, FeatureStore],
+    *,
+    streaming: bool = False,
+    augment: bool = False,
 ) -> Examples:
     """Opens the manifests that `given` names, and checks all of their rows and stored features.
 
@@ -162,15 +178,17 @@ def read_data(
         templates={name: load_templates(path) for name, path in config.data.templates.items()},
         features=stores,
         context=config.data.context,
+        augment=augment,
     )
     examples.check()
     for name, store in stores.items() if not streaming else ():
         store.check(
-            media.source
+            source
             for manifest in manifests
             for row in manifest.rows()
             for media in row.sample.all_media
             if media.modality == name
+            for source in (store.views(media.source) if augment else [media.source])
         )
     return examples
 
@@ -289,6 +307,7 @@ def facts_of(
             "modality": configs.plain(branch.modality.config) | {"encoder": branch.encoder.fingerprint},
             "bridge": {"kind": branch.bridge.name, **configs.plain(branch.bridge.config)},
             "features": stores[name].facts.dtype if name in stores else "encoded",
+            "views": configs.plain(stores[name].facts.views) if name in stores and config.data.augment else None,
         }
         for name, branch in task.branches.items()
     }

@@ -19,7 +19,7 @@ from xblip.branch import BranchConfig
 from xblip.bundle import BRANCHES
 from xblip.data import Manifest
 from xblip.errors import ConfigError, suggest
-from xblip.examples import ContextConfig
+from xblip.examples import STAGES, ContextConfig
 from xblip.initial import InitConfig
 from xblip.layers import WISHES
 from xblip.llm import LLMConfig
@@ -27,7 +27,6 @@ from xblip.modality import Modality
 from xblip.router import RouterConfig
 from xblip.streaming import Stream
 
-STAGES = ("align", "generate", "instruct")
 MISPLACED = {
     "deepspeed": "the LLM is frozen: say shard_llm: true to spread it over processes.",
     "fsdp": "the LLM is frozen: say shard_llm: true to spread it over processes.",
@@ -76,6 +75,7 @@ class DataConfig:
       features: store of `xblip precompute`, or a list of them, one for each modality; then no encoder is loaded.
       templates: YAML of instructions for captions, questions and labels that have none, by modality.
       context: text of other inputs around the one that is learnt.
+      augment: change the files of `train` at random, each time anew; how, stands in `augment` of the branch's `config`.
       max_skipped: share of all rows whose files may be broken.
     """
 
@@ -88,6 +88,7 @@ class DataConfig:
     features: Any = None
     templates: dict[str, str] = field(default_factory=dict)
     context: ContextConfig | None = None
+    augment: bool = False
     max_skipped: float = 0.01
 
 

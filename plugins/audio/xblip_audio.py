@@ -6,7 +6,7 @@ squeezed or cut to a fixed length. What the encoders are and how each is given i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import gcd
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from xblip_audio_encoders import FAMILIES, Family, SpectrogramPictures
 from xblip_audio_files import read_file, refuse_long
+from xblip_audio_masks import Masks
 
 import xblip
 
@@ -42,11 +43,13 @@ class Audio(xblip.Modality):
             or of a convolutional network over pictures of one channel with an ASTFeatureExtractor beside it.
           max_clips: clips at most; of longer sound so many are taken, spread evenly over all of it.
           max_seconds: longer sound is refused.
+          augment: what `augmented` hides of each clip.
         """
 
         encoder: str
         max_clips: int = 8
         max_seconds: float = 3600.0
+        augment: Masks = field(default_factory=Masks)
 
     def load(self, source: Any) -> dict[str, Tensor]:
         """Reads one sound.
@@ -85,6 +88,12 @@ class Audio(xblip.Modality):
         samples = samples.astype(np.float32)
         samples = resample(samples, rate_hz, self._family.sampling_rate_hz, label)
         return self._family.clips(samples, self.config.max_clips)
+
+    def augmented(self, source: Any, draw: np.random.Generator) -> dict[str, Tensor]:
+        """Reads one sound, and hides moments and bands of what the encoder hears, as SpecAugment does."""
+        tensors = self.load(source)
+        self.config.augment.hide(*self._family.sound(tensors), draw)
+        return tensors
 
     def build_encoder(self) -> nn.Module:
         """Loads the encoder: what `load` gave, of M clips, to tokens (M, N, D_enc) and their mask."""

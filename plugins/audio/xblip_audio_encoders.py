@@ -17,9 +17,7 @@ from torch import Tensor, nn
 import xblip
 
 FRAME_MS, SHIFT_MS = 25, 10  # Kaldi's defaults, which the extractors of AST and BEATs keep
-WAVEFORM_SECONDS = (
-    10  # wav2vec 2.0 and HuBERT have no window of their own; most of their training was on less than 16 s
-)
+WAVEFORM_SECONDS = 10  # wav2vec 2.0 and HuBERT have no window; most of their training was on less than 16 s
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,14 @@ class Family(ABC):
         """Turns samples (N,) at the encoder's rate into the encoder's tensors."""
 
     @abstractmethod
+    def sound(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns what the encoder hears of S clips, among these tensors, and how much of it is sound.
+
+        Returns:
+          A view (S, ..., frames, bins) into the tensors, and how many frames of each are sound (S,).
+        """
+
+    @abstractmethod
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
         """Makes the encoder of a loaded model; `source` names it in messages.
 
@@ -103,6 +109,10 @@ class Family(ABC):
 
     def _extract(self, clips: list[np.ndarray]) -> dict[str, Tensor]:
         return dict(self.extractor(clips, sampling_rate=self.sampling_rate_hz, return_tensors="pt"))
+
+    def _share(self, tensors: dict[str, Tensor], count: int) -> Tensor:
+        """How many of `count` frames of a window hold some of the samples that are sound."""
+        return -(-tensors["num_samples"] * count // self.frames.most)
 
     def _check(self, takes: str, makes: str, source: str) -> None:
         if takes != makes:
@@ -125,6 +135,9 @@ class Spectrograms(Family):
     def clips(self, samples: np.ndarray, max_clips: int) -> dict[str, Tensor]:
         clips, counts = self.frames.cut(samples, max_clips)
         return {**self._extract(self.frames.filled(clips, counts)), "num_frames": counts}
+
+    def sound(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors["input_values"], tensors["num_frames"]
 
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
         self._check_sizes(model.config, source)
@@ -163,6 +176,9 @@ class Beats(Spectrograms):
     def clips(self, samples: np.ndarray, max_clips: int) -> dict[str, Tensor]:
         return self._extract(self.frames.filled(*self.frames.cut(samples, max_clips)))
 
+    def sound(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors["input_values"], tensors["attention_mask"].sum(1)
+
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
         self._check_sizes(model.config, source)
         return BeatsEncoder(model, input_name="input_values")
@@ -192,6 +208,9 @@ class Clap(Family):
             "num_samples": repeated.get(self.extractor.padding, counts),
         }
 
+    def sound(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tensors["input_features"], self._share(tensors, tensors["input_features"].shape[-2])
+
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
         model = getattr(model, "audio_model", model)
         config, extractor = model.config, self.extractor
@@ -214,6 +233,10 @@ class Whisper(Family):
     def clips(self, samples: np.ndarray, max_clips: int) -> dict[str, Tensor]:
         clips, counts = self.frames.cut(samples, max_clips)
         return {**self._extract(clips), "num_samples": counts}
+
+    def sound(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        values = tensors["input_features"].transpose(1, 2)
+        return values, self._share(tensors, values.shape[1])
 
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
         config, extractor = model.config, self.extractor
@@ -243,6 +266,10 @@ class Waveforms(Family):
         values = [self._extract([clip])["input_values"][0] for clip in clips]
         padded = [nn.functional.pad(value, (0, length - len(value))) for value in values]
         return {"input_values": torch.stack(padded).float(), "num_frames": counts}
+
+    def sound(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A frame is a sample here, with a single bin."""
+        return tensors["input_values"][..., None], self.frames.samples(tensors["num_frames"])
 
     def encoder(self, model: nn.Module, source: str) -> nn.Module:
         return WaveformEncoder(model, self.frames)

@@ -206,3 +206,45 @@ class TestImageContract(xblip.testing.ModalityContract):
 
 def test_what_it_needs_can_be_asked_for():
     assert Image.diagnose()["Pillow"]() == PIL.__version__
+
+
+class TestAugmentation:
+    @pytest.mark.parametrize("name", ["vit", "clip", "siglip", "dinov2", "convnext"])
+    def test_a_part_goes_through_the_encoders_own_processor(self, encoders, name, tmp_path):
+        picture = PIL.Image.fromarray(noise())
+        picture.save(tmp_path / "picture.png")
+        modality = Image(Image.Config(encoder=str(encoders / name)))
+        crop = modality.config.augment.drawn(60, 45, np.random.default_rng(7))
+        processor = AutoImageProcessor.from_pretrained(encoders / name)
+        expected = processor(images=crop.of(picture), return_tensors="pt")["pixel_values"]
+        actual = modality.augmented(tmp_path / "picture.png", np.random.default_rng(7))["pixel_values"]
+        assert actual.shape == (1, 3, 32, 32) and torch.equal(actual, expected)
+        assert not torch.equal(actual, modality.load(picture)["pixel_values"])
+
+    def test_what_is_kept_stands_upright_where_the_picture_has_it(self, plain, tmp_path):
+        ramps = np.zeros((90, 120, 3), np.uint8)
+        ramps[..., 0], ramps[..., 1] = np.arange(90)[:, None], np.arange(120)
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 3
+        PIL.Image.fromarray(ramps[::-1, ::-1]).save(tmp_path / "turned.png", exif=exif)
+        for seed in range(10):
+            part = plain.augmented(tmp_path / "turned.png", np.random.default_rng(seed))["pixel_values"][0] * 255
+            down, across = part[0].round(), part[1].round()
+            assert (down.diff(dim=0) == 1).all() and (across.diff(dim=1) == 1).all(), "neither mirrored nor resized"
+            assert 0.45 < part[0].numel() / (90 * 120) <= 1
+
+    def test_settings_come_from_the_config(self, encoders):
+        settings = {"encoder": str(encoders / "vit"), "augment": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1}}
+        branch = xblip.testing.BranchConfig("image", settings, {"kind": "linear"})
+        modality = xblip.testing.Branch.build(branch, llm_width=8).modality
+        square = noise(40, 40)
+        mirrored = modality.augmented(square, np.random.default_rng(0))["pixel_values"]
+        assert torch.equal(mirrored, modality.load(square[:, ::-1])["pixel_values"])
+        settings["augment"]["scail"] = [1, 1]
+        with pytest.raises(xblip.ConfigError, match=r"augment.scail\"\. Did you mean \"scale\""):
+            xblip.testing.Branch.build(branch, llm_width=8)
+
+    def test_broken_files_are_refused_as_by_load(self, plain, tmp_path):
+        (tmp_path / "text.png").write_text("not a picture")
+        with pytest.raises(xblip.MediaError, match=r"text.png.*Expected a PNG"):
+            plain.augmented(tmp_path / "text.png", np.random.default_rng(0))

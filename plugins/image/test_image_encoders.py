@@ -1,5 +1,6 @@
 """Published vision encoders through the image modality: their features equal those of transformers itself."""
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -156,3 +157,14 @@ def test_a_processor_of_another_encoder_is_one_clear_error(tmp_path, processor, 
     processor().save_pretrained(tmp_path)
     with pytest.raises(xblip.BundleError, match=rf"{message}.*Save the processor that belongs to it"):
         features(tmp_path)
+
+
+def test_parts_of_pictures_are_read_by_an_encoder_of_any_size(saved):
+    modality = Image(Image.Config(encoder=str(saved / "siglip2_naflex")))
+    tensors = modality.augmented(PICTURES[0], np.random.default_rng(0))
+    plain = modality.load(PICTURES[0])
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: tensor.shape for name, tensor in plain.items()
+    }
+    values, mask = FrozenEncoder(modality.build_encoder(), name="image")(**tensors)
+    assert values[mask].isfinite().all() and mask.any()

@@ -6,7 +6,7 @@ beside the encoder.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,14 @@ class Image(xblip.Modality):
           drop_cls: leaves out [CLS], and register tokens beside it.
           max_pixels: pixels (width times height) above which a picture is refused: by its header, before
             decoding.
+          augment: which part of a picture `augmented` keeps, and how often it mirrors it.
         """
 
         encoder: str
         layer: int | None = None
         drop_cls: bool = False
         max_pixels: int = 100_000_000
+        augment: xblip.Modality.RandomCrop = field(default_factory=xblip.Modality.RandomCrop)
 
     def load(self, source: Any) -> dict[str, Tensor]:
         """Reads one picture.
@@ -76,6 +78,11 @@ class Image(xblip.Modality):
         """
         picture = self.as_picture(source, kind=self.name, max_pixels=self.config.max_pixels)
         return self._processor(picture)
+
+    def augmented(self, source: Any, draw: np.random.Generator) -> dict[str, Tensor]:
+        """Reads a random part of one picture, which the encoder's image processor resizes and normalises as any other."""
+        picture = self.as_picture(source, kind=self.name, max_pixels=self.config.max_pixels)
+        return self._processor(self.config.augment.drawn(*picture.size, draw).of(picture))
 
     def build_encoder(self) -> nn.Module:
         """Loads the vision model; of a two-tower model (CLIP, SigLIP) its vision part.

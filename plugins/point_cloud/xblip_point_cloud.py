@@ -6,7 +6,7 @@ point sampling. Equal files therefore give equal features, which is what allows 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import xblip
 SEED = 0
 SURFACE_POINTS = 4  # drawn on a mesh for each one that farthest point sampling keeps
 MAX_SAMPLING_STEPS = 2**30  # points times chosen points: a few seconds of farthest point sampling
+ROTATIONS = ("none", "x", "y", "z", "all")
 MISSING_COLOR = 0.4  # what OpenShape and Uni3D give clouds without colour
 TETRAHEDRON = """ply
 format ascii 1.0
@@ -42,6 +43,42 @@ end_header
 """
 
 
+@dataclass
+class Changes:
+    """What `PointCloud.augmented` does to the points that the encoder would get; colours stay.
+
+    Attributes:
+      jitter: standard deviation of noise on each coordinate, in radii of the unit sphere; cut off at five times it.
+      scale: least and most that the whole is scaled by.
+      rotate: "x", "y" or "z" to turn by any angle about that axis, "all" for any rotation, "none". Files do not say which
+        axis is up, so it is turned about none unless told; texts that say "lying" or "on its left" may become wrong by it.
+    """
+
+    jitter: float = 0.01
+    scale: list[float] = field(default_factory=lambda: [0.8, 1.25])
+    rotate: str = "none"
+
+    def __post_init__(self):
+        """Raises `ConfigError` for what cannot be."""
+        if not 0 <= self.jitter < np.inf:
+            raise xblip.ConfigError(f"augment.jitter of a point cloud must be 0 or more, not {self.jitter:g}.")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < np.inf:
+            raise xblip.ConfigError(
+                "augment.scale of a point cloud must be the least and the most, above 0, such as [0.8, 1.25], not "
+                f"{list(self.scale)}."
+            )
+        if self.rotate not in ROTATIONS:
+            raise xblip.ConfigError(
+                f'augment.rotate of a point cloud must be one of {", ".join(ROTATIONS)}, not "{self.rotate}".'
+            )
+
+    def of(self, points: Tensor, draw: np.random.Generator) -> Tensor:
+        """Changes points (..., 3)."""
+        turn = rotation(self.rotate, draw) * draw.uniform(*self.scale)
+        noise = np.clip(draw.normal(size=points.shape), -5, 5) * self.jitter
+        return (points.double() @ torch.from_numpy(turn).T + torch.from_numpy(noise)).to(points.dtype)
+
+
 class PointCloud(xblip.Modality):
     """Point clouds and meshes. One source is one segment."""
 
@@ -59,11 +96,13 @@ class PointCloud(xblip.Modality):
           encoder: folder or hub id of a Point-BERT encoder (`xblip_point_bert.PointBertModel`).
           max_points: sources with more points, vertices or triangles are refused.
           timeout_seconds: when to give up on a file that open3d reads.
+          augment: what `augmented` changes.
         """
 
         encoder: str
         max_points: int = 10_000_000
         timeout_seconds: float = 120.0
+        augment: Changes = field(default_factory=Changes)
 
     def load(self, source: Any) -> dict[str, Tensor]:
         """Reads one cloud or mesh.
@@ -96,6 +135,11 @@ class PointCloud(xblip.Modality):
             points = np.concatenate([points, colors.astype(np.float32)], 1)
         chosen = choose(points, self._encoder_config.num_points)
         return {"points": torch.from_numpy(points[chosen])[None]}
+
+    def augmented(self, source: Any, draw: np.random.Generator) -> dict[str, Tensor]:
+        """Reads a cloud or mesh, its points turned, scaled and moved a little at random."""
+        points = self.load(source)["points"]
+        return {"points": torch.cat([self.config.augment.of(points[..., :3], draw), points[..., 3:]], -1)}
 
     def build_encoder(self) -> nn.Module:
         """Loads the encoder: `points` (M, P, 3 or 6) to [CLS] and group tokens (M, 1 + G, D), or one pooled token.
@@ -207,6 +251,22 @@ def sample_surface(mesh: Shape, count: int) -> Shape:
         return (values[triangles] * weights).sum(1)
 
     return Shape(blend(mesh.points), None if mesh.colors is None else blend(mesh.colors))
+
+
+def rotation(about: str, draw: np.random.Generator) -> np.ndarray:
+    """Draws a rotation matrix (3, 3) about an axis, or of all alike ("all"); for "none" it is that of no turn."""
+    if about == "none":
+        return np.eye(3)
+    if about == "all":
+        matrix, upper = np.linalg.qr(draw.normal(size=(3, 3)))
+        matrix = matrix * np.sign(np.diag(upper))  # which makes all orthogonal matrices alike likely
+        return matrix * np.linalg.det(matrix)  # mirrored ones become rotations
+    axis, angle = "xyz".index(about), draw.uniform(0, 2 * np.pi)
+    first, second = (axis + 1) % 3, (axis + 2) % 3
+    matrix = np.eye(3)
+    matrix[[first, second], [first, second]] = np.cos(angle)
+    matrix[second, first], matrix[first, second] = np.sin(angle), -np.sin(angle)
+    return matrix
 
 
 def normalise(points: np.ndarray) -> np.ndarray:

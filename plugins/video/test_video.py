@@ -217,3 +217,37 @@ class TestVideoContract(xblip.testing.ModalityContract):
         first, second = subject.soft_prompts([frames, np.ascontiguousarray(frames[::-1])], ["what is this ?"] * 2)
         segments = first.reshape(4, -1, first.shape[-1])
         assert (segments.flip(0) - second.reshape(segments.shape)).abs().max() > 1e-5
+
+
+class TestAugmentation:
+    def test_all_frames_of_a_clip_keep_the_same_part(self, plain, clip):
+        modality = plain(num_frames=5)
+        whole = modality.load(clip)["pixel_values"]
+        kept = []
+        for seed in range(6):
+            crop = modality.config.augment.drawn(96, 64, np.random.default_rng(seed))
+            left, top, right, bottom = (
+                round(edge * size) for edge, size in zip(crop[:4], (96, 64, 96, 64), strict=True)
+            )
+            part = modality.augmented(clip, np.random.default_rng(seed))["pixel_values"]
+            assert torch.equal(part, whole[:, :, top:bottom, left:right])
+            kept.append((left, top, right, bottom))
+        assert len(set(kept)) > 3
+
+    def test_a_part_goes_through_the_encoders_own_processor_and_flips_if_asked_to(self, tmp_path):
+        CLIPVisionConfig().save_pretrained(tmp_path)
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+        settings = {"scale": [1.0, 1.0], "ratio": [1.5, 1.5], "flip": 1.0}
+        modality = Video(Video.Config(encoder=str(tmp_path), augment=Video.RandomCrop(**settings)))
+        frames = numbered(3)
+        mirrored = modality.load(np.ascontiguousarray(frames[:, :, ::-1]))["pixel_values"]
+        assert torch.equal(modality.augmented(frames, np.random.default_rng(0))["pixel_values"], mirrored)
+
+    def test_listed_pictures_of_several_sizes_keep_the_same_share(self, tmp_path):
+        ViTConfig().save_pretrained(tmp_path)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+        ramp = PIL.Image.fromarray(np.tile(np.linspace(0, 255, 90).astype(np.uint8), (60, 1)))
+        modality = Video(Video.Config(encoder=str(tmp_path)))
+        for seed in range(4):
+            parts = modality.augmented([ramp, ramp.resize((180, 120))], np.random.default_rng(seed))["pixel_values"]
+            assert (parts[0] - parts[1]).abs().max() < 0.05

@@ -141,3 +141,15 @@ def test_pictures_and_videos_share_one_encoder(tmp_path):
     assert image is video and len(list((bundle / "encoders").iterdir())) == 1
     assert {branch.modality.config.layer for branch in model.branches.values()} == {-2}
     assert model.branches["video"].encode([numbered(3)]).values.shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_an_encoder_of_whole_videos_gets_parts_too(saved, name):
+    modality = Video(Video.Config(encoder=str(saved / name)))
+    frames = numbered(8)
+    crop = modality.config.augment.drawn(96, 64, np.random.default_rng(2))
+    parts = [crop.of(PIL.Image.fromarray(frame)) for frame in frames]
+    actual = modality.augmented(frames, np.random.default_rng(2))["pixel_values"]
+    assert actual.shape == (1, 4, 3, 32, 32)
+    assert torch.equal(actual, modality.load(parts)["pixel_values"])
+    assert not torch.equal(actual, modality.load(frames)["pixel_values"])

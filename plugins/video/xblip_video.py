@@ -6,8 +6,8 @@ gives the same pictures in training and in use, and with either reader.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,7 @@ class Video(xblip.Modality):
           reader: "pyav", "decord", or "auto" for the first of these that can be imported.
           max_pixels: pixels of a frame (width times height) above which a video is refused.
           max_seconds: length above which a video file is refused.
+          augment: which part of a video `augmented` keeps, and how often it mirrors it.
         """
 
         encoder: str
@@ -71,6 +72,7 @@ class Video(xblip.Modality):
         reader: str = "auto"
         max_pixels: int = 100_000_000
         max_seconds: float = 14_400.0
+        augment: xblip.Modality.RandomCrop = field(default_factory=xblip.Modality.RandomCrop)
 
     def __init__(self, config: Any = None):
         """Keeps `config`.
@@ -100,12 +102,13 @@ class Video(xblip.Modality):
           PluginError: no reader can be imported.
           BundleError: the encoder has no processor, or one that gives something else.
         """
-        file = xblip.media_file(source, kind=self.name)
-        frames = self._frames_of_file(file) if file else self._frames_of_pictures(source)
-        if self._frames_of_encoder:
-            return self._one_segment(list(frames))
-        segments = [self._processor(frame) for frame in frames]
-        return {name: torch.cat([segment[name] for segment in segments]) for name in segments[0]}
+        return self._tensors(self._frames(source))
+
+    def augmented(self, source: Any, draw: np.random.Generator) -> dict[str, Tensor]:
+        """Reads a random part of one video, the same of all its frames, so that what stands still goes on standing still."""
+        frames = list(self._frames(source))
+        crop = self.config.augment.drawn(*frames[0].size, draw)
+        return self._tensors(map(crop.of, frames))
 
     def build_encoder(self) -> nn.Module:
         """Loads the model; of a two-tower model (CLIP, SigLIP) its vision part.
@@ -192,6 +195,16 @@ class Video(xblip.Modality):
             expected="video_preprocessor_config.json or preprocessor_config.json beside its weights: put it there by "
             "save_pretrained.",
         )
+
+    def _frames(self, source: Any) -> "Iterator[PIL.Image.Image]":
+        file = xblip.media_file(source, kind=self.name)
+        return self._frames_of_file(file) if file else self._frames_of_pictures(source)
+
+    def _tensors(self, frames: "Iterable[PIL.Image.Image]") -> dict[str, Tensor]:
+        if self._frames_of_encoder:
+            return self._one_segment(list(frames))
+        segments = [self._processor(frame) for frame in frames]
+        return {name: torch.cat([segment[name] for segment in segments]) for name in segments[0]}
 
     def _one_segment(self, frames: "list[PIL.Image.Image]") -> dict[str, Tensor]:
         sizes = {frame.size for frame in frames}
