@@ -30,8 +30,8 @@ ENCODERS = {"video": "image"}
 """Modalities that read with another one's encoder."""
 LANES = (("video", "audio"), ("image", "point_cloud"))
 """Modalities that wait for each other."""
-WORDINGS = {"train": 3, "val": 0, "test": 0}
-"""Descriptions of a file beside the canonical sentence, by split."""
+CAPTIONS = {"worded": ("train", 3), "train": ("train", 0), "val": ("val", 0), "test": ("test", 0)}
+"""Manifests of captions: of which split, and how many descriptions each file has beside the canonical sentence."""
 FEATURES = "float16"
 """What stored features are kept as."""
 SOURCES = """
@@ -160,12 +160,12 @@ def config_of(modality: str, stage: str = "instruct") -> Path:
 
 def places_of(parts: Path, modality: str, stage: str = "instruct") -> dict[str, Path]:
     """Where a stage finds what the build made in the folder `parts`, by the config's keys."""
-    rows = parts / ("questions" if stage == "instruct" else "captions")
+    rows, name = parts / ("questions" if stage == "instruct" else "captions"), "worded" if stage == "align" else "train"
     return {
         "llm.source": parts / "llm",
         "branch.config.encoder": parts / "encoders" / ENCODERS.get(modality, modality),
         "data.features": parts / "features" / modality,
-        "data.train": rows / f"{modality}-train.jsonl",
+        "data.train": rows / f"{modality}-{name}.jsonl",
         "data.eval": rows / f"{modality}-val.jsonl",
     }
 
@@ -192,10 +192,11 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
         command = module("questions", name, "--world", world, "--split", split, "--count", count, "--out", file)
         return Step(f"questions-{name}-{split}", command, file)
 
-    def captions(name: str, split: str, wordings: int) -> Step:
-        file = out / "captions" / f"{name}-{split}.jsonl"
+    def captions(name: str, rows: str) -> Step:
+        file = out / "captions" / f"{name}-{rows}.jsonl"
+        split, wordings = CAPTIONS[rows]
         options = ("--world", world, "--split", split, "--wordings", wordings, "--out", file)
-        return Step(f"captions-{name}-{split}", module("captions", name, *options), file)
+        return Step(f"captions-{name}-{rows}", module("captions", name, *options), file)
 
     def configured(command: str, name: str, stage: str, **places: Path) -> list[str]:
         settings = places_of(out, name, stage) | places
@@ -214,7 +215,7 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     media = Step("world", module("media", "--data", data, "--out", world, *sizes.world), world / "test/manifest.jsonl")
     language = Step("llm", module("train_llm", "--out", llm, "--threads", 1, *sizes.llm), llm / "accuracy.json")
     asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
-    told = [captions(name, *split) for name in MODALITIES for split in WORDINGS.items()]
+    told = [captions(name, rows) for name in MODALITIES for rows in CAPTIONS]
     Lanes([[language], [media, *map(encoder, ("image", "audio", "point_cloud")), *asked, *told]], logs=logs).run()
     lanes = [[step(name) for name in names for step in (features, bridge)] for names in LANES]
     Lanes(lanes, logs=logs).run()

@@ -37,9 +37,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     shelf = Shelf.read(arguments.world, arguments.split)
-    write_captions(
-        shelf, arguments.modality, arguments.out, wordings=arguments.wordings, seed=arguments.seed
-    )
+    write_captions(shelf, arguments.modality, arguments.out, wordings=arguments.wordings, seed=arguments.seed)
 
 
 if __name__ == "__main__":

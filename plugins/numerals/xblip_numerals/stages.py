@@ -18,7 +18,7 @@ from typing import Any
 
 from xblip_numerals.build import LANES, Lanes, Step, config_of, places_of
 from xblip_numerals.language import MODALITIES
-from xblip_numerals.stages_report import RECALL, RUN, folders
+from xblip_numerals.stages_report import AFTER, ALONE, RECALL, RUN, folders, write_report
 
 STEPS = {"align": 500, "generate": 150, "instruct": 400}
 BATCH = 32
@@ -35,8 +35,8 @@ def run_modality(parts: Path, out: Path, modality: str, *, steps: dict[str, int]
     run_stage(parts, modality, "align", at["align"], steps, seed=0)
     measure_recall(parts, modality, at["align"])
     run_stage(parts, modality, "generate", at["generate"], steps, seed=0, after=at["align"])
-    run_stage(parts, modality, "instruct", at["instruct"], steps, seed=seed, after=at["generate"])
-    run_stage(parts, modality, "instruct", at["instruct alone"], steps, seed=seed)
+    run_stage(parts, modality, "instruct", at[AFTER], steps, seed=seed, after=at["generate"])
+    run_stage(parts, modality, "instruct", at[ALONE], steps, seed=seed)
 
 
 def run_stage(
@@ -134,7 +134,7 @@ def run_all(parts: Path, out: Path, *, steps: dict[str, int], seeds: Sequence[in
     def step(modality: str, seed: int) -> Step:
         command = ["-m", "xblip_numerals.stages", "--parts", str(parts), "--out", str(out), "--modality", modality]
         command += ["--seeds", str(seed), "--steps", *(f"{stage}={count}" for stage, count in steps.items())]
-        return Step(f"stages-{modality}-{seed}", command, folders(out / modality, seed)["instruct alone"] / RUN)
+        return Step(f"stages-{modality}-{seed}", command, folders(out / modality, seed)[ALONE] / RUN)
 
     lanes = [[step(name, seed) for seed in seeds for name in names] for names in LANES]
     Lanes(lanes, logs=out / "logs").run()
@@ -142,9 +142,13 @@ def run_all(parts: Path, out: Path, *, steps: dict[str, int], seeds: Sequence[in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", type=Path, default=Path("build/numerals"), help="folder that xblip_numerals.build made")
+    parser.add_argument(
+        "--parts", type=Path, default=Path("build/numerals"), help="folder that xblip_numerals.build made"
+    )
     parser.add_argument("--out", type=Path, help="where runs go; PARTS/stages unless given")
-    parser.add_argument("--report", type=Path, help="Markdown to write, with plots beside it; OUT/STAGES.md unless given")
+    parser.add_argument(
+        "--report", type=Path, help="Markdown to write, with plots beside it; OUT/STAGES.md unless given"
+    )
     parser.add_argument("--modality", choices=list(MODALITIES), help="run this one alone, here, and write no report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", nargs="+", default=[], metavar="STAGE=COUNT", help=f"instead of {STEPS}")
@@ -156,7 +160,7 @@ def main() -> None:
             run_modality(arguments.parts, out, arguments.modality, steps=steps, seed=seed)
         return
     run_all(arguments.parts, out, steps=steps, seeds=arguments.seeds)
-    write_report(out, arguments.report or out / "STAGES.md", seeds=arguments.seeds)
+    write_report(out, arguments.report or out / "STAGES.md", seeds=arguments.seeds, rows=EVAL_ROWS, rerank=RERANK)
 
 
 if __name__ == "__main__":
