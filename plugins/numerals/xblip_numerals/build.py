@@ -28,6 +28,12 @@ from xblip_numerals.sources import SPLITS, SourcesError, read_sources
 CONFIGS = Path("configs/train")
 ENCODERS = {"video": "image"}
 """Modalities that read with another one's encoder."""
+LANES = (("video", "audio"), ("image", "point_cloud"))
+"""Modalities that wait for each other."""
+CAPTIONS = {"worded": ("train", 3), "train": ("train", 0), "val": ("val", 0), "test": ("test", 0)}
+"""Manifests of captions: of which split, and how many descriptions each file has beside the canonical sentence."""
+FEATURES = "float16"
+"""What stored features are kept as."""
 SOURCES = """
 ## What it was trained on
 
@@ -72,12 +78,12 @@ class Step:
     Attributes:
       name: shown while it runs; its output goes to logs/<name>.log.
       command: Python arguments.
-      makes: exists when the step is done.
+      makes: exists when the step is done; None for a step that itself does only what is missing.
     """
 
     name: str
     command: list[str]
-    makes: Path
+    makes: Path | None
     state: str = "waits"
     line: str = ""
 
@@ -113,7 +119,7 @@ class Lanes:
         for step in lane:
             if self.failed:
                 return
-            if step.makes.exists():
+            if step.makes and step.makes.exists():
                 step.state = "was there"
                 continue
             started = time.monotonic()
@@ -146,6 +152,24 @@ class Lanes:
         return table
 
 
+def config_of(modality: str, stage: str = "instruct") -> Path:
+    """The shipped config of a stage of training."""
+    suffix = "" if stage == "instruct" else f"-{stage}"
+    return CONFIGS / f"numerals-{modality.replace('_', '-')}{suffix}.yaml"
+
+
+def places_of(parts: Path, modality: str, stage: str = "instruct") -> dict[str, Path]:
+    """Where a stage finds what the build made in the folder `parts`, by the config's keys."""
+    rows, name = parts / ("questions" if stage == "instruct" else "captions"), "worded" if stage == "align" else "train"
+    return {
+        "llm.source": parts / "llm",
+        "branch.config.encoder": parts / "encoders" / ENCODERS.get(modality, modality),
+        "data.features": parts / "features" / modality,
+        "data.train": rows / f"{modality}-{name}.jsonl",
+        "data.eval": rows / f"{modality}-val.jsonl",
+    }
+
+
 def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     """Runs the whole build; see the module's description."""
     if not CONFIGS.is_dir():
@@ -168,25 +192,33 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
         command = module("questions", name, "--world", world, "--split", split, "--count", count, "--out", file)
         return Step(f"questions-{name}-{split}", command, file)
 
+    def captions(name: str, rows: str) -> Step:
+        file = out / "captions" / f"{name}-{rows}.jsonl"
+        split, wordings = CAPTIONS[rows]
+        options = ("--world", world, "--split", split, "--wordings", wordings, "--out", file)
+        return Step(f"captions-{name}-{rows}", module("captions", name, *options), file)
+
+    def configured(command: str, name: str, stage: str, **places: Path) -> list[str]:
+        settings = places_of(out, name, stage) | places
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        return ["-m", "xblip.cli", command, str(config_of(name, stage)), *overrides]
+
+    def features(name: str) -> Step:  # captions name every file that questions do
+        command = configured("precompute", name, "align")
+        return Step(f"features-{name}", [*command, "--to", str(out / "features" / name), "--dtype", FEATURES], None)
+
     def bridge(name: str) -> Step:
-        config = CONFIGS / f"numerals-{name.replace('_', '-')}.yaml"
-        places = {
-            "llm.source": llm,
-            "branch.config.encoder": out / "encoders" / ENCODERS.get(name, name),
-            "data.train": out / "questions" / f"{name}-train.jsonl",
-            "data.eval": out / "questions" / f"{name}-val.jsonl",
-            "training.output_dir": out / "branches" / name,
-            "training.seed": seed,
-        }
-        overrides = [f"{key}={value}" for key, value in places.items()]
-        command = ["-m", "xblip.cli", "train", str(config), *overrides, *sizes.bridge]
-        return Step(f"bridge-{name}", command, out / "branches" / name / "metrics.json")
+        folder = out / "branches" / name
+        command = configured("train", name, "instruct", **{"training.output_dir": folder})
+        return Step(f"bridge-{name}", [*command, f"training.seed={seed}", *sizes.bridge], folder / "metrics.json")
 
     media = Step("world", module("media", "--data", data, "--out", world, *sizes.world), world / "test/manifest.jsonl")
     language = Step("llm", module("train_llm", "--out", llm, "--threads", 1, *sizes.llm), llm / "accuracy.json")
     asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
-    Lanes([[language], [media, *map(encoder, ("image", "audio", "point_cloud")), *asked]], logs=logs).run()
-    Lanes([[bridge("video"), bridge("audio")], [bridge("image"), bridge("point_cloud")]], logs=logs).run()
+    told = [captions(name, rows) for name in MODALITIES for rows in CAPTIONS]
+    Lanes([[language], [media, *map(encoder, ("image", "audio", "point_cloud")), *asked, *told]], logs=logs).run()
+    lanes = [[step(name) for name in names for step in (features, bridge)] for names in LANES]
+    Lanes(lanes, logs=logs).run()
     write_bundle(out, out / "bundle")
     report = module("report", "--bundle", out / "bundle", "--world", world, "--out", out / "REPORT.md", *sizes.report)
     Lanes([[Step("report", report, out / "REPORT.md")]], logs=logs).run()

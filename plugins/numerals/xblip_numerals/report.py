@@ -251,7 +251,7 @@ def _counted(tally: Tally | None) -> str:
     return f"{tally} ({tally.count})" if tally else "–"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
@@ -265,13 +265,13 @@ def _several_table(tallies_by_row: dict, *, floor: float, first: str) -> str:
         verdict = f"{ratio:.2f}" if ratio >= floor else f"{ratio:.2f} (below)"
         shown = [str(tallies[way]) for way in WAYS]
         rows.append([name.replace("_", " "), *shown, verdict, tallies["soft prompts"].count])
-    return _table([first, *WAYS, f"ratio (at least {floor})", "n"], rows)
+    return markdown_table([first, *WAYS, f"ratio (at least {floor})", "n"], rows)
 
 
 def readme_table(figures: dict) -> str:
     """The README's tables, from the content of the report's JSON file."""
     numbers = {source: figures["single"][f"{source}: number"] for source in READ_ALONE}
-    alone = _table(
+    alone = markdown_table(
         ["the number of one input", *READ_ALONE.values()],
         [["right", *(f"{right / count:.3f}" for right, count in numbers.values())],
          ["n", *(count for _, count in numbers.values())]],
@@ -281,7 +281,7 @@ def readme_table(figures: dict) -> str:
         sums = {way: [sum(column) for column in zip(*(ways[way] for ways in figures[table].values()), strict=True)]
                 for way in WAYS}  # fmt: skip
         rows.append([label, *(f"{right / count:.3f}" for right, count in sums.values()), sums["chance"][1]])
-    return f"{alone}\n\n{_table(['questions across', *WAYS, 'n'], rows)}"
+    return f"{alone}\n\n{markdown_table(['questions across', *WAYS, 'n'], rows)}"
 
 
 def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, count: int, seed: int) -> None:
@@ -312,12 +312,12 @@ def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, coun
         .read_text()
         .format(
             split=split,
-            singles=_table(["input", *facts], single_rows),
+            singles=markdown_table(["input", *facts], single_rows),
             pairs=_several_table(pairs[0], floor=0.90, first="question"),
             pair_names=_several_table(pairs[1], floor=0.90, first="inputs"),
             triples=_several_table(triples[0], floor=0.75, first="question"),
             triple_names=_several_table(triples[1], floor=0.75, first="inputs"),
-            places=_table(["number of the", "first place", "second place", "third place"], place_rows),
+            places=markdown_table(["number of the", "first place", "second place", "third place"], place_rows),
         )
     )
     out.write_text(text)

@@ -1,0 +1,115 @@
+"""The stages of training by their shipped configs on next to nothing, the captions they learn from, and their report."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+from xblip_numerals import BUNDLE
+from xblip_numerals.build import config_of, places_of
+from xblip_numerals.captions import write_captions
+from xblip_numerals.demo_files import make_files
+from xblip_numerals.language import MODALITIES, caption
+from xblip_numerals.questions import Shelf, training_row
+from xblip_numerals.stages import run_modality
+from xblip_numerals.stages_report import AFTER, ALONE, RECALL, RUN, folders, reached, write_report
+
+from xblip.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Shelf:
+    """Ten files a modality of our own pen strokes and synthetic voices."""
+    world = tmp_path_factory.mktemp("world")
+    make_files(world / "demo", seed=3, files_per_modality=10)
+    return Shelf.read(world, "demo")
+
+
+@pytest.fixture
+def parts(shelf, tmp_path, monkeypatch) -> Path:
+    """What the build leaves for the stages, with the shipped LLM and encoders; features are not yet stored."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "llm").symlink_to(BUNDLE / "llm")
+    for folder in ("encoders", "questions"):
+        (tmp_path / folder).mkdir()
+    for name in MODALITIES:
+        encoder = OmegaConf.load(BUNDLE / name / "branch.yaml").config.encoder
+        (tmp_path / "encoders" / name).symlink_to((BUNDLE / name / encoder).resolve())
+        for rows, wordings in (("worded", 3), ("train", 0), ("val", 0), ("test", 0)):
+            write_captions(shelf, name, tmp_path / "captions" / f"{name}-{rows}.jsonl", wordings=wordings, seed=0)
+        rng = random.Random(0)
+        asked = [json.dumps(training_row(rng, shelf, name, root=tmp_path / "questions")) + "\n" for _ in range(40)]
+        for split in ("train", "val"):
+            (tmp_path / "questions" / f"{name}-{split}.jsonl").write_text("".join(asked))
+    return tmp_path
+
+
+@pytest.mark.parametrize("modality", list(MODALITIES))
+def test_captions_tell_each_file_in_its_own_words_and_ever_the_same_for_a_seed(shelf, modality, tmp_path):
+    texts = []
+    for name, wordings, seed in (("a", 3, 0), ("b", 3, 0), ("c", 3, 1), ("plain", 0, 0)):
+        write_captions(shelf, modality, tmp_path / f"{name}.jsonl", wordings=wordings, seed=seed)
+        texts.append((tmp_path / f"{name}.jsonl").read_text())
+    assert texts[0] == texts[1] != texts[2]
+    worded, plain = ([json.loads(line) for line in text.splitlines()] for text in (texts[0], texts[3]))
+    for item, row, short in zip(shelf.items[modality], worded, plain, strict=True):
+        assert (tmp_path / row[modality]).resolve() == item.path.resolve()
+        assert short == {modality: row[modality], "caption": caption(item.thing)}
+        assert row["captions"][0] == caption(item.thing) and len(row["captions"]) == 4
+        for told in row["captions"]:
+            assert all(value in told for value in item.thing.facts.values()), "every description tells all there is"
+    assert len({told for row in worded for told in row["captions"]}) > 3 * len(worded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_the_shipped_configs_lead_from_align_to_instruct(parts, modality, capfd):
+    overrides = [f"{key}={value}" for key, value in places_of(parts, modality, "align").items()]
+    command = ["precompute", str(config_of(modality, "align")), *overrides, "--to", str(parts / "features" / modality)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    run_modality(parts, parts, modality, steps={"align": 2, "generate": 2, "instruct": 2}, seed=0)
+    told = "".join(capfd.readouterr().out.split())  # the console breaks lines, and long paths
+    at = folders(parts / modality, 0)
+    assert f"from{at['align']}:" in told and "fresh:projector(2);leftout:language_head(1)" in told
+    assert "word_embeddings" not in told, "those of all words but [DEC] are taken"
+    assert re.search(f"from{at['generate']}:[0-9]+weightstaken[.]", told), "nothing is fresh, nothing left out"
+    for stage, folder in at.items():
+        run = json.loads((folder / RUN).read_text())
+        assert run["steps"] == 2 and run["seconds"] > 0
+        assert [step for step, _ in run["accuracy"]] == {"align": [], "generate": [2]}.get(stage, [0, 2])
+    recall = json.loads((at["align"] / RECALL).read_text())
+    assert recall["files"] == 10 and 0 <= recall["itm"]["files"] <= 1
+
+
+def test_when_an_accuracy_is_reached():
+    curve = [(0, 0.1), (40, 0.5), (80, 0.4), (120, 0.9)]
+    assert reached(curve, 0.3) == pytest.approx(20)
+    assert reached(curve, 0.7) == pytest.approx(104)
+    assert reached(curve, 0.05) == 0 and reached(curve, 0.95) is None
+
+
+def test_the_report_tells_steps_and_seconds_of_both_ways(tmp_path):
+    """Instruct alone ends at 0.8, of which 0.9 is 0.72; the other way is there at once, for what came before it."""
+    curves = {ALONE: [(0, 0.2), (40, 0.6), (80, 0.8)], AFTER: [(0, 0.72), (40, 0.72), (80, 0.76)]}
+    for modality in MODALITIES:
+        for seed in (0, 1):
+            for stage, folder in folders(tmp_path / modality, seed).items():
+                folder.mkdir(parents=True, exist_ok=True)
+                run = {"steps": 80, "batch": 32, "seconds": 160.0, "accuracy": curves.get(stage, [(80, 0.9)])}
+                (folder / RUN).write_text(json.dumps(run))
+        found = {"files": 20, "texts": 10, "itc": {"texts": 0.5, "files": 0.6}, "itm": {"texts": 0.7, "files": 0.8}}
+        (folders(tmp_path / modality, 0)["align"] / RECALL).write_text(json.dumps(found))
+    write_report(tmp_path, tmp_path / "STAGES.md", seeds=[0, 1], rows=300, rerank=16)
+    lines = (tmp_path / "STAGES.md").read_text().splitlines()
+    assert "| image | instruct alone | 0.800 (0.800, 0.800) | 64 | 80 | 128 | 160 |" in lines
+    assert "| image | after align and generate | 0.760 (0.760, 0.760) | 0 | – | 320 | – |" in lines
+    assert "| audio | 80 steps, 160 s | 80 steps, 160 s | 80 steps, 160 s | 160 | 0.900 | 0.720 | 0.200 |" in lines
+    assert "| video | 20 | 10 | 0.100 | 0.500 | 0.700 | 0.600 | 0.800 |" in lines
+    for modality in MODALITIES:
+        assert f"stages/{modality}.png" in (tmp_path / "STAGES.md").read_text()
+        assert 2_000 < (tmp_path / "stages" / f"{modality}.png").stat().st_size < 50_000
