@@ -100,6 +100,15 @@ def test_a_damaged_checkpoint_is_named(config, tmp_path, file):
         train(config, resume=True)
 
 
+def test_a_checkpoint_of_a_branch_alone_is_not_gone_on_from(config):
+    config.training |= {"max_steps": 2, "save_steps": 2, "save_only_model": True}
+    config.data.eval = None
+    train(config)
+    config.training["max_steps"] = 4
+    with pytest.raises(ConfigError, match=r"checkpoint-2 lacks optimizer\.pt and scheduler\.pt: .* init\.folder"):
+        train(config, resume=True)
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(config, manifest):
     config.training |= {"max_steps": 6, "save_steps": 2, "logging_steps": 1}
     config.data.eval = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xblip import config as configs
 from xblip.align import AlignConfig, AlignModel
 from xblip.branch import Branch
-from xblip.bridge import QFormerBridge, load_bridge
+from xblip.bridge import QFormerBridge, load_bridge, share
 from xblip.costs import Costs, costs_of, step_flops, total
 from xblip.layers import is_sharded
 from xblip.modality import Features
@@ -165,6 +165,10 @@ class AnswerTask(Task):
     def save(self, folder: Path) -> None:
         for name, branch in self.branches.items():
             branch.save(self.folder_of(folder, name), llm=self.model.llm)
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        share(branch.bridge for branch in self.branches.values())  # fresh ones may have differed in what is shared
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> Counter[str]:
         sums: Counter[str] = Counter(likelihood=0.0, tokens=0, right=0, asked=0)

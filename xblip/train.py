@@ -22,7 +22,7 @@ from xblip.data import Manifest
 from xblip.errors import ConfigError, InputError
 from xblip.examples import Examples, SkipLog, collate_examples
 from xblip.frozen import Encoders
-from xblip.initial import initialise
+from xblip.initial import begin_alike, initialise
 from xblip.layers import WISHES, apply_wishes, shard_llm
 from xblip.llm import FrozenLLM
 from xblip.mixture import BatchPlan, Source
@@ -273,6 +273,7 @@ def build_task(
             part.modality: Branch.build(part, llm_width=llm.width, encoders=shared, encoder=encoders.get(part.modality))
             for part in config.all_branches
         }
+        begin_alike(branch.bridge for branch in branches.values())
         _initialise(config, branches, console)
         model = XBlip(llm=llm, branches=branches, router=config.router, generation=config.generation)
         apply_wishes(llm, {name: config.training[name] for name in WISHES if name in config.training})

@@ -31,6 +31,8 @@ from xblip.tasks import AnswerTask, EvalBatch, Task
 
 CALLBACKS = (Curves,)
 """Of every run."""
+KEPT = ("optimizer.pt", "scheduler.pt")
+"""Files of a checkpoint that a resumed run cannot do without, beside those of the task."""
 
 
 class BridgeTrainer(Trainer):
@@ -273,6 +275,12 @@ class BridgeTrainer(Trainer):
         self.task.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        lacking = [name for name in KEPT if checkpoint and not Path(checkpoint, name).is_file()]
+        if lacking:  # transformers would go on with fresh ones
+            raise ConfigError(
+                f"{checkpoint} lacks {' and '.join(lacking)}: a run cannot go on from a branch alone, as "
+                "training.save_only_model leaves one. Train anew in another output_dir, with init.folder naming it."
+            )
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
