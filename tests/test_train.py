@@ -14,7 +14,7 @@ from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, UnknownWordsWarning
 from xblip.initial import InitConfig
 from xblip.meters import Meter
-from xblip.model import XBlip
+from xblip.model import Answer, XBlip
 from xblip.precompute import precompute as stored
 from xblip.train import train
 from xblip.trainer import BridgeTrainer
@@ -204,3 +204,13 @@ def test_branches_of_one_run_share_a_q_former_from_the_start_and_when_resumed(co
     assert "projector.weight" not in alike
     for whole, broken in zip(*runs.values(), strict=True):
         assert all(whole[name].equal(broken[name]) for name in whole)
+
+
+def test_any_of_a_rows_answers_is_right(config, manifest, monkeypatch):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row["answers"] = [row.pop("answer"), "green"]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.training |= {"max_steps": 1, "save_strategy": "no"}
+    monkeypatch.setattr(XBlip, "generate", lambda self, samples, **options: [Answer("green", 1, 1)] * len(samples))
+    assert train(config)["eval_accuracy"] == 1

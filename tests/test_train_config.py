@@ -118,6 +118,8 @@ def test_an_output_folder_that_cannot_be_is_named_before_anything_is_loaded(conf
         ({"use_liger_kernel": True}, "training.use_liger_kernel needs the package liger-kernel"),
         ({"label_smoothing_factor": 0.1}, "training.label_smoothing_factor has no place here"),
         ({"neftune_noise_alpha": 5.0}, "training.neftune_noise_alpha has no place here"),
+        ({"fp16": True}, "training.fp16 needs an accelerator"),
+        ({"torch_compile_backend": "egaer"}, 'Unknown training.torch_compile_backend "egaer". Did you mean "eager"'),
         ({"data_seed": 3}, "training.data_seed has no place here: .* training.seed"),
         ({"auto_find_batch_size": True}, "training.auto_find_batch_size has no place here"),
         ({"push_to_hub": True}, "training.push_to_hub has no place here"),

@@ -181,7 +181,8 @@ class AnswerTask(Task):
                 sums.update(likelihood=float(outputs["loss"]) * tokens, tokens=tokens)
             for row, sample, answer in zip(rows, samples, answers, strict=False):
                 if row < self.eval_answers:
-                    sums.update(asked=1, right=int(answer.text == sample.answer.strip()))
+                    truths = {truth.strip() for truth in (sample.answer, *sample.accepted)}
+                    sums.update(asked=1, right=int(answer.text in truths))
         return sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -263,6 +263,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval names no manifest: give one, or "
             "remove eval_strategy."
         )
+    if arguments.fp16 and arguments.device.type == "cpu":  # which transformers passes over
+        raise ConfigError(
+            "training.fp16 needs an accelerator: training.bf16 is what a CPU computes in, or leave it out."
+        )
     _check_best(config, arguments)
     return arguments
 
