@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from xblip import Features, Sample, XBlip
+from xblip.align import AlignModel
+from xblip.branch import Branch, read_saved
 from xblip.convert import convert
 from xblip.testing import toy_tokenizer
 
@@ -215,15 +217,31 @@ def ours(folder: Path, rows: Sequence[Row], device: str, *, stored: Path | None 
     if stored:
         model.branches["image"].encoder.module = nn.Identity()
         features = _stored(stored, len(rows), model.branches["image"].encoder.width)
-    return System(model, list(rows), _Samples(rows, model, features), lambda samples: {"samples": samples})
+    return System(
+        model, list(rows), _Samples(rows, model.branches["image"], features), lambda samples: {"samples": samples}
+    )
+
+
+def aligned(folder: Path, rows: Sequence[Row], device: str, *, stored: Path | None = None) -> System:
+    """The stage `align` on the bundle's encoder, with a fresh Q-Former of the same sizes; arguments as for `ours`."""
+    config, _ = read_saved(folder / "ours" / "image")
+    config.config["encoder"] = str(folder / "ours" / "image" / config.config["encoder"])
+    config.bridge |= {"tokenizer": str(folder / "ours" / "image" / "tokenizer"), "dropout": 0.0}
+    torch.manual_seed(0)
+    model = AlignModel.build(config).to(device)
+    features = None
+    if stored:
+        model.branch.encoder.module = nn.Identity()
+        features = _stored(stored, len(rows), model.branch.encoder.width)
+    return System(model, list(rows), _Samples(rows, model.branch, features), lambda samples: {"samples": samples})
 
 
 class _Samples:
     """Rows as samples, their pictures read, or their features fetched."""
 
-    def __init__(self, rows: Sequence[Row], model: XBlip, features: Tensor | None):
+    def __init__(self, rows: Sequence[Row], branch: Branch, features: Tensor | None):
         self.rows = rows
-        self.modality = model.branches["image"].modality
+        self.modality = branch.modality
         self.features = features
 
     def __len__(self) -> int:

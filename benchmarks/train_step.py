@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 from floor import step_flops
-from pair import FULL_SIZE, SMALL, TINY, Shapes, System, make_rows, ours, save_pair, store_features, theirs
+from pair import FULL_SIZE, SMALL, TINY, Shapes, System, aligned, make_rows, ours, save_pair, store_features, theirs
 from torch import Tensor
 from transformers import InstructBlipConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-STAGES = ("generate", "instruct")
 KINDS = {"theirs": "transformers", "ours": "xblip", "stored": "xblip, stored features"}
+STAGES = {"generate": tuple(KINDS), "instruct": tuple(KINDS), "align": ("ours", "stored")}
+"""The systems that know a stage; others are compared with the first."""
 SIZES = {"small": SMALL, "full": FULL_SIZE, "tiny": TINY}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Of the difference between losses, by the dtype of what is frozen."""
@@ -97,11 +98,13 @@ def train_step(system: System, shapes: Shapes, folder: Path, *, device: str, wor
 def loss(system: System, shapes: Shapes, device: str) -> float:
     """The mean over all labelled tokens of a step's rows."""
     total, tokens = 0.0, 0
+    torch.manual_seed(0)  # of the negatives that the stage align draws
     for start in range(0, len(system.rows), shapes.rows):
         part = range(start, min(start + shapes.rows, len(system.rows)))
         inputs = system.collate([system.dataset[index] for index in part])
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         count = sum(len(system.rows[index].answer.split()) + 1 for index in part)
+        system.model.eval()
         with torch.autocast(device, torch.bfloat16, enabled=shapes.dtype is torch.bfloat16):
             total += float(system.model(**inputs)["loss"]) * count
         tokens += count
@@ -111,6 +114,8 @@ def loss(system: System, shapes: Shapes, device: str) -> float:
 def build(kind: str, folder: Path, shapes: Shapes, stage: str, device: str) -> System:
     """Loads a system for a stage; `kind` is of KINDS."""
     rows = make_rows(shapes, folder / "pictures", stage=stage)
+    if stage == "align":
+        return aligned(folder, rows, device, stored=folder / "features" if kind == "stored" else None)
     if kind == "theirs":
         return theirs(folder, rows, device)
     return ours(folder, rows, device, stored=folder / "features" if kind == "stored" else None)
@@ -119,7 +124,7 @@ def build(kind: str, folder: Path, shapes: Shapes, stage: str, device: str) -> S
 def prepare(folder: Path, shapes: Shapes, device: str) -> None:
     """Writes what `build` loads: both systems' weights, pictures, and their features."""
     save_pair(shapes, folder, device)
-    rows = make_rows(shapes, folder / "pictures", stage=STAGES[0])
+    rows = make_rows(shapes, folder / "pictures", stage="generate")
     store_features(folder, rows, device, folder / "features")
 
 
@@ -165,12 +170,12 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 
 def measure(stage: str, folder: Path, shapes: Shapes, size: str, *, device: str, repeats: int, workers: int) -> dict:
     """Measures one stage: losses, times of interleaved steps, peaks, and the floor."""
-    systems = {kind: build(kind, folder, shapes, stage, device) for kind in KINDS}
+    systems = {kind: build(kind, folder, shapes, stage, device) for kind in STAGES[stage]}
     losses = {kind: loss(system, shapes, device) for kind, system in systems.items()}
     apart = max(losses.values()) - min(losses.values())
     if apart > TOLERANCE[shapes.dtype]:
         raise RuntimeError(f"{stage}: the systems' losses differ by {apart:g}: {losses}")
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in systems}
     peaks = []
     for repeat in range(repeats + 1):
         peaks.append(peak_flops(shapes.dtype, device))
@@ -179,12 +184,13 @@ def measure(stage: str, folder: Path, shapes: Shapes, size: str, *, device: str,
             if repeat:  # the first warms up
                 seconds[kind].append(taken)
             say(f"{stage}, {KINDS[kind]}: {taken:.2f} s")
-    rows = systems["theirs"].rows
+    rows = systems["ours"].rows
     config = InstructBlipConfig.from_pretrained(folder / "theirs")
-    floors = {kind: step_flops(config, rows, stored=kind == "stored") for kind in KINDS}
     del systems
     gc.collect()
-    memory = {kind: peak_bytes(kind, folder, size, stage, device) for kind in KINDS}
+    kinds = STAGES[stage]
+    memory = {kind: peak_bytes(kind, folder, size, stage, device) for kind in kinds}
+    floors = {} if stage == "align" else {kind: step_flops(config, rows, stored=kind == "stored") for kind in kinds}
     return {
         "stage": stage,
         "rows": len(rows),
@@ -197,19 +203,20 @@ def measure(stage: str, folder: Path, shapes: Shapes, size: str, *, device: str,
 
 
 def summary(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Each system's figures beside transformers': medians, and medians of ratios within a repeat."""
+    """Each system's figures beside the first one's: medians, and medians of ratios within a repeat."""
     seconds, memory = measured["seconds"], measured["memory"]
+    first, *_ = seconds
     figures = {}
-    for kind in KINDS:
-        floor = sum(measured["floor"][kind].values()) / measured["peak_flops"]
-        pairs = zip(seconds["theirs"], seconds[kind], strict=True)
+    for kind in seconds:
+        floor = sum(measured["floor"].get(kind, {}).values()) / measured["peak_flops"]
+        pairs = zip(seconds[first], seconds[kind], strict=True)
         figures[kind] = {
             "samples_per_second": measured["rows"] / statistics.median(seconds[kind]),
             "speed": statistics.median(their / own for their, own in pairs),
             "gigabytes": memory[kind]["total"] / 1e9,
-            "memory": memory[kind]["total"] / memory["theirs"]["total"],
-            "memory_above": memory[kind]["above"] / memory["theirs"]["above"],
-            "over_floor": statistics.median(seconds[kind]) / floor,
+            "memory": memory[kind]["total"] / memory[first]["total"],
+            "memory_above": memory[kind]["above"] / memory[first]["above"],
+            "over_floor": statistics.median(seconds[kind]) / floor if floor else None,
         }
     return figures
 
@@ -224,7 +231,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         for kind, figures in summary(measured).items():
             cells = [measured["stage"], KINDS[kind], f"{figures['samples_per_second']:.2f}", f"{figures['speed']:.2f}x"]
             cells += [f"{figures['gigabytes']:.2f} GB", f"{figures['memory']:.2f}x", f"{figures['memory_above']:.2f}x"]
-            cells.append(f"{figures['over_floor']:.2f}x")
+            cells.append(f"{figures['over_floor']:.2f}x" if figures["over_floor"] else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -238,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", choices=SIZES, default="small", help=argparse.SUPPRESS)
     parser.add_argument("--full-size", action="store_const", const="full", dest="size", help="EVA-CLIP-g and Llama-7B")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
