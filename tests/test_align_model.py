@@ -249,6 +249,18 @@ class TestTraining:
         for name, value in found.items():
             assert value.dtype == torch.float32 and torch.allclose(value, expected[name], rtol=0.1, atol=0.1), name
 
+    @pytest.mark.parametrize("momentum", [None, MomentumConfig()], ids=["plain", "momentum"])
+    def test_no_q_former_runs_in_float16(self, llm_folder, momentum):
+        found = []
+        for enabled in (False, True):
+            model = make(llm_folder, config=AlignConfig(momentum=momentum))
+            model.draw_negatives = lambda similarities, equal: torch.tensor([1, 0, 3, 2])
+            media = model.branch.encode([source for source, _ in PAIRS]).split()
+            pairs = samples(list(zip(media, [text for _, text in PAIRS], strict=True)))
+            with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+                found.append(model(pairs)["loss"])
+        assert found[0] == found[1]
+
     def test_a_process_group_of_one_changes_nothing(self, llm_folder, tmp_path):
         expected = take_steps(RUNS["segments"], llm_folder)[0]
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

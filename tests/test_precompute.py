@@ -300,3 +300,23 @@ def test_the_command(data, llm_folder, monkeypatch, capsys):
     status, shown = xblip("--to", str(data / "store"), "branch.config.seed=2", "--dtype", "int8")
     assert status == 2 and shown.err.startswith("error: ") and "settings.seed is 2 here" in shown.err
     assert xblip()[0] == 2
+
+
+def test_the_command_of_a_run_that_trains_several_modalities(data, toy, llm_folder, monkeypatch, capsys):
+    row = {"toy": [1.0, 2.0, 3.0, 4.0], "instruction": "what is this ?", "answer": "one"}
+    (data / "toy.jsonl").write_text(json.dumps(row) + "\n")
+    config = {
+        "llm": {"source": str(llm_folder)},
+        "branch": {"modality": "numbers"},
+        "also": [{"modality": "toy"}],
+        "data": {"train": [str(data / "train.jsonl"), str(data / "toy.jsonl")]},
+        "training": {"output_dir": str(data / "run"), "use_cpu": True},
+    }
+    (data / "config.yaml").write_text(yaml.safe_dump(config))
+    for only, count in (([], 12), (["--only", "toy"], 1), (["--only", "toi"], 0)):
+        arguments = ["xblip", "precompute", str(data / "config.yaml"), "--to", str(data / f"store-{count}"), *only]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        assert f"{count} items" in shown.out if count else 'Did you mean "toy"' in shown.err and ended.value.code == 2

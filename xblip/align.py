@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xblip.branch import Branch, BranchConfig
+from xblip.branch import Branch, BranchConfig, without_half_precision
 from xblip.bridge import MediaRead
 from xblip.contrast import (
     Embedded,
@@ -141,15 +141,19 @@ class AlignModel(nn.Module):
         Raises:
           InputError, MediaError: a sample has other media or no caption, or its media cannot be read.
         """
-        bridge, config = self.branch.bridge, self.settings
         pairs = [self._pair(sample, number) for number, sample in enumerate(samples, 1)]
         items = [self.branch.read(source) for source, _ in pairs]
         features = self._thinned(self.branch.encode(items))
+        with without_half_precision(features.values.device.type):
+            return self._losses(features, items, [caption for _, caption in pairs])
+
+    def _losses(self, features: Features, items: list, captions: list[str]) -> dict[str, Tensor]:
+        bridge, config = self.branch.bridge, self.settings
         media = bridge.read_media(features)
-        text = bridge.tokenize([caption for _, caption in pairs])
+        text = bridge.tokenize(captions)
         kept: KeysValues = []
         queries = bridge.embed_queries(bridge.read_queries(media, kept=kept))
-        keys = [[key_of_media(item), key_of_text(caption)] for item, (_, caption) in zip(items, pairs, strict=True)]
+        keys = [[key_of_media(item), key_of_text(caption)] for item, caption in zip(items, captions, strict=True)]
         own = embedded(queries, media[2], bridge.embed_texts(text), torch.tensor(keys, device=queries.device))
         batch = self._gathered(features, media, text, own)
         if self.training:

@@ -146,7 +146,7 @@ class Branch(nn.Module):
     def forward(self, sources: Sequence[Any], instructions: Sequence[str]) -> list[Tensor]:
         """Makes the soft prompt (L, D_llm) of each source in the light of its own instruction."""
         features = self.encode(sources)
-        with _without_half_precision(features.values.device.type):
+        with without_half_precision(features.values.device.type):
             return self.bridge(features, instructions)
 
     def save(self, folder: str | Path, *, llm: FrozenLLM, encoder: str | None = None) -> None:
@@ -247,7 +247,7 @@ class Branch(nn.Module):
 
 
 @contextlib.contextmanager
-def _without_half_precision(device_type: str) -> Iterator[None]:
+def without_half_precision(device_type: str) -> Iterator[None]:
     """Lets a bridge run in float32 under float16 autocast, in which a Q-Former's loss overflows (LAVIS, issue 267)."""
     knows_autocast = device_type != "meta"
     if (

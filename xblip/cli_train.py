@@ -45,6 +45,9 @@ def precompute(
         int, typer.Option(help="Augmented views of each training file to store too, for data.augment.", min=0)
     ] = 0,
     max_skipped: Annotated[float, typer.Option(help="Share of the sources that may be broken.")] = 0.01,
+    only: Annotated[
+        str | None, typer.Option(help="The modality, where `also` names further ones; else that of `branch`.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare a store with its checksums and its encoder.")
     ] = False,
@@ -52,11 +55,15 @@ def precompute(
     """Store what a frozen encoder makes of a training config's files, so that training need not encode."""
     from xblip import precompute as run
     from xblip.branch import build_modality
+    from xblip.errors import ConfigError, suggest
     from xblip.train_config import load_train_config, open_manifests
 
     settings = load_train_config(config, overrides or [])
+    branches = {branch.modality: branch for branch in settings.all_branches}
+    if only and only not in branches:
+        raise ConfigError(f'--only "{only}" is no modality of {config}.{suggest(only, branches)}')
     job = run.Job(
-        settings.branch,
+        branches[only] if only else settings.branch,
         to,
         dtype=dtype,
         views=views,
@@ -65,7 +72,7 @@ def precompute(
         num_workers=settings.training.get("dataloader_num_workers", 0),
         use_cpu=settings.training.get("use_cpu", False),
     )
-    modalities = {settings.branch.modality: build_modality(settings.branch)}
+    modalities = {name: build_modality(branch) for name, branch in branches.items()}
     learnt = open_manifests(settings.data.train, "data.train", modalities=modalities)
     manifests = learnt + open_manifests(settings.data.eval, "data.eval", modalities=modalities)
     if verify:

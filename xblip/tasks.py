@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xblip import config as configs
 from xblip.align import AlignConfig, AlignModel
-from xblip.branch import Branch
+from xblip.branch import Branch, without_half_precision
 from xblip.bridge import QFormerBridge, load_bridge, share
 from xblip.costs import Costs, costs_of, step_flops, total
 from xblip.layers import is_sharded
@@ -217,11 +217,12 @@ class AlignTask(Task):
         bridge, branch = self.model.branch.bridge, self.model.branch
         media, texts, captions = [], [], []
         for rows, samples, _ in batches:
-            read = bridge.embed_media(branch.encode([sample.all_media[0].source for sample in samples]))
+            features = branch.encode([sample.all_media[0].source for sample in samples])
             told = [sample.answer for sample in samples]
             if rows:
-                media += [part.float().cpu() for part in read]
-                texts += bridge.embed_texts(told).float().cpu()
+                with without_half_precision(features.values.device.type):
+                    media += [part.float().cpu() for part in bridge.embed_media(features)]
+                    texts += bridge.embed_texts(told).float().cpu()
                 captions += told
         everyone = gather_object([(media, texts, captions)])
         all_media = [part for other in everyone for part in other[0]]
