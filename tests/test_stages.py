@@ -154,6 +154,15 @@ def test_a_stream_trains_and_goes_on_where_it_was(captions, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_stream_goes_on_in_as_many_readers_alone(captions):
+    captions.stage, captions.data.streaming, captions.data.eval = "generate", True, None
+    captions.training |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    train(captions)
+    captions.training |= {"max_steps": 4, "dataloader_num_workers": 2}
+    with pytest.raises(ConfigError, match="dataloader_num_workers was 0, is 2"):
+        train(captions, resume=True)
+
+
 def test_a_stream_without_an_end_is_refused(captions):
     captions.data.streaming, captions.stage = True, "generate"
     del captions.training["max_steps"]

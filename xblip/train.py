@@ -318,6 +318,7 @@ def facts_of(
     for name in ("eval", "eval_answers", "features", "max_skipped"):
         data.pop(name)
     sources = sources_of(config.data.train, "data.train")
+    readers = {"processes": arguments.world_size, "dataloader_num_workers": arguments.dataloader_num_workers}
     texts = [*config.data.templates.values(), *([config.data.context.texts] if config.data.context else [])]
     return {
         "stage": config.stage,
@@ -325,6 +326,7 @@ def facts_of(
         "rows_in_a_step": arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps,
         "data": data | {"contents": {path: _digest(path) for path in [*(source.path for source in sources), *texts]}},
         "branches": branches,
+        **(readers if config.data.streaming else {}),  # which a stream's rows are divided among
         **task.facts(),
     }
 
