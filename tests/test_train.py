@@ -8,12 +8,13 @@ import torch
 from kit import FileToy
 from safetensors.torch import load_file
 
+from xblip.branch import BranchConfig
 from xblip.data import Manifest
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, UnknownWordsWarning
 from xblip.initial import InitConfig
 from xblip.meters import Meter
-from xblip.model import XBlip
+from xblip.model import Answer, XBlip
 from xblip.precompute import precompute as stored
 from xblip.train import train
 from xblip.trainer import BridgeTrainer
@@ -180,3 +181,38 @@ def test_utilisation_is_told_where_the_peak_of_the_device_is_known(config, monke
             < entry["mfu"]
             < 40 * weights * entry["tokens_per_second"] / 1e9
         )
+
+
+def test_branches_of_one_run_share_a_q_former_from_the_start_and_when_resumed(config, toys, tmp_path):
+    (tmp_path / "beads.jsonl").write_text('{"beads": [[1.0], [2.0, 3.0]], "instruction": "what", "answer": "no"}\n' * 8)
+    bridge = config.branch.bridge | {"kind": "shared_qformer", "shared_width": 12}
+    config.branch.bridge, config.also = bridge, [BranchConfig("beads", bridge=dict(bridge))]
+    config.data.train, config.data.eval, config.data.mix = (
+        [config.data.train, str(tmp_path / "beads.jsonl")],
+        None,
+        "equal",
+    )
+    config.training |= {"max_steps": 8, "save_steps": 4, "lr_scheduler_type": "constant"}
+    runs = {}
+    for run, steps in (("whole", [8]), ("broken", [4, 8])):
+        config.training["output_dir"] = str(tmp_path / run)
+        for max_steps in steps:
+            config.training["max_steps"] = max_steps
+            train(config, resume=max_steps > steps[0])
+        runs[run] = [load_file(tmp_path / run / name / "bridge.safetensors") for name in ("toy", "beads")]
+    toy, beads = runs["whole"]
+    alike = {name for name in toy if toy[name].shape == beads[name].shape and toy[name].equal(beads[name])}
+    assert {name for name in toy if name.split(".")[0] in ("qformer", "query_tokens")} <= alike
+    assert "projector.weight" not in alike
+    for whole, broken in zip(*runs.values(), strict=True):
+        assert all(whole[name].equal(broken[name]) for name in whole)
+
+
+def test_any_of_a_rows_answers_is_right(config, manifest, monkeypatch):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row["answers"] = [row.pop("answer"), "green"]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.training |= {"max_steps": 1, "save_strategy": "no"}
+    monkeypatch.setattr(XBlip, "generate", lambda self, samples, **options: [Answer("green", 1, 1)] * len(samples))
+    assert train(config)["eval_accuracy"] == 1

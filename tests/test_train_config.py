@@ -118,6 +118,14 @@ def test_an_output_folder_that_cannot_be_is_named_before_anything_is_loaded(conf
         ({"use_liger_kernel": True}, "training.use_liger_kernel needs the package liger-kernel"),
         ({"label_smoothing_factor": 0.1}, "training.label_smoothing_factor has no place here"),
         ({"neftune_noise_alpha": 5.0}, "training.neftune_noise_alpha has no place here"),
+        ({"fp16": True}, "training.fp16 needs an accelerator"),
+        ({"torch_compile_backend": "egaer"}, 'Unknown training.torch_compile_backend "egaer". Did you mean "eager"'),
+        ({"data_seed": 3}, "training.data_seed has no place here: .* training.seed"),
+        ({"auto_find_batch_size": True}, "training.auto_find_batch_size has no place here"),
+        ({"push_to_hub": True}, "training.push_to_hub has no place here"),
+        ({"max_steps": 0}, "Nothing would be learnt: let training.max_steps or training.num_train_epochs be above 0"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "Nothing would be learnt"),
+        ({"learning_rate": -1e-3}, "learning_rate must be at least 0, not -0.001"),
         ({"resume_from_checkpoint": "zz"}, "training.resume_from_checkpoint has no place here: .* --resume"),
     ],
 )
@@ -162,3 +170,19 @@ def test_a_config_file_with_overrides(tmp_path, llm_folder):
     assert config.branch.cue == "thing: "
     with pytest.raises(ConfigError, match='Unknown key "config.brnch". Did you mean "branch"'):
         load_train_config(tmp_path / "run.yaml", ["brnch.modality=toy"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "answers", "metric", "message"),
+    [
+        ("instruct", 8, "acuracy", '"acuracy", which no evaluation .* Did you mean "accuracy"'),
+        ("instruct", 0, "accuracy", '"accuracy", which no evaluation of this run measures. Known: loss.'),
+        ("align", 8, None, '"loss", which no evaluation .* Known: media_recall_at_1, text_recall_at_1'),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_what_is_measured(config, stage, answers, metric, message):
+    config.stage, config.data.eval_answers = stage, answers
+    config.training |= {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 30}
+    config.training |= {"metric_for_best_model": metric} if metric else {}
+    with pytest.raises(ConfigError, match=message):
+        training_arguments(config)

@@ -96,6 +96,15 @@ def test_a_damaged_checkpoint_is_named(config, tmp_path, file):
         train(config, resume=True)
 
 
+def test_a_checkpoint_of_a_branch_alone_is_not_gone_on_from(config):
+    config.training |= {"max_steps": 2, "save_steps": 2, "save_only_model": True}
+    config.data.eval = None
+    train(config)
+    config.training["max_steps"] = 4
+    with pytest.raises(ConfigError, match=r"checkpoint-2 lacks optimizer\.pt and scheduler\.pt: .* init\.folder"):
+        train(config, resume=True)
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_rows(config, manifest):
     config.training |= {"max_steps": 6, "save_steps": 2, "logging_steps": 1}
     config.data.eval = None
@@ -218,3 +227,30 @@ def test_a_worker_that_is_killed_is_one_clear_error(files):
         patch.setattr(FileToy, "load", lambda self, source: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(XBlipError, match=r"A process that reads data died: .*dataloader_num_workers"):
             train(files)
+
+
+def test_a_worker_that_is_killed_in_an_evaluation_is_one_clear_error(files):
+    files.training |= {"dataloader_num_workers": 1, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileToy, "load", lambda self, source: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(XBlipError, match=r"A process that reads data died: .*dataloader_num_workers"):
+            train(files)
+
+
+@pytest.mark.parametrize("full", ["metrics.json", "curves.png", "trainer_state.json"])
+def test_a_disk_that_fills_is_one_clear_error_whatever_was_being_written(config, full):
+    config.training |= {"max_steps": 2, "save_strategy": "no", "report_to": "none"}
+    output = Path(config.training["output_dir"])
+    output.mkdir()
+    (output / full).symlink_to("/dev/full")
+    with pytest.raises(BundleError, match=r"Cannot write .*run: .*No space left on device.*--resume"):
+        train(config)
+
+
+def test_the_output_folder_may_be_a_disk_of_its_own(config, small_disk):
+    config.training |= {"max_steps": 1, "save_strategy": "no", "report_to": "none", "output_dir": str(small_disk)}
+    config.data.eval = None
+    train(config)
+    train(config)
+    assert (small_disk / "bridge.safetensors").is_file() and (small_disk / "tokenizer").is_dir()
+    assert not list(small_disk.parent.glob("unfinished-*"))

@@ -205,7 +205,8 @@ class Examples(Dataset):
         if self.splits_answers and len(words) > 1:
             cut = int(draw.integers(1, len(words)))
             media, answer = [*media, " ".join(words[:cut])], " ".join(words[cut:])
-        return dataclasses.replace(sample, instruction=instruction, media=media, answer=answer)
+        accepted = () if self.splits_answers else tuple(row.answers)
+        return dataclasses.replace(sample, instruction=instruction, media=media, answer=answer, accepted=accepted)
 
     def _templates(self, modality: str, task: str, where: str) -> list[str]:
         """The templates that a row of a task needs; none where it says all itself."""

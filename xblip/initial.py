@@ -5,7 +5,7 @@ taken is told, since a bridge that silently starts from nothing looks like one t
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +84,21 @@ def initialise(bridge: Bridge, folder: str | Path, *, without: Sequence[str] = (
     return Taken(
         sorted(fitting), [name for name in own if name not in fitting], [name for name in found if name not in own]
     )
+
+
+def begin_alike(bridges: Iterable[Bridge]) -> None:
+    """Lets bridges of one kind begin with equal weights where they may share them (`Bridge.shared`), those that train."""
+    first: dict[str, dict[str, Tensor]] = {}
+    for bridge in bridges:
+        own = {name: weight for name, weight in bridge.named_parameters() if name.split(".")[0] in bridge.shared}
+        if own and all(weight.requires_grad for weight in own.values()):
+            given = first.setdefault(bridge.name, own)
+            if _shapes(given) == _shapes(own):
+                bridge.load_state_dict(given, strict=False)
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def _fitted(name: str, value: Tensor, own: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from xblip.errors import ConfigError
+from xblip.errors import ConfigError, suggest
 from xblip.llm import FrozenLLM
 from xblip.model import XBlip
 
@@ -46,6 +46,9 @@ def apply_wishes(llm: FrozenLLM, wishes: Mapping[str, Any]) -> None:
         llm.checkpoint_layers()
     backend, mode = wishes.get("torch_compile_backend"), wishes.get("torch_compile_mode")
     if wishes.get("torch_compile") or backend or mode:
+        known = torch._dynamo.list_backends(None)
+        if backend and backend not in known:
+            raise ConfigError(f'Unknown training.torch_compile_backend "{backend}".{suggest(backend, known)}')
         for layer in layers_of(llm, "torch_compile"):
             layer.compile(backend=backend or "inductor", mode=mode, dynamic=True)
 

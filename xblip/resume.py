@@ -5,6 +5,7 @@ name is whole, however the run died.
 """
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from xblip.loading import first_line
 FACTS = "run.json"
 STATE = "trainer_state.json"
 UNFINISHED = "unfinished-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What the system says of a disk that takes no more."""
 
 
 def last_checkpoint(folder: str | Path) -> Path:
@@ -90,7 +93,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         for part in sorted(staging.iterdir()):
             if part.is_dir():
                 shutil.rmtree(folder / part.name, ignore_errors=True)
-            part.replace(folder / part.name)
+            shutil.move(part, folder / part.name)  # which copies where the folder is a disk of its own
         staging.rmdir()
         flush(folder)
 
@@ -106,10 +109,25 @@ def _staging(target: Path) -> Iterator[Path]:
         if not _is_of_the_disk(cause):
             raise
         shutil.rmtree(staging, ignore_errors=True)
-        raise BundleError(
-            f"Cannot write {target}: {first_line(cause)} What was written before is whole: make room or mend it, and go on "
-            "with --resume."
-        ) from cause
+        raise _unwritable(target, cause) from cause
+
+
+@contextlib.contextmanager
+def naming_full_disks(folder: Path) -> Iterator[None]:
+    """Turns what a full disk raises, whatever a run was writing into its folder, into one clear error."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno not in FULL:
+            raise
+        raise _unwritable(folder, cause) from cause
+
+
+def _unwritable(target: Path, cause: Exception) -> BundleError:
+    return BundleError(
+        f"Cannot write {target}: {first_line(cause)} What was written before is whole: make room or mend it, and go on with "
+        "--resume."
+    )
 
 
 def _is_of_the_disk(cause: Exception) -> bool:

@@ -40,6 +40,7 @@ class Sample:
         (modality, source) may stand for `Media`.
       answer: the answer to learn; None when asking.
       history: earlier turns of the conversation, oldest first.
+      accepted: answers that would be as right as `answer`, for what measures.
       origin: where it comes from, for messages, such as "captions.jsonl, line 17"; "" if nobody said.
     """
 
@@ -47,6 +48,7 @@ class Sample:
     media: list[str | Media] = field(default_factory=list)
     answer: str | None = None
     history: list[Turn] = field(default_factory=list)
+    accepted: Sequence[str] = field(default=(), compare=False)
     origin: str = field(default="", compare=False)
 
     def __post_init__(self):

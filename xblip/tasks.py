@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xblip import config as configs
 from xblip.align import AlignConfig, AlignModel
 from xblip.branch import Branch
-from xblip.bridge import QFormerBridge, load_bridge
+from xblip.bridge import QFormerBridge, load_bridge, share
 from xblip.costs import Costs, costs_of, step_flops, total
 from xblip.layers import is_sharded
 from xblip.modality import Features
@@ -166,6 +166,10 @@ class AnswerTask(Task):
         for name, branch in self.branches.items():
             branch.save(self.folder_of(folder, name), llm=self.model.llm)
 
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        share(branch.bridge for branch in self.branches.values())  # fresh ones may have differed in what is shared
+
     def evaluate(self, batches: Iterable[EvalBatch]) -> Counter[str]:
         sums: Counter[str] = Counter(likelihood=0.0, tokens=0, right=0, asked=0)
         options = {"do_sample": False, **({"synced_gpus": True} if is_sharded(self.model) else {})}
@@ -177,7 +181,8 @@ class AnswerTask(Task):
                 sums.update(likelihood=float(outputs["loss"]) * tokens, tokens=tokens)
             for row, sample, answer in zip(rows, samples, answers, strict=False):
                 if row < self.eval_answers:
-                    sums.update(asked=1, right=int(answer.text == sample.answer.strip()))
+                    truths = {truth.strip() for truth in (sample.answer, *sample.accepted)}
+                    sums.update(asked=1, right=int(answer.text in truths))
         return sums
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

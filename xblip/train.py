@@ -22,19 +22,19 @@ from xblip.data import Manifest
 from xblip.errors import ConfigError, InputError
 from xblip.examples import Examples, SkipLog, collate_examples
 from xblip.frozen import Encoders
-from xblip.initial import initialise
+from xblip.initial import begin_alike, initialise
 from xblip.layers import WISHES, apply_wishes, shard_llm
 from xblip.llm import FrozenLLM
 from xblip.mixture import BatchPlan, Source
 from xblip.model import XBlip
-from xblip.resume import clear_unfinished, last_checkpoint, read_state, replacing
+from xblip.resume import clear_unfinished, last_checkpoint, naming_full_disks, read_state, replacing
 from xblip.store import FeatureStore
 from xblip.stored import check_views, stored_encoder
 from xblip.streaming import StreamedExamples
 from xblip.tasks import AlignTask, AnswerTask, Task
 from xblip.templates import load_templates
 from xblip.train_config import TrainConfig, check_config, open_manifests, refusing, sources_of, training_arguments
-from xblip.trainer import BridgeTrainer
+from xblip.trainer import BridgeTrainer, naming_lost_processes
 
 ROWS_OF_A_STREAM = 10_000
 """Rows that broken ones of a stream, whose length is unknown, are a share of."""
@@ -91,12 +91,13 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         console.print(f"Goes on from {checkpoint}, step {done}.")
     for data in (train_data, eval_data):
         data.splits_answers = task.splits_answers
-    skipped = SkipLog(
-        output / "skipped.jsonl",
-        rows=ROWS_OF_A_STREAM if config.data.streaming else len(train_data) + len(eval_data),
-        max_skipped=config.data.max_skipped,
-        resume=resume or not is_main,
-    )
+    with arguments.main_process_first(local=False):  # which empties the file before others read it
+        skipped = SkipLog(
+            output / "skipped.jsonl",
+            rows=ROWS_OF_A_STREAM if config.data.streaming else len(train_data) + len(eval_data),
+            max_skipped=config.data.max_skipped,
+            resume=resume or not is_main,
+        )
     arguments.ignore_data_skip = config.data.streaming  # a stream itself goes on where it was
     with refusing():
         trainer = BridgeTrainer(
@@ -110,18 +111,19 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
             train_dataset=plan if config.data.streaming else train_data,
             eval_dataset=eval_data if len(eval_data) else None,
         )
-    result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    metrics = dict(result.metrics)
-    if is_main:
-        with replacing(output) as folder:
-            task.save(folder)
-    trainer.save_state()
-    if is_main:
-        _write_metrics(output, metrics)
-    if len(eval_data):
-        metrics |= trainer.evaluated()
+    with naming_lost_processes(), naming_full_disks(output):
+        result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        metrics = dict(result.metrics)
+        if is_main:
+            with replacing(output) as folder:
+                task.save(folder)
+        trainer.save_state()
         if is_main:
             _write_metrics(output, metrics)
+        if len(eval_data):
+            metrics |= trainer.evaluated()
+            if is_main:
+                _write_metrics(output, metrics)
     return metrics
 
 
@@ -273,6 +275,7 @@ def build_task(
             part.modality: Branch.build(part, llm_width=llm.width, encoders=shared, encoder=encoders.get(part.modality))
             for part in config.all_branches
         }
+        begin_alike(branch.bridge for branch in branches.values())
         _initialise(config, branches, console)
         model = XBlip(llm=llm, branches=branches, router=config.router, generation=config.generation)
         apply_wishes(llm, {name: config.training[name] for name in WISHES if name in config.training})

@@ -27,7 +27,16 @@ from xblip.modality import Modality
 from xblip.router import RouterConfig
 from xblip.streaming import Stream
 
+METRICS = {
+    "align": ("text_recall_at_1", "media_recall_at_1"),
+    "generate": ("loss", "accuracy"),
+    "instruct": ("loss", "accuracy"),
+}
+"""What an evaluation measures, by stage."""
 MISPLACED = {
+    "auto_find_batch_size": "batches are planned before the run; set per_device_train_batch_size.",
+    "data_seed": "rows are drawn by training.seed too; remove it.",
+    "dataloader_drop_last": "an epoch's last batch is filled; remove it.",
     "deepspeed": "the LLM is frozen: say shard_llm: true to spread it over processes.",
     "fsdp": "the LLM is frozen: say shard_llm: true to spread it over processes.",
     "fsdp_config": "the LLM is frozen: say shard_llm: true to spread it over processes.",
@@ -35,7 +44,9 @@ MISPLACED = {
     "ignore_data_skip": "a resumed run goes on with the rows that come next; remove it.",
     "label_smoothing_factor": "the loss is the LLM's own likelihood; remove it (the stage align has align.label_smoothing).",
     "neftune_noise_alpha": "it disturbs embeddings of a model that trains, and the LLM is frozen; remove it.",
+    "push_to_hub": "upload the branch's folder when it is trained.",
     "resume_from_checkpoint": "say --resume, which takes the last checkpoint of output_dir.",
+    "train_sampling_strategy": "say data.group_by_length for batches of rows of about one length, or remove it.",
 }
 """Training arguments that are refused, and why."""
 STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
@@ -243,13 +254,32 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         gradient_accumulation_steps=1,
         dataloader_num_workers=0,
         seed=0,
+        learning_rate=0,
     )
+    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
+        raise ConfigError("Nothing would be learnt: let training.max_steps or training.num_train_epochs be above 0.")
     if arguments.eval_strategy != "no" and not config.data.eval:
         raise ConfigError(
             f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval names no manifest: give one, or "
             "remove eval_strategy."
         )
+    if arguments.fp16 and arguments.device.type == "cpu":  # which transformers passes over
+        raise ConfigError(
+            "training.fp16 needs an accelerator: training.bf16 is what a CPU computes in, or leave it out."
+        )
+    _check_best(config, arguments)
     return arguments
+
+
+def _check_best(config: TrainConfig, arguments: TrainingArguments) -> None:
+    """Checks that what the best checkpoint is chosen by is measured; transformers finds out at the first evaluation."""
+    measured = [name for name in METRICS[config.stage] if name != "accuracy" or config.data.eval_answers]
+    wanted = (arguments.metric_for_best_model or measured[0]).removeprefix("eval_")
+    if wanted not in measured:
+        raise ConfigError(
+            f'training.metric_for_best_model is "{wanted}", which no evaluation of this run measures.'
+            f"{suggest(wanted, measured)}"
+        )
 
 
 def _check_type(name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +32,10 @@ from xblip.tasks import AnswerTask, EvalBatch, Task
 
 CALLBACKS = (Curves,)
 """Of every run."""
+LOST = ("Connection closed", "onnection reset", "Broken pipe", "Timed out", "timeout", "NCCL", "gloo")
+"""Words of what torch raises in one process when another one has ended."""
+KEPT = ("optimizer.pt", "scheduler.pt")
+"""Files of a checkpoint that a resumed run cannot do without, beside those of the task."""
 
 
 class BridgeTrainer(Trainer):
@@ -212,7 +217,10 @@ class BridgeTrainer(Trainer):
         mine = [first + self.accelerator.process_index * size for first in firsts]
         rows = [list(range(start, min(start + size, len(dataset)))) for start in mine]
         loader = self._loader(dataset, [list(map(dataset.visit, part or [0])) for part in rows])
-        for first, part, batch in zip(firsts, rows, loader, strict=True):
+        batches = iter(loader)
+        for first, part in zip(firsts, rows, strict=True):
+            with _naming_killed_workers():
+                batch = next(batches)
             self._check_rows(batch)
             samples = batch["samples"]
             if part:  # a row that another one has taken the place of is not measured
@@ -273,6 +281,12 @@ class BridgeTrainer(Trainer):
         self.task.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        lacking = [name for name in KEPT if checkpoint and not Path(checkpoint, name).is_file()]
+        if lacking:  # transformers would go on with fresh ones
+            raise ConfigError(
+                f"{checkpoint} lacks {' and '.join(lacking)}: a run cannot go on from a branch alone, as "
+                "training.save_only_model leaves one. Train anew in another output_dir, with init.folder naming it."
+            )
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -290,6 +304,20 @@ class _EpochLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         if self.batch_sampler is not None:
             self.batch_sampler.set_epoch(epoch)
+
+
+@contextlib.contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turns what torch raises when another process of the run has ended into one clear error."""
+    try:
+        yield
+    except RuntimeError as cause:
+        if not dist.is_initialized() or not any(word in str(cause) for word in LOST):
+            raise
+        raise XBlipError(
+            f"Another process of this run has ended, or cannot be reached: {first_line(cause)} What it says itself is the "
+            "reason. Go on with --resume when that is mended."
+        ) from cause
 
 
 @contextlib.contextmanager
