@@ -11,6 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from xblip.mixture import BatchPlan, Source
+from xblip.model import XBlip
+from xblip.sample import Sample
 from xblip.testing import small_qformer
 
 WORDS = "what is this the red green blue number which one larger".split()
@@ -174,3 +177,70 @@ def test_a_run_killed_at_ten_moments_ends_with_the_same_weights(forks, write_con
     ours, theirs = weights(whole), weights(broken)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not list(folder.parent.glob("**/unfinished-*"))
+
+
+@pytest.mark.slow
+def test_the_log_tells_the_mean_over_all_tokens_of_a_step(forks, write_config, llm, toys):
+    """Of two processes and two micro-batches, recomputed row by row with weights that stay as they were."""
+    names, settings = ("toy", "beads"), {"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 0.0}
+    config = write_config("told", modalities=names, training={**settings, "gradient_accumulation_steps": 2})
+    ended = forks.run(config, processes=2)
+    assert ended["status"] == [0, 0], ended
+    folder = config.with_suffix("")
+    model = XBlip.compose(llm=llm, branches={name: folder / name for name in names})
+    rows = [list(map(json.loads, (folder.parent / f"{name}.jsonl").read_text().splitlines())) for name in names]
+    plans = [
+        iter(
+            BatchPlan(
+                [Source(len(rows[0]), "toy"), Source(len(rows[1]), "beads")],
+                batch_size=3, seed=42, accumulation=2, world_size=2, rank=rank,
+            )
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    seen = set()
+    for told in losses(config):
+        visits = [visit for plan in plans for _ in range(2) for visit in next(plan)]
+        assert len(visits) == 12 and len({visit.source for visit in visits}) == 1
+        seen.add(visits[0].source)
+        likelihood = tokens = 0
+        for visit in visits:
+            row = rows[visit.source][visit.index]
+            sample = Sample(row["instruction"], [(names[visit.source], row[names[visit.source]])])
+            likelihood += model.score([sample], [row["answer"]])[0][0]
+            tokens += len(llm.tokenize(row["answer"])) + 1
+        assert told == pytest.approx(-likelihood / tokens, abs=1e-4)
+    assert seen == {0, 1}
+
+
+@pytest.mark.slow
+def test_rows_that_one_process_skips_are_told_by_the_first_and_named_once(forks, write_config, tmp_path):
+    config = write_config("skipping", training={"max_steps": 16, "per_device_train_batch_size": 4})
+    rows = (tmp_path / "toy.jsonl").read_text().splitlines()
+    for place in (3, 20, 41):
+        rows[place] = json.dumps({**json.loads(rows[place]), "toy": f"missing-{place}.txt"})
+    (tmp_path / "toy.jsonl").write_text("\n".join(rows) + "\n")
+    values = yaml.safe_load(config.read_text())
+    values["data"]["max_skipped"] = 0.1
+    config.write_text(yaml.safe_dump(values))
+    log = config.with_suffix("") / "skipped.jsonl"
+    log.parent.mkdir()
+    log.write_text("".join(json.dumps({"origin": f"before, line {row}", "reason": ""}) + "\n" for row in range(40)))
+    ended = forks.run(config, processes=2)
+    assert ended["status"] == [0, 0], ended
+    named = [json.loads(line)["origin"].rsplit(" ", 1)[1] for line in log.read_text().splitlines()]
+    assert sorted(named) == ["21", "4", "42"]
+    assert [entry["skipped"] for entry in log_of(config) if "skipped" in entry][-1] == 3
+
+
+@pytest.mark.slow
+def test_what_ends_one_process_ends_the_run_with_one_clear_message(forks, write_config, tmp_path):
+    config = write_config("ends", training={"max_steps": 16, "per_device_train_batch_size": 4})
+    rows = (tmp_path / "toy.jsonl").read_text().splitlines()
+    rows[3] = json.dumps({**json.loads(rows[3]), "toy": [1]})
+    (tmp_path / "toy.jsonl").write_text("\n".join(rows) + "\n")
+    ended = forks.run(config, processes=2)
+    assert set(ended["status"]) <= {2, -9} and ended["seconds"] < 60, ended
+    reason, *others = sorted(ended["errors"], key=lambda line: "Another process of this run has ended" in line)
+    assert "toy.jsonl, line 4: A toy input must be rows of four numbers" in reason
+    assert all("Another process of this run has ended" in line for line in others)

@@ -286,7 +286,7 @@ class SkipLog:
         elif self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._append("\n")  # ends what a killed process left unfinished
         self._origins, self._read = set[str](), 0
-        self._update()
+        self.refresh()
 
     def __len__(self) -> int:
         """Returns how many different rows were skipped."""
@@ -298,12 +298,16 @@ class SkipLog:
         Raises:
           MediaError: more than `max_skipped` of all rows are skipped.
         """
+        skipped = list(skipped)
+        if not skipped:
+            return
+        self.refresh()
         fresh = {item.origin: item for item in skipped if item.origin not in self._origins}
         if not fresh:
             return
         lines = "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in fresh.values())
         self._append(lines)
-        self._update()
+        self.refresh()
         if len(self) > self.max_skipped * self.rows:
             last = next(reversed(fresh.values()))
             raise MediaError(
@@ -316,7 +320,7 @@ class SkipLog:
         with self.path.open("ab", buffering=0) as file:
             file.write(lines.encode(errors="backslashreplace"))
 
-    def _update(self) -> None:
+    def refresh(self) -> None:
         """Reads what was written since the last time, by whichever process."""
         if not self.path.exists():
             return

@@ -188,6 +188,7 @@ class BridgeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.skipped.refresh()
             logs |= self._meter.take(self._summed) | ({"skipped": len(self.skipped)} if self.skipped else {})
         super().log(logs, start_time)
 
