@@ -2,15 +2,16 @@
 
 import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from kit import registered
 
 from xblip import decoding, precompute
-from xblip.branch import BranchConfig
+from xblip.branch import BranchConfig, build_modality
+from xblip.data import Manifest
 from xblip.encoding import Job
-from xblip.precompute import manifests_of
 from xblip.testing import ToyEncoder, ToyModality
 
 
@@ -63,3 +64,9 @@ def run(data, to="store", *, console=None, **options):
     )
     manifests = manifests_of(job.branch, [str(data / "train.jsonl")])
     return precompute.precompute(job, manifests, **settings, console=console)
+
+
+def manifests_of(branch: BranchConfig, paths: Iterable[str]) -> list[Manifest]:
+    """Manifests of these paths, read by a branch's modality."""
+    modalities = {branch.modality: build_modality(branch)}
+    return [Manifest(path, modalities=modalities) for path in paths]

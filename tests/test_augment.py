@@ -16,6 +16,7 @@ import yaml
 from kit import FileToy, registered
 from rich.console import Console
 from safetensors.torch import load_file
+from stores import manifests_of
 
 from xblip import cli, contents, decoding, plugins
 from xblip.branch import BranchConfig
@@ -23,7 +24,7 @@ from xblip.data import Manifest, Visit
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, MediaError
 from xblip.examples import Examples, Skipped
-from xblip.precompute import manifests_of, precompute, verify
+from xblip.precompute import precompute, verify
 from xblip.store import FeatureStore
 from xblip.streaming import Stream, StreamedExamples
 from xblip.testing import small_qformer

@@ -39,7 +39,7 @@ LAYERS = [
     {"model", "retrieval", "contrast", "encoding", "streaming"},
     {"export", "align", "layers", "resume", "meters", "precompute_ray"},
     {"tasks", "train_config", "precompute"},
-    {"trainer"},
+    {"trainer", "train_data"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
     {"convert", "testing", "scaffold", "blueprint"},

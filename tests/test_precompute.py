@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from stores import CountingEncoder, Numbers, run, some_files
+from stores import CountingEncoder, Numbers, manifests_of, run, some_files
 
 from xblip import cli, encoding, precompute
 from xblip.branch import BranchConfig
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, PluginError
-from xblip.precompute import manifests_of, verify
+from xblip.precompute import verify
 from xblip.store import FeatureStore
 from xblip.testing import ToyEncoder
 

@@ -16,11 +16,12 @@ import torch
 import yaml
 from accelerate import PartialState
 from kit import NUMBERS, registered
+from stores import manifests_of
 
 from xblip import decoding
 from xblip.branch import BranchConfig
 from xblip.encoding import Job
-from xblip.precompute import manifests_of, precompute
+from xblip.precompute import precompute
 from xblip.store import FeatureStore
 from xblip.testing import ToyModality
 

@@ -37,6 +37,7 @@ def folder_of(config) -> Path:
     return Path(config.training["output_dir"])
 
 
+@pytest.mark.slow
 def test_align_then_generate_then_instruct(captions, manifest, tmp_path, llm_folder, capsys):
     captions.stage = "align"
     captions.training |= {"output_dir": str(tmp_path / "align"), "max_steps": 100, "learning_rate": 2e-3}

@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from xblip.branch import BranchConfig, build_modality, made_folder
+from xblip.branch import made_folder
 from xblip.contents import View, describe, is_file
 from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, Skip, best_device
@@ -51,16 +51,6 @@ class Summary(NamedTuple):
     num_written: int
     skipped: list[Skip]
     nbytes: int
-
-
-def manifests_of(branch: BranchConfig, paths: Iterable[str]) -> list[Manifest]:
-    """Opens the manifests that a branch is to learn from.
-
-    Raises:
-      ConfigError: there is none at a path, or it is empty.
-    """
-    modalities = {branch.modality: build_modality(branch)}
-    return [Manifest(path, modalities=modalities) for path in paths]
 
 
 def distinct_sources(manifests: Iterable[Manifest], modality: str) -> list[Any]:
