@@ -216,3 +216,21 @@ def test_any_of_a_rows_answers_is_right(config, manifest, monkeypatch):
     config.training |= {"max_steps": 1, "save_strategy": "no"}
     monkeypatch.setattr(XBlip, "generate", lambda self, samples, **options: [Answer("green", 1, 1)] * len(samples))
     assert train(config)["eval_accuracy"] == 1
+
+
+def test_each_row_of_an_evaluation_is_asked_for_one_answer(config, manifest):
+    config.training |= {"max_steps": 2, "save_strategy": "no", "learning_rate": 0.0}
+    several = {"num_beams": 2, "num_return_sequences": 2}
+    found = []
+    for more in ({}, several):
+        config.generation = {"max_new_tokens": 2, "num_beams": 2, **more}
+        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+        if not found:  # what the untrained branch says is made the truth, of every other row
+            train(config)
+            model = XBlip.compose(llm=config.llm, branches={"toy": config.training["output_dir"]})
+            for row in rows[::2]:
+                given = {"toy": row["toy"], "instruction": row["instruction"]}
+                row["answer"] = model.generate([given], max_new_tokens=2, num_beams=2)[0].text
+            manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found.append(train(config)["eval_accuracy"])
+    assert found[0] == found[1] >= 0.5

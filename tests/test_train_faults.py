@@ -254,3 +254,13 @@ def test_the_output_folder_may_be_a_disk_of_its_own(config, small_disk):
     train(config)
     assert (small_disk / "bridge.safetensors").is_file() and (small_disk / "tokenizer").is_dir()
     assert not list(small_disk.parent.glob("unfinished-*"))
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_prompt_that_is_too_long_is_told_with_its_rows(config, manifest, tmp_path, name):
+    row = json.loads(manifest.read_text().splitlines()[0])
+    (tmp_path / "long.jsonl").write_text(json.dumps({**row, "instruction": "what " * 300}) + "\n")
+    setattr(config.data, name, str(tmp_path / "long.jsonl"))
+    config.training |= {"max_steps": 1, "save_strategy": "no"}
+    with pytest.raises(InputError, match=r"prompt is too long .* It is one of these rows: .*long\.jsonl, line 1"):
+        train(config)

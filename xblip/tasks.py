@@ -172,7 +172,11 @@ class AnswerTask(Task):
 
     def evaluate(self, batches: Iterable[EvalBatch]) -> Counter[str]:
         sums: Counter[str] = Counter(likelihood=0.0, tokens=0, right=0, asked=0)
-        options = {"do_sample": False, **({"synced_gpus": True} if is_sharded(self.model) else {})}
+        options = {
+            "do_sample": False,
+            "num_return_sequences": 1,
+            **({"synced_gpus": True} if is_sharded(self.model) else {}),
+        }
         for rows, samples, first in batches:
             outputs = self.model(samples=samples)
             answers = self.model.generate(samples, **options) if first < self.eval_answers else []

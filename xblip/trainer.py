@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from xblip.devices import device_peak
-from xblip.errors import ConfigError, XBlipError, suggest
+from xblip.errors import ConfigError, InputError, XBlipError, suggest
 from xblip.examples import SkipLog
 from xblip.layers import is_sharded
 from xblip.loading import first_line
@@ -134,7 +134,8 @@ class BridgeTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._samples = inputs["samples"]
         self.task.example = self.task.example or self._samples[0]
-        outputs = model(samples=self._samples)
+        with self._naming_rows():
+            outputs = model(samples=self._samples)
         self._meter.add(len(self._samples), outputs)
         loss = outputs["loss"]
         self._check_finite(loss.detach(), "loss")
@@ -148,6 +149,17 @@ class BridgeTrainer(Trainer):
         if norm is not None and getattr(self.accelerator, "scaler", None) is None:
             self._check_finite(torch.as_tensor(norm), "gradient")
         return norm
+
+    @contextlib.contextmanager
+    def _naming_rows(self) -> Iterator[None]:
+        """Adds to what the model says of its input, such as a prompt that is too long, which rows it may be."""
+        try:
+            yield
+        except InputError as error:
+            rows = [sample.origin for sample in self._samples]
+            if any(row and row in str(error) for row in rows):
+                raise
+            raise InputError(f"{error} It is one of these rows: {'; '.join(rows)}.") from error
 
     def _check_finite(self, value: Tensor, what: str) -> None:
         if not value.isfinite().all():
@@ -201,7 +213,7 @@ class BridgeTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measures the weights as they are on the evaluation rows, which all processes share."""
-        with self._meter.paused(), self.accelerator.autocast():
+        with self._meter.paused(), self.accelerator.autocast(), self._naming_rows():
             self.model.eval()
             totals = self.task.evaluate(self._eval_batches(self.eval_dataset if eval_dataset is None else eval_dataset))
             summed = self._summed(list(totals.values()))
@@ -228,6 +240,7 @@ class BridgeTrainer(Trainer):
                 kept = [place for place in range(len(part)) if place not in batch["replaced"]]
                 part = [part[place] for place in kept]
                 samples = [samples[place] for place in kept] or samples[:1]
+            self._samples = samples
             yield EvalBatch(part, samples, first)
 
     def evaluated(self) -> dict[str, float]:
