@@ -305,3 +305,13 @@ def test_plan_loader_and_log_work_together(make, tmp_path):
         counts.update(sample.origin for sample in batch["samples"])
     assert len(log) == 1 and "line 4" in log.path.read_text()
     assert len(counts) == 39 and np.all([count <= 3 for count in counts.values()])
+
+
+def test_what_another_process_skips_is_counted_here_and_not_written_again(tmp_path):
+    first, second = (SkipLog(tmp_path / "skipped.jsonl", rows=1000, resume=resume) for resume in (False, True))
+    first.add([Skipped("a.jsonl, line 1", "broken")])
+    second.refresh()
+    assert len(second) == 1
+    first.add([Skipped("a.jsonl, line 2", "broken")])
+    second.add([Skipped("a.jsonl, line 2", "broken")])
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2 == len(second)
