@@ -218,19 +218,12 @@ def test_any_of_a_rows_answers_is_right(config, manifest, monkeypatch):
     assert train(config)["eval_accuracy"] == 1
 
 
-def test_each_row_of_an_evaluation_is_asked_for_one_answer(config, manifest):
-    config.training |= {"max_steps": 2, "save_strategy": "no", "learning_rate": 0.0}
-    several = {"num_beams": 2, "num_return_sequences": 2}
-    found = []
-    for more in ({}, several):
-        config.generation = {"max_new_tokens": 2, "num_beams": 2, **more}
-        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-        if not found:  # what the untrained branch says is made the truth, of every other row
-            train(config)
-            model = XBlip.compose(llm=config.llm, branches={"toy": config.training["output_dir"]})
-            for row in rows[::2]:
-                given = {"toy": row["toy"], "instruction": row["instruction"]}
-                row["answer"] = model.generate([given], max_new_tokens=2, num_beams=2)[0].text
-            manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        found.append(train(config)["eval_accuracy"])
-    assert found[0] == found[1] >= 0.5
+def test_each_row_of_an_evaluation_is_asked_for_one_answer(config, monkeypatch):
+    def right(self, samples, **options):
+        count = {**self.generation, **options}.get("num_return_sequences", 1)
+        return [Answer(sample.answer, 1, 1) for sample in samples for _ in range(count)]
+
+    monkeypatch.setattr(XBlip, "generate", right)
+    config.training |= {"max_steps": 1, "save_strategy": "no"}
+    config.generation = {"num_beams": 2, "num_return_sequences": 2}
+    assert train(config)["eval_accuracy"] == 1
