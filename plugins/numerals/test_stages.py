@@ -111,13 +111,12 @@ def test_the_report_tells_steps_and_seconds_of_all_ways(tmp_path):
                     (folder / RUN).write_text(json.dumps(run))
         found = {"files": 20, "texts": 10, "itc": {"texts": 0.5, "files": 0.6}, "itm": {"texts": 0.7, "files": 0.8}}
         (tmp_path / modality / "align" / RECALL).write_text(json.dumps(found))
-        (tmp_path / modality / "generate").mkdir()
-        (tmp_path / modality / "generate" / RUN).write_text(json.dumps({"accuracy": [(80, 0.3)]}))
     write_report(tmp_path, tmp_path / "STAGES.md", seeds=[0, 1], rows=300, rerank=16)
     lines = (tmp_path / "STAGES.md").read_text().splitlines()
     assert "| image | nothing | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 128 | 160 |" in lines
     assert "| image | align and generate | 0.725 (0.725, 0.725) | 0.760 (0.760, 0.760) | 0 | – | 320 | – |" in lines
-    assert "| audio | 80 steps, 160 s | 80 steps, 160 s | 80 steps, 160 s | 0.300 | 0.900 |" in lines
+    assert "| image | generate | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 288 | 320 |" in lines
+    assert "| audio | 80 steps, 160 s | 80 steps, 160 s | 80 steps, 160 s | 0.900 | 0.900 |" in lines
     assert "| video | 20 | 10 | 0.100 | 0.500 | 0.700 | 0.600 | 0.800 |" in lines
     for modality in MODALITIES:
         assert f"stages/{modality}.png" in (tmp_path / "STAGES.md").read_text()

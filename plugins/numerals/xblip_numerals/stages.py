@@ -1,7 +1,7 @@
 """What the stages before instruction tuning add: align -> generate -> instruct beside instruct alone, for every bridge.
 
-Both ways end in the same instruct stage: equal settings, rows, batches and steps. What comes before it is told with its own
-steps and seconds, since these might have gone into more of the instruct stage. What generate can do alone is told, too.
+All ways end in the same instruct stage: equal settings, rows, batches and steps. What comes before it is told with its own
+steps and seconds, since these might have gone into more of the instruct stage. A third way begins with generate.
 
     python -m xblip_numerals.stages --parts build/numerals
 
@@ -30,7 +30,7 @@ RERANK = 16
 
 
 def run_modality(parts: Path, out: Path, modality: str, *, steps: dict[str, int], seed: int) -> None:
-    """Trains one modality by `WAYS`, and generate from nothing, and measures what its retriever finds.
+    """Trains one modality by all of `WAYS`, and measures what its retriever finds.
 
     Args:
       parts: folder of the build.
@@ -39,7 +39,7 @@ def run_modality(parts: Path, out: Path, modality: str, *, steps: dict[str, int]
       steps: of each stage.
       seed: of the stage instruct; the others have one seed.
     """
-    for stages in (*WAYS.values(), ("generate",)):
+    for stages in WAYS.values():
         after = None
         for number, stage in enumerate(stages, start=1):
             folder = folder_of(out / modality, stages[:number], seed)

@@ -15,9 +15,10 @@ ALONE, BOTH = "nothing", "align and generate"
 WAYS = {
     BOTH: ("align", "generate", "instruct"),
     ALONE: ("instruct",),
+    "generate": ("generate", "instruct"),
 }
 """What comes before instruct, and the stages of this way."""
-COLORS = {BOTH: "tab:blue", ALONE: "tab:gray"}
+COLORS = {BOTH: "tab:blue", ALONE: "tab:gray", "generate": "tab:orange"}
 RECALLED = {"texts": "texts for files", "files": "files for texts"}
 SHARES = (0.9, 1.0)
 """Of the accuracy that instruct alone ends with: when is it reached?"""
@@ -99,7 +100,6 @@ class Results:
       runs: of the instruct stage, by what came before, one for each seed.
       before: runs of the stages before, by the same.
       recall: of the retriever.
-      captioned: generate, from nothing.
     """
 
     def __init__(self, modality: str, folder: Path, seeds: Sequence[int]):
@@ -111,7 +111,6 @@ class Results:
             parts = [stages[:number] for number in range(1, len(stages))]
             self.before[way] = [_read(folder_of(folder, part, seeds[0]) / RUN) for part in parts]
         self.recall = _read(folder_of(folder, ("align",), seeds[0]) / RECALL)
-        self.captioned = _read(folder_of(folder, ("generate",), seeds[0]) / RUN)
 
     @property
     def end(self) -> float:
@@ -128,10 +127,11 @@ class Results:
 
     def cost_row(self) -> list[str]:
         align, generate = self.before[BOTH]
+        [alone] = self.before["generate"]
         instruct = [run for runs in self.runs.values() for run in runs]
         took = [f"{run['steps']} steps, {run['seconds']:.0f} s" for run in (align, generate)]
         took.append(f"{instruct[0]['steps']} steps, {mean(run['seconds'] for run in instruct):.0f} s")
-        return [self.name, *took, *(f"{run['accuracy'][-1][1]:.3f}" for run in (self.captioned, generate))]
+        return [self.name, *took, *(f"{run['accuracy'][-1][1]:.3f}" for run in (alone, generate))]
 
     def recall_row(self) -> list[str]:
         found = [f"{self.recall[judge][kind]:.3f}" for kind in RECALLED for judge in ("itc", "itm")]
