@@ -43,7 +43,7 @@ def parts(shelf, tmp_path, monkeypatch) -> Path:
         for rows, wordings in (("worded", 3), ("train", 0), ("val", 0), ("test", 0)):
             write_captions(shelf, name, tmp_path / "captions" / f"{name}-{rows}.jsonl", wordings=wordings, seed=0)
         rng = random.Random(0)
-        asked = [json.dumps(training_row(rng, shelf, name, root=tmp_path / "questions")) + "\n" for _ in range(40)]
+        asked = [json.dumps(training_row(rng, shelf, name, root=tmp_path / "questions")) + "\n" for _ in range(8)]
         for split in ("train", "val"):
             (tmp_path / "questions" / f"{name}-{split}.jsonl").write_text("".join(asked))
     return tmp_path
