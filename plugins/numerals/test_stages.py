@@ -116,6 +116,7 @@ def test_the_report_tells_steps_and_seconds_of_all_ways(tmp_path):
     assert "| image | nothing | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 128 | 160 |" in lines
     assert "| image | align and generate | 0.725 (0.725, 0.725) | 0.760 (0.760, 0.760) | 0 | – | 320 | – |" in lines
     assert "| image | generate | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 288 | 320 |" in lines
+    assert "| nothing | 0.200 | 0.800 | 64 | 128 |" in lines
     assert "| audio | 80 steps, 160 s | 80 steps, 160 s | 80 steps, 160 s | 0.900 | 0.900 |" in lines
     assert "| video | 20 | 10 | 0.100 | 0.500 | 0.700 | 0.600 | 0.800 |" in lines
     for modality in MODALITIES:

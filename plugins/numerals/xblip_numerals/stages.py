@@ -159,7 +159,7 @@ def main() -> None:
         "--report", type=Path, help="Markdown to write, with plots beside it; OUT/STAGES.md unless given"
     )
     parser.add_argument("--modality", choices=list(MODALITIES), help="run this one alone, here, and write no report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", nargs="+", default=[], metavar="STAGE=COUNT", help=f"instead of {STEPS}")
     arguments = parser.parse_args()
     given = {stage: int(count) for stage, count in (entry.split("=") for entry in arguments.steps)}

@@ -75,7 +75,11 @@ def write_report(out: Path, report: Path, *, seeds: Sequence[int], rows: int, re
         ),
         "recall": (["modality", "files", "texts", "chance", *kinds], [result.recall_row() for result in results]),
     }
-    run = results[0].runs[ALONE][0]
+    tables["means"] = (
+        ["before instruct", *tables["accuracy"][0][2:4], f"steps to {SHARES[0]:.0%}", f"seconds to {SHARES[0]:.0%}"],
+        [mean_row(way, results) for way in WAYS],
+    )
+    run, ends = results[0].runs[ALONE][0], mean(result.end for result in results)
     text = Path(__file__).with_name("stages_template.md").read_text()
     report.write_text(
         text.format(
@@ -83,12 +87,21 @@ def write_report(out: Path, report: Path, *, seeds: Sequence[int], rows: int, re
             every=run["accuracy"][-1][0] - run["accuracy"][-2][0],
             seeds=f"; with each of {len(seeds)} seeds, the stages before with one" if len(seeds) > 1 else "",
             rows=rows,
+            error=(ends * (1 - ends) / rows) ** 0.5,
             rerank=rerank,
             share=SHARES[0],
             plots=" ".join(f"![{result.name}](stages/{result.modality}.png)" for result in results),
             **{name: markdown_table(*table) for name, table in tables.items()},
         )
     )
+
+
+def mean_row(way: str, results: "Sequence[Results]") -> list[str]:
+    """What modalities have in common: means over them."""
+    ends = [mean(run["accuracy"][place][1] for result in results for run in result.runs[way]) for place in (0, -1)]
+    when = [result.when(way, SHARES[0] * result.end) for result in results]
+    reaches = ["–", "–"] if None in when else [f"{mean(numbers):.0f}" for numbers in zip(*when, strict=True)]
+    return [way, *(f"{share:.3f}" for share in ends), *reaches]
 
 
 class Results:
@@ -121,8 +134,9 @@ class Results:
         rows = []
         for way, runs in self.runs.items():
             first, last = (_shares([run["accuracy"][place][1] for run in runs]) for place in (0, -1))
-            steps, seconds = zip(*(self._when(way, share * self.end) for share in SHARES), strict=True)
-            rows.append([self.name, way, first, last, *steps, *seconds])
+            found = [self.when(way, share * self.end) or ("–", "–") for share in SHARES]
+            steps, seconds = zip(*found, strict=True)
+            rows.append([self.name, way, first, last, *(_rounded(number) for number in (*steps, *seconds))])
         return rows
 
     def cost_row(self) -> list[str]:
@@ -145,7 +159,7 @@ class Results:
         axes = figure.subplots()
         for way, runs in self.runs.items():
             for number, run in enumerate(runs):
-                label = None if number else f"after {way}"
+                label = None if number else "instruct alone" if way == ALONE else f"after {way}"
                 axes.plot(*zip(*run["accuracy"], strict=True), ".-", color=COLORS[way], label=label)
         axes.axhline(SHARES[0] * self.end, color=COLORS[ALONE], linewidth=0.8, linestyle=":")
         axes.set(xlabel="steps of instruct", ylabel="accuracy", title=self.name, ylim=(0, 1))
@@ -153,14 +167,18 @@ class Results:
         axes.legend(frameon=False, loc="lower right", fontsize="small")
         figure.savefig(path, dpi=75)
 
-    def _when(self, way: str, wanted: float) -> tuple[str, str]:
-        """Mean steps until runs reach an accuracy, and seconds, which begin with those of the stages before."""
+    def when(self, way: str, wanted: float) -> tuple[float, float] | None:
+        """Mean steps until runs reach an accuracy, and seconds, which begin with the stages before; None if one does not."""
         runs = self.runs[way]
         steps = [reached(run["accuracy"], wanted) for run in runs]
         if None in steps:
-            return "–", "–"
+            return None
         seconds = [step * run["seconds"] / run["steps"] for step, run in zip(steps, runs, strict=True)]
-        return f"{mean(steps):.0f}", f"{sum(run['seconds'] for run in self.before[way]) + mean(seconds):.0f}"
+        return mean(steps), sum(run["seconds"] for run in self.before[way]) + mean(seconds)
+
+
+def _rounded(number: float | str) -> str:
+    return number if isinstance(number, str) else f"{number:.0f}"
 
 
 def _shares(values: Sequence[float]) -> str:
