@@ -15,7 +15,7 @@ from xblip_numerals.demo_files import make_files
 from xblip_numerals.language import MODALITIES, caption
 from xblip_numerals.questions import Shelf, training_row
 from xblip_numerals.stages import run_modality
-from xblip_numerals.stages_report import AFTER, ALONE, RECALL, RUN, folders, reached, write_report
+from xblip_numerals.stages_report import ALONE, BOTH, RECALL, RUN, WAYS, folder_of, reached, write_report
 
 from xblip.cli import app
 
@@ -43,7 +43,7 @@ def parts(shelf, tmp_path, monkeypatch) -> Path:
         for rows, wordings in (("worded", 3), ("train", 0), ("val", 0), ("test", 0)):
             write_captions(shelf, name, tmp_path / "captions" / f"{name}-{rows}.jsonl", wordings=wordings, seed=0)
         rng = random.Random(0)
-        asked = [json.dumps(training_row(rng, shelf, name, root=tmp_path / "questions")) + "\n" for _ in range(40)]
+        asked = [json.dumps(training_row(rng, shelf, name, root=tmp_path / "questions")) + "\n" for _ in range(8)]
         for split in ("train", "val"):
             (tmp_path / "questions" / f"{name}-{split}.jsonl").write_text("".join(asked))
     return tmp_path
@@ -74,15 +74,19 @@ def test_the_shipped_configs_lead_from_align_to_instruct(parts, modality, capfd)
     assert CliRunner().invoke(app, command).exit_code == 0
     run_modality(parts, parts, modality, steps={"align": 2, "generate": 2, "instruct": 2}, seed=0)
     told = "".join(capfd.readouterr().out.split())  # the console breaks lines, and long paths
-    at = folders(parts / modality, 0)
-    assert f"from{at['align']}:" in told and "fresh:projector(2);leftout:language_head(1)" in told
+    folder = parts / modality
+    assert f"from{folder / 'align'}:" in told and "fresh:projector(2);leftout:language_head(1)" in told
     assert "word_embeddings" not in told, "those of all words but [DEC] are taken"
-    assert re.search(f"from{at['generate']}:[0-9]+weightstaken[.]", told), "nothing is fresh, nothing left out"
-    for stage, folder in at.items():
-        run = json.loads((folder / RUN).read_text())
+    assert re.search(f"from{folder / 'align-generate'}:[0-9]+weightstaken[.]", told), (
+        "nothing is fresh, nothing left out"
+    )
+    assert told.count("fromnothing") == 3, "align, generate without it, and instruct alone"
+    for stages in WAYS.values():
+        run = json.loads((folder_of(folder, stages, 0) / RUN).read_text())
         assert run["steps"] == 2 and run["seconds"] > 0
-        assert [step for step, _ in run["accuracy"]] == {"align": [], "generate": [2]}.get(stage, [0, 2])
-    recall = json.loads((at["align"] / RECALL).read_text())
+        assert [step for step, _ in run["accuracy"]] == [0, 2]
+    assert not json.loads((folder / "align" / RUN).read_text())["accuracy"]
+    recall = json.loads((folder / "align" / RECALL).read_text())
     assert recall["files"] == 10 and 0 <= recall["itm"]["files"] <= 1
 
 
@@ -93,22 +97,27 @@ def test_when_an_accuracy_is_reached():
     assert reached(curve, 0.05) == 0 and reached(curve, 0.95) is None
 
 
-def test_the_report_tells_steps_and_seconds_of_both_ways(tmp_path):
-    """Instruct alone ends at 0.8, of which 0.9 is 0.72; the other way is there at once, for what came before it."""
-    curves = {ALONE: [(0, 0.2), (40, 0.6), (80, 0.8)], AFTER: [(0, 0.72), (40, 0.72), (80, 0.76)]}
+def test_the_report_tells_steps_and_seconds_of_all_ways(tmp_path):
+    """Instruct alone ends at 0.8, of which 0.9 is 0.72; after both stages that is there at once, for what they took."""
+    curves = {ALONE: [(0, 0.2), (40, 0.6), (80, 0.8)], BOTH: [(0, 0.725), (40, 0.725), (80, 0.76)]}
     for modality in MODALITIES:
-        for seed in (0, 1):
-            for stage, folder in folders(tmp_path / modality, seed).items():
-                folder.mkdir(parents=True, exist_ok=True)
-                run = {"steps": 80, "batch": 32, "seconds": 160.0, "accuracy": curves.get(stage, [(80, 0.9)])}
-                (folder / RUN).write_text(json.dumps(run))
+        for way, stages in WAYS.items():
+            for seed in (0, 1):
+                for number in range(1, len(stages) + 1):
+                    folder = folder_of(tmp_path / modality, stages[:number], seed)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    curve = curves.get(way, curves[ALONE]) if number == len(stages) else [(80, 0.9)]
+                    run = {"steps": 80, "batch": 32, "seconds": 160.0, "accuracy": curve}
+                    (folder / RUN).write_text(json.dumps(run))
         found = {"files": 20, "texts": 10, "itc": {"texts": 0.5, "files": 0.6}, "itm": {"texts": 0.7, "files": 0.8}}
-        (folders(tmp_path / modality, 0)["align"] / RECALL).write_text(json.dumps(found))
+        (tmp_path / modality / "align" / RECALL).write_text(json.dumps(found))
     write_report(tmp_path, tmp_path / "STAGES.md", seeds=[0, 1], rows=300, rerank=16)
     lines = (tmp_path / "STAGES.md").read_text().splitlines()
-    assert "| image | instruct alone | 0.800 (0.800, 0.800) | 64 | 80 | 128 | 160 |" in lines
-    assert "| image | after align and generate | 0.760 (0.760, 0.760) | 0 | – | 320 | – |" in lines
-    assert "| audio | 80 steps, 160 s | 80 steps, 160 s | 80 steps, 160 s | 160 | 0.900 | 0.720 | 0.200 |" in lines
+    assert "| image | nothing | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 128 | 160 |" in lines
+    assert "| image | align and generate | 0.725 (0.725, 0.725) | 0.760 (0.760, 0.760) | 0 | – | 320 | – |" in lines
+    assert "| image | generate | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 288 | 320 |" in lines
+    assert "| nothing | 0.200 | 0.800 | 64 | 128 |" in lines
+    assert "| audio | 80 steps, 160 s | 80 steps, 160 s | 80 steps, 160 s | 0.900 | 0.900 |" in lines
     assert "| video | 20 | 10 | 0.100 | 0.500 | 0.700 | 0.600 | 0.800 |" in lines
     for modality in MODALITIES:
         assert f"stages/{modality}.png" in (tmp_path / "STAGES.md").read_text()

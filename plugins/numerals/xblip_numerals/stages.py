@@ -1,7 +1,7 @@
 """What the stages before instruction tuning add: align -> generate -> instruct beside instruct alone, for every bridge.
 
-Both ways end in the same instruct stage: equal settings, rows, batches and steps. What comes before it is told with its own
-steps and seconds, since these might have gone into more of the instruct stage.
+All ways end in the same instruct stage: equal settings, rows, batches and steps. What comes before it is told with its own
+steps and seconds, since these might have gone into more of the instruct stage. A third way begins with generate.
 
     python -m xblip_numerals.stages --parts build/numerals
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from xblip_numerals.build import LANES, Lanes, Step, config_of, places_of
 from xblip_numerals.language import MODALITIES
-from xblip_numerals.stages_report import AFTER, ALONE, RECALL, RUN, folders, write_report
+from xblip_numerals.stages_report import RECALL, RUN, WAYS, folder_of, write_report
 
 STEPS = {"align": 500, "generate": 150, "instruct": 400}
 BATCH = 32
@@ -30,13 +30,23 @@ RERANK = 16
 
 
 def run_modality(parts: Path, out: Path, modality: str, *, steps: dict[str, int], seed: int) -> None:
-    """Trains both ways for one modality, and measures what its retriever finds; all seeds share the stages before."""
-    at = folders(out / modality, seed)
-    run_stage(parts, modality, "align", at["align"], steps, seed=0)
-    measure_recall(parts, modality, at["align"])
-    run_stage(parts, modality, "generate", at["generate"], steps, seed=0, after=at["align"])
-    run_stage(parts, modality, "instruct", at[AFTER], steps, seed=seed, after=at["generate"])
-    run_stage(parts, modality, "instruct", at[ALONE], steps, seed=seed)
+    """Trains one modality by all of `WAYS`, and measures what its retriever finds.
+
+    Args:
+      parts: folder of the build.
+      out: of the runs.
+      modality: whose bridge.
+      steps: of each stage.
+      seed: of the stage instruct; the others have one seed.
+    """
+    for stages in WAYS.values():
+        after = None
+        for number, stage in enumerate(stages, start=1):
+            folder = folder_of(out / modality, stages[:number], seed)
+            own = seed if stage == "instruct" else 0
+            run_stage(parts, modality, stage, folder, steps, seed=own, after=after)
+            after = folder
+    measure_recall(parts, modality, folder_of(out / modality, ("align",), seed))
 
 
 def run_stage(
@@ -60,15 +70,14 @@ def run_stage(
         return
     settings: dict[str, Any] = {
         **places_of(parts, modality, stage),
-        **({"init.folder": after} if after else {}),
+        "init.folder": after or '""',
         "training.output_dir": out,
         "training.seed": seed,
         "training.max_steps": steps[stage],
         "training.per_device_train_batch_size": BATCH,
         "training.eval_steps": steps[stage],
-        "training.logging_steps": min(25, steps[stage]),
+        "training.logging_steps": 1,
         "training.save_strategy": '"no"',
-        "training.dataloader_num_workers": 0,
     }
     if stage == "instruct":
         questions = parts / "questions"
@@ -87,11 +96,11 @@ def run_stage(
     wall, worked = time.perf_counter() - began, time.process_time() - worked
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     paces = [entry["samples_per_second"] for entry in history if "samples_per_second" in entry]
-    trained = sum(min(25, steps[stage]) * BATCH / pace for pace in paces)
+    trained = sum(BATCH / pace for pace in paces)
     run = {
         "steps": steps[stage],
         "batch": BATCH,
-        "seconds": worked * trained / wall,
+        "seconds": worked * trained / wall,  # without evaluations and what begins a run
         "accuracy": [[entry["step"], entry["eval_accuracy"]] for entry in history if "eval_accuracy" in entry],
         "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},
     }
@@ -134,7 +143,7 @@ def run_all(parts: Path, out: Path, *, steps: dict[str, int], seeds: Sequence[in
     def step(modality: str, seed: int) -> Step:
         command = ["-m", "xblip_numerals.stages", "--parts", str(parts), "--out", str(out), "--modality", modality]
         command += ["--seeds", str(seed), "--steps", *(f"{stage}={count}" for stage, count in steps.items())]
-        return Step(f"stages-{modality}-{seed}", command, folders(out / modality, seed)[ALONE] / RUN)
+        return Step(f"stages-{modality}-{seed}", command, None)
 
     lanes = [[step(name, seed) for seed in seeds for name in names] for names in LANES]
     Lanes(lanes, logs=out / "logs").run()
@@ -150,7 +159,7 @@ def main() -> None:
         "--report", type=Path, help="Markdown to write, with plots beside it; OUT/STAGES.md unless given"
     )
     parser.add_argument("--modality", choices=list(MODALITIES), help="run this one alone, here, and write no report")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", nargs="+", default=[], metavar="STAGE=COUNT", help=f"instead of {STEPS}")
     arguments = parser.parse_args()
     given = {stage: int(count) for stage, count in (entry.split("=") for entry in arguments.steps)}

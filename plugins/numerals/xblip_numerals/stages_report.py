@@ -11,22 +11,22 @@ from xblip_numerals.report import markdown_table
 
 RUN = "run.json"
 RECALL = "recall.json"
-ALONE, AFTER = "instruct alone", "instruct"
-COLORS = {ALONE: "tab:gray", AFTER: "tab:blue"}
-LABELS = {ALONE: "instruct alone", AFTER: "after align and generate"}
+ALONE, BOTH = "nothing", "align and generate"
+WAYS = {
+    BOTH: ("align", "generate", "instruct"),
+    ALONE: ("instruct",),
+    "generate": ("generate", "instruct"),
+}
+"""What comes before instruct, and the stages of this way."""
+COLORS = {BOTH: "tab:blue", ALONE: "tab:gray", "generate": "tab:orange"}
 RECALLED = {"texts": "texts for files", "files": "files for texts"}
 SHARES = (0.9, 1.0)
 """Of the accuracy that instruct alone ends with: when is it reached?"""
 
 
-def folders(folder: Path, seed: int) -> dict[str, Path]:
-    """Where a modality's runs are; all seeds share the stages before instruct."""
-    return {
-        "align": folder / "align",
-        "generate": folder / "generate",
-        AFTER: folder / f"instruct-{seed}",
-        ALONE: folder / f"alone-{seed}",
-    }
+def folder_of(folder: Path, stages: Sequence[str], seed: int) -> Path:
+    """Where a modality's run of the last of these stages is; only instruct has seeds."""
+    return folder / "-".join([*stages, *([str(seed)] if stages[-1] == "instruct" else [])])
 
 
 def reached(points: Sequence[Sequence[float]], wanted: float) -> float | None:
@@ -59,20 +59,27 @@ def write_report(out: Path, report: Path, *, seeds: Sequence[int], rows: int, re
     kinds = [f"{kind}, {judge}" for kind in RECALLED.values() for judge in ("ITC", "with ITM")]
     tables = {
         "accuracy": (
-            ["modality", "instruct", "accuracy at its end", *shares],
+            ["modality", "before instruct", "at step 0", "at the end", *shares],
             [row for result in results for row in result.accuracy_rows()],
         ),
         "costs": (
-            ["modality", "align", "generate", "instruct", "the first two, in steps of instruct",
-             "captions right after generate", "questions right at step 0", "so from nothing"],
+            [
+                "modality",
+                "align",
+                "generate",
+                "instruct",
+                "captions right after generate alone",
+                "after align and generate",
+            ],
             [result.cost_row() for result in results],
         ),
-        "recall": (
-            ["modality", "files", "texts", "chance", *kinds],
-            [result.recall_row() for result in results],
-        ),
-    }  # fmt: skip
-    run = results[0].runs[ALONE][0]
+        "recall": (["modality", "files", "texts", "chance", *kinds], [result.recall_row() for result in results]),
+    }
+    tables["means"] = (
+        ["before instruct", *tables["accuracy"][0][2:4], f"steps to {SHARES[0]:.0%}", f"seconds to {SHARES[0]:.0%}"],
+        [mean_row(way, results) for way in WAYS],
+    )
+    run, ends = results[0].runs[ALONE][0], mean(result.end for result in results)
     text = Path(__file__).with_name("stages_template.md").read_text()
     report.write_text(
         text.format(
@@ -80,6 +87,7 @@ def write_report(out: Path, report: Path, *, seeds: Sequence[int], rows: int, re
             every=run["accuracy"][-1][0] - run["accuracy"][-2][0],
             seeds=f"; with each of {len(seeds)} seeds, the stages before with one" if len(seeds) > 1 else "",
             rows=rows,
+            error=(ends * (1 - ends) / rows) ** 0.5,
             rerank=rerank,
             share=SHARES[0],
             plots=" ".join(f"![{result.name}](stages/{result.modality}.png)" for result in results),
@@ -88,24 +96,34 @@ def write_report(out: Path, report: Path, *, seeds: Sequence[int], rows: int, re
     )
 
 
+def mean_row(way: str, results: "Sequence[Results]") -> list[str]:
+    """What modalities have in common: means over them."""
+    ends = [mean(run["accuracy"][place][1] for result in results for run in result.runs[way]) for place in (0, -1)]
+    when = [result.when(way, SHARES[0] * result.end) for result in results]
+    reaches = ["–", "–"] if None in when else [f"{mean(numbers):.0f}" for numbers in zip(*when, strict=True)]
+    return [way, *(f"{share:.3f}" for share in ends), *reaches]
+
+
 class Results:
     """What came of one modality's runs.
 
     Attributes:
       modality: which.
       name: for people.
-      runs: of the instruct stage, by `ALONE` and `AFTER`, one for each seed.
-      before: seconds of the stages before, by the same.
+      runs: of the instruct stage, by what came before, one for each seed.
+      before: runs of the stages before, by the same.
+      recall: of the retriever.
     """
 
     def __init__(self, modality: str, folder: Path, seeds: Sequence[int]):
         self.modality = modality
         self.name = modality.replace("_", " ")
-        self.runs = {way: [_read(folders(folder, seed)[way] / RUN) for seed in seeds] for way in LABELS}
-        at = folders(folder, seeds[0])
-        self.align, self.generate = _read(at["align"] / RUN), _read(at["generate"] / RUN)
-        self.recall = _read(at["align"] / RECALL)
-        self.before = {ALONE: 0.0, AFTER: self.align["seconds"] + self.generate["seconds"]}
+        self.runs, self.before = {}, {}
+        for way, stages in WAYS.items():
+            self.runs[way] = [_read(folder_of(folder, stages, seed) / RUN) for seed in seeds]
+            parts = [stages[:number] for number in range(1, len(stages))]
+            self.before[way] = [_read(folder_of(folder, part, seeds[0]) / RUN) for part in parts]
+        self.recall = _read(folder_of(folder, ("align",), seeds[0]) / RECALL)
 
     @property
     def end(self) -> float:
@@ -114,20 +132,20 @@ class Results:
 
     def accuracy_rows(self) -> list[list[str]]:
         rows = []
-        for way, label in LABELS.items():
-            last = [run["accuracy"][-1][1] for run in self.runs[way]]
-            steps, seconds = zip(*(self._when(way, share * self.end) for share in SHARES), strict=True)
-            rows.append([self.name, label, _shares(last), *steps, *seconds])
+        for way, runs in self.runs.items():
+            first, last = (_shares([run["accuracy"][place][1] for run in runs]) for place in (0, -1))
+            found = [self.when(way, share * self.end) or ("–", "–") for share in SHARES]
+            steps, seconds = zip(*found, strict=True)
+            rows.append([self.name, way, first, last, *(_rounded(number) for number in (*steps, *seconds))])
         return rows
 
     def cost_row(self) -> list[str]:
-        instruct = self.runs[ALONE][0]
-        each = mean(run["seconds"] / run["steps"] for runs in self.runs.values() for run in runs)
-        took = [f"{run['steps']} steps, {run['seconds']:.0f} s" for run in (self.align, self.generate)]
-        first = [f"{mean(run['accuracy'][0][1] for run in self.runs[way]):.3f}" for way in (AFTER, ALONE)]
-        captions = f"{self.generate['accuracy'][-1][1]:.3f}"
-        took.append(f"{instruct['steps']} steps, {instruct['steps'] * each:.0f} s")
-        return [self.name, *took, f"{self.before[AFTER] / each:.0f}", captions, *first]
+        align, generate = self.before[BOTH]
+        [alone] = self.before["generate"]
+        instruct = [run for runs in self.runs.values() for run in runs]
+        took = [f"{run['steps']} steps, {run['seconds']:.0f} s" for run in (align, generate)]
+        took.append(f"{instruct[0]['steps']} steps, {mean(run['seconds'] for run in instruct):.0f} s")
+        return [self.name, *took, *(f"{run['accuracy'][-1][1]:.3f}" for run in (alone, generate))]
 
     def recall_row(self) -> list[str]:
         found = [f"{self.recall[judge][kind]:.3f}" for kind in RECALLED for judge in ("itc", "itm")]
@@ -139,23 +157,28 @@ class Results:
 
         figure = Figure(figsize=(4.2, 3), layout="constrained")
         axes = figure.subplots()
-        for way, label in LABELS.items():
-            for number, run in enumerate(self.runs[way]):
-                axes.plot(*zip(*run["accuracy"], strict=True), ".-", color=COLORS[way], label=None if number else label)
+        for way, runs in self.runs.items():
+            for number, run in enumerate(runs):
+                label = None if number else "instruct alone" if way == ALONE else f"after {way}"
+                axes.plot(*zip(*run["accuracy"], strict=True), ".-", color=COLORS[way], label=label)
         axes.axhline(SHARES[0] * self.end, color=COLORS[ALONE], linewidth=0.8, linestyle=":")
         axes.set(xlabel="steps of instruct", ylabel="accuracy", title=self.name, ylim=(0, 1))
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="lower right", fontsize="small")
         figure.savefig(path, dpi=75)
 
-    def _when(self, way: str, wanted: float) -> tuple[str, str]:
-        """Mean steps until runs reach an accuracy, and seconds, which begin with those of the stages before."""
+    def when(self, way: str, wanted: float) -> tuple[float, float] | None:
+        """Mean steps until runs reach an accuracy, and seconds, which begin with the stages before; None if one does not."""
         runs = self.runs[way]
         steps = [reached(run["accuracy"], wanted) for run in runs]
         if None in steps:
-            return "–", "–"
+            return None
         seconds = [step * run["seconds"] / run["steps"] for step, run in zip(steps, runs, strict=True)]
-        return f"{mean(steps):.0f}", f"{self.before[way] + mean(seconds):.0f}"
+        return mean(steps), sum(run["seconds"] for run in self.before[way]) + mean(seconds)
+
+
+def _rounded(number: float | str) -> str:
+    return number if isinstance(number, str) else f"{number:.0f}"
 
 
 def _shares(values: Sequence[float]) -> str:
