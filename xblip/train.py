@@ -108,7 +108,8 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         )
     with naming_lost_processes(), naming_full_disks(output):
         result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        metrics = dict(result.metrics)
+        learnt = trainer.state.global_step > done  # else it had ended, and there is no loss to tell
+        metrics = dict(result.metrics) if learnt else {}
         if is_main:
             with replacing(output) as folder:
                 task.save(folder)
