@@ -15,7 +15,7 @@ from xblip_numerals.demo_files import make_files
 from xblip_numerals.language import MODALITIES, caption
 from xblip_numerals.questions import Shelf, training_row
 from xblip_numerals.stages import run_modality
-from xblip_numerals.stages_report import ALONE, BOTH, RECALL, RUN, WAYS, folder_of, reached, write_report
+from xblip_numerals.stages_report import ALIGNED, ALONE, BOTH, RECALL, RUN, WAYS, folder_of, reached, write_report
 
 from xblip.cli import app
 
@@ -80,14 +80,15 @@ def test_the_shipped_configs_lead_from_align_to_instruct(parts, modality, capfd)
     assert re.search(f"from{folder / 'align-generate'}:[0-9]+weightstaken[.]", told), (
         "nothing is fresh, nothing left out"
     )
-    assert told.count("fromnothing") == 3, "align, generate without it, and instruct alone"
+    assert told.count("fromnothing") == 4, "align of both kinds, generate without it, and instruct alone"
     for stages in WAYS.values():
         run = json.loads((folder_of(folder, stages, 0) / RUN).read_text())
         assert run["steps"] == 2 and run["seconds"] > 0
         assert [step for step, _ in run["accuracy"]] == [0, 2]
     assert not json.loads((folder / "align" / RUN).read_text())["accuracy"]
-    recall = json.loads((folder / "align" / RECALL).read_text())
-    assert recall["files"] == 10 and 0 <= recall["itm"]["files"] <= 1
+    for name in ALIGNED:
+        recall = json.loads((folder / name / RECALL).read_text())
+        assert recall["files"] == 10 and 0 <= recall["itm"]["files"] <= 1
 
 
 def test_when_an_accuracy_is_reached():
@@ -110,7 +111,9 @@ def test_the_report_tells_steps_and_seconds_of_all_ways(tmp_path):
                     run = {"steps": 80, "batch": 32, "seconds": 160.0, "accuracy": curve}
                     (folder / RUN).write_text(json.dumps(run))
         found = {"files": 20, "texts": 10, "itc": {"texts": 0.5, "files": 0.6}, "itm": {"texts": 0.7, "files": 0.8}}
-        (tmp_path / modality / "align" / RECALL).write_text(json.dumps(found))
+        for name in ALIGNED:
+            (tmp_path / modality / name).mkdir(exist_ok=True)
+            (tmp_path / modality / name / RECALL).write_text(json.dumps(found))
     write_report(tmp_path, tmp_path / "STAGES.md", seeds=[0, 1], rows=300, rerank=16)
     lines = (tmp_path / "STAGES.md").read_text().splitlines()
     assert "| image | nothing | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 128 | 160 |" in lines
@@ -118,7 +121,7 @@ def test_the_report_tells_steps_and_seconds_of_all_ways(tmp_path):
     assert "| image | generate | 0.200 (0.200, 0.200) | 0.800 (0.800, 0.800) | 64 | 80 | 288 | 320 |" in lines
     assert "| nothing | 0.200 | 0.800 | 64 | 128 |" in lines
     assert "| audio | 80 steps, 160 s | 80 steps, 160 s | 80 steps, 160 s | 0.900 | 0.900 |" in lines
-    assert "| video | 20 | 10 | 0.100 | 0.500 | 0.700 | 0.600 | 0.800 |" in lines
+    assert "| video | one | 20 | 10 | 0.100 | 0.500 | 0.700 | 0.600 | 0.800 |" in lines
     for modality in MODALITIES:
         assert f"stages/{modality}.png" in (tmp_path / "STAGES.md").read_text()
         assert 2_000 < (tmp_path / "stages" / f"{modality}.png").stat().st_size < 50_000

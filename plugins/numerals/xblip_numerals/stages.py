@@ -11,14 +11,15 @@ Two lanes run side by side with one thread each. What is there is not run again;
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from xblip_numerals.build import LANES, Lanes, Step, config_of, places_of
 from xblip_numerals.language import MODALITIES
-from xblip_numerals.stages_report import RECALL, RUN, WAYS, folder_of, write_report
+from xblip_numerals.stages_report import ALIGNED, RECALL, RUN, WAYS, folder_of, write_report
 
 STEPS = {"align": 500, "generate": 150, "instruct": 400}
 BATCH = 32
@@ -46,11 +47,24 @@ def run_modality(parts: Path, out: Path, modality: str, *, steps: dict[str, int]
             own = seed if stage == "instruct" else 0
             run_stage(parts, modality, stage, folder, steps, seed=own, after=after)
             after = folder
-    measure_recall(parts, modality, folder_of(out / modality, ("align",), seed))
+    plain = {"data.train": parts / "captions" / f"{modality}-train.jsonl"}
+    for name, given in zip(ALIGNED, ({}, plain), strict=True):
+        folder = out / modality / name
+        if not (folder / RECALL).exists():
+            run_stage(parts, modality, "align", folder, steps, seed=0, given=given)
+            measure_recall(parts, modality, folder)
 
 
 def run_stage(
-    parts: Path, modality: str, stage: str, out: Path, steps: dict[str, int], *, seed: int, after: Path | None = None
+    parts: Path,
+    modality: str,
+    stage: str,
+    out: Path,
+    steps: dict[str, int],
+    *,
+    seed: int,
+    after: Path | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Trains one stage by its shipped config; leaves what came of it in `RUN`.
 
@@ -62,6 +76,7 @@ def run_stage(
       steps: of each stage.
       seed: of weights and batches.
       after: folder of the stage before; None to start from nothing.
+      given: settings of its own, by the config's keys.
     """
     from xblip.train import train
     from xblip.train_config import load_train_config
@@ -90,6 +105,7 @@ def run_stage(
             "training.eval_steps": min(EVERY, steps[stage]),
             "training.eval_on_start": "true",
         }
+    settings |= given
     config = load_train_config(config_of(modality, stage), [f"{name}={value}" for name, value in settings.items()])
     began, worked = time.perf_counter(), time.process_time()
     metrics = train(config)
@@ -116,8 +132,6 @@ def measure_recall(parts: Path, modality: str, folder: Path, *, split: str = "te
 
     from xblip.retrieval import Retriever
 
-    if (folder / RECALL).exists():
-        return
     retriever = Retriever.from_pretrained(folder)
     manifest = parts / "captions" / f"{modality}-{split}.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]

@@ -12,6 +12,8 @@ from xblip_numerals.report import markdown_table
 RUN = "run.json"
 RECALL = "recall.json"
 ALONE, BOTH = "nothing", "align and generate"
+ALIGNED = {"align": "several", "align-plain": "one"}
+"""Folders of the stage align, and in how many wordings captions told it a file."""
 WAYS = {
     BOTH: ("align", "generate", "instruct"),
     ALONE: ("instruct",),
@@ -73,7 +75,10 @@ def write_report(out: Path, report: Path, *, seeds: Sequence[int], rows: int, re
             ],
             [result.cost_row() for result in results],
         ),
-        "recall": (["modality", "files", "texts", "chance", *kinds], [result.recall_row() for result in results]),
+        "recall": (
+            ["modality", "wordings", "files", "texts", "chance", *kinds],
+            [row for result in results for row in result.recall_rows()],
+        ),
     }
     tables["means"] = (
         ["before instruct", *tables["accuracy"][0][2:4], f"steps to {SHARES[0]:.0%}", f"seconds to {SHARES[0]:.0%}"],
@@ -112,7 +117,7 @@ class Results:
       name: for people.
       runs: of the instruct stage, by what came before, one for each seed.
       before: runs of the stages before, by the same.
-      recall: of the retriever.
+      recall: of retrievers, by the wordings that they learnt from.
     """
 
     def __init__(self, modality: str, folder: Path, seeds: Sequence[int]):
@@ -123,7 +128,7 @@ class Results:
             self.runs[way] = [_read(folder_of(folder, stages, seed) / RUN) for seed in seeds]
             parts = [stages[:number] for number in range(1, len(stages))]
             self.before[way] = [_read(folder_of(folder, part, seeds[0]) / RUN) for part in parts]
-        self.recall = _read(folder_of(folder, ("align",), seeds[0]) / RECALL)
+        self.recall = {wordings: _read(folder / name / RECALL) for name, wordings in ALIGNED.items()}
 
     @property
     def end(self) -> float:
@@ -147,10 +152,14 @@ class Results:
         took.append(f"{instruct[0]['steps']} steps, {mean(run['seconds'] for run in instruct):.0f} s")
         return [self.name, *took, *(f"{run['accuracy'][-1][1]:.3f}" for run in (alone, generate))]
 
-    def recall_row(self) -> list[str]:
-        found = [f"{self.recall[judge][kind]:.3f}" for kind in RECALLED for judge in ("itc", "itm")]
-        texts = self.recall["texts"]
-        return [self.name, str(self.recall["files"]), str(texts), f"{1 / texts:.3f}", *found]
+    def recall_rows(self) -> list[list[str]]:
+        rows = []
+        for wordings, recall in self.recall.items():
+            found = [f"{recall[judge][kind]:.3f}" for kind in RECALLED for judge in ("itc", "itm")]
+            rows.append(
+                [self.name, wordings, str(recall["files"]), str(recall["texts"]), f"{1 / recall['texts']:.3f}", *found]
+            )
+        return rows
 
     def plot(self, path: Path) -> None:
         from matplotlib.figure import Figure
