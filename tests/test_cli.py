@@ -383,6 +383,7 @@ class TestProcess:
         assert (failed.returncode, failed.stdout) == (2, "")
         assert failed.stderr.startswith('error: No such option "--tuoch"') and failed.stderr.count("\n") == 1
 
+    @pytest.mark.slow
     def test_a_conversation_by_pipe_has_answers_on_stdout_and_errors_on_stderr(self, world, model):
         talked = process("chat", "--touch", "a.txt", cwd=world, lines="what ?\n/touch bad.txt\n/quit\n")
         assert (talked.returncode, talked.stdout) == (0, model.ask("what ?", touch=world / "a.txt").text + "\n")

@@ -107,6 +107,7 @@ def test_no_file_is_longer_than_400_lines():
     assert lengths and max(lengths.values()) <= 400, max(lengths, key=lengths.get)
 
 
+@pytest.mark.slow
 def test_each_module_imports_alone():
     """Each in a process of its own, forked from one that has imported what they all need."""
     modules = ["xblip" if path.stem == "__init__" else f"xblip.{path.stem}" for path in CORE]

@@ -81,6 +81,7 @@ def test_a_color_looked_for_must_be_read_off_the_file(shelf, tmp_path):
     assert len(is_file) > 15 and 0.3 < sum(is_file) / len(is_file) < 0.7, is_file
 
 
+@pytest.mark.slow
 def test_an_impossible_question_says_so(shelf):
     with pytest.raises(ValueError, match="'direction' can be asked about"):
         question_about(random.Random(0), shelf, kind="direction", count=1, real="audio")
