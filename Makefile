@@ -29,5 +29,5 @@ $(READY): pyproject.toml constraints.txt $(PLUGINS:%=plugins/%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--config-settings editable_mode=compat \
-		--editable .[test] $(PLUGINS:%=--editable plugins/%) --editable plugins/numerals[build]
+		--editable .[test,ray] $(PLUGINS:%=--editable plugins/%) --editable plugins/numerals[build]
 	touch $@
