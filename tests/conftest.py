@@ -109,7 +109,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of one mebibyte."""
+    """A folder on a disk of one mebibyte, which `mount -o remount,size=...` makes another size."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)

@@ -247,6 +247,21 @@ def _without_installed(registry: plugins._Registry) -> plugins._Registry:
     return plugins._Registry(items, owners, loaded)
 
 
+def train_whole_and_broken(config, *, steps: int) -> tuple[Path, Path]:
+    """Trains in one go, and in two halves; returns the folders of both runs."""
+    from xblip.train import train
+
+    whole = Path(config.training["output_dir"])
+    settings = {"save_strategy": "steps", "save_steps": steps // 2, "lr_scheduler_type": "constant"}
+    config.training |= {**settings, "max_steps": steps}
+    train(config)
+    config.training |= {"output_dir": str(whole.with_name("broken")), "max_steps": steps // 2}
+    train(config)
+    config.training["max_steps"] = steps
+    train(config, resume=True)
+    return whole, whole.with_name("broken")
+
+
 class FileToy(ToyModality):
     """Toys from text files; counts what its encoder reads."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import train_whole_and_broken
 from safetensors.torch import load_file
 
 from xblip.align import AlignConfig
@@ -96,20 +97,15 @@ def test_an_encoder_decoder_is_given_the_beginning_of_captions(captions, t5_fold
     assert {sample.answer for sample in seen} == {"one", "two"}
 
 
-def test_momentum_distillation_is_resumed_exactly(captions, tmp_path):
+def test_momentum_distillation_is_resumed_exactly(captions):
     captions.stage = "align"
     captions.align = AlignConfig(momentum=MomentumConfig(queue_size=32))
     captions.data.eval = None
-    captions.training |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
-    train(captions)
-    captions.training |= {"output_dir": str(tmp_path / "broken"), "max_steps": 3}
-    train(captions)
-    captions.training["max_steps"] = 6
-    train(captions, resume=True)
+    folders = train_whole_and_broken(captions, steps=6)
     for file in ("bridge.safetensors", "task.safetensors"):
-        whole, resumed = (load_file(tmp_path / run / "checkpoint-6" / file) for run in ("run", "broken"))
+        whole, resumed = (load_file(folder / "checkpoint-6" / file) for folder in folders)
         assert whole and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not (tmp_path / "run" / "task.safetensors").exists()
+    assert not (folders[0] / "task.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -141,17 +137,12 @@ def test_rows_with_two_inputs_cannot_be_aligned(captions, manifest):
         train(captions)
 
 
-def test_a_stream_trains_and_goes_on_where_it_was(captions, tmp_path):
+def test_a_stream_trains_and_goes_on_where_it_was(captions):
     captions.stage = "generate"
     captions.data.streaming = True
     captions.data.eval = None
-    captions.training |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
-    train(captions)
-    captions.training |= {"output_dir": str(tmp_path / "broken"), "max_steps": 3}
-    train(captions)
-    captions.training["max_steps"] = 6
-    train(captions, resume=True)
-    whole, resumed = (load_file(tmp_path / run / "bridge.safetensors") for run in ("run", "broken"))
+    folders = train_whole_and_broken(captions, steps=6)
+    whole, resumed = (load_file(folder / "bridge.safetensors") for folder in folders)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit import FileToy, registered
+from kit import FileToy, registered, train_whole_and_broken
 from safetensors.torch import load_file
 
 from xblip.bridge import QFormerBridge
@@ -41,17 +41,12 @@ def test_too_many_broken_files_stop_the_run(broken):
         train(broken)
 
 
-def test_resuming_ends_where_an_unbroken_run_ends(config, tmp_path):
-    config.training |= {"max_steps": 12, "save_steps": 6, "lr_scheduler_type": "constant"}
+def test_resuming_ends_where_an_unbroken_run_ends(config):
     config.data.eval = None
-    train(config)
-    config.training |= {"output_dir": str(tmp_path / "broken"), "max_steps": 6}
-    train(config)
-    config.training["max_steps"] = 12
-    train(config, resume=True)
-    state = json.loads((tmp_path / "broken" / "trainer_state.json").read_text())
+    folders = train_whole_and_broken(config, steps=12)
+    state = json.loads((folders[1] / "trainer_state.json").read_text())
     assert state["global_step"] == 12
-    whole, resumed = (load_file(tmp_path / run / "bridge.safetensors") for run in ("run", "broken"))
+    whole, resumed = (load_file(folder / "bridge.safetensors") for folder in folders)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -51,6 +51,13 @@ class _GatedProduct(torch.autograd.Function):
         return to_gate, upstream * activated.detach(), None
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the layers of a model of transformers; none if transformers does not know them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Lets layers keep their inputs alone, and run again for the backward pass.
 
@@ -59,9 +66,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     Raises:
       ConfigError: the model has no layers that transformers knows how to run again.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     if not layers:
         raise ConfigError(
             f"A {type(model).__name__} has no layers whose activations can be computed again: leave "

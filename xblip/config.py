@@ -104,6 +104,14 @@ def plain(config: Any) -> dict[str, Any]:
     return _for_yaml(OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True))
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns plain values by their full names, e.g. {"lens.width_mm": 3}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
     """Writes plain values as YAML, in the order given."""
     OmegaConf.save(OmegaConf.create(dict(values)), path)

@@ -149,6 +149,10 @@ class Manifest(Dataset):
         """Yields all rows in their order, quicker than one by one; raises as `row` does."""
         return (row for _, row in self._all())
 
+    def sources(self, modality: str) -> Iterator[Any]:
+        """Yields the sources of one modality that its rows name, as often as they do; raises as `row` does."""
+        return (media.source for row in self.rows() for media in row.sample.all_media if media.modality == modality)
+
     def sample(self, index: int) -> Sample:
         """Returns a row as a sample with its likeliest answer, media unread; raises as `row` does."""
         return self.row(index).answered()

@@ -22,7 +22,7 @@ from xblip.model import XBlip
 from xblip.sample import Media, Sample
 
 INSTRUCTION = "What is this?"
-UNKNOWN = (NotImplementedError, RuntimeError, ValueError)
+UNKNOWN = (RuntimeError, ValueError)
 """What networks raise that look at values, or want a precision, which tensors on the meta device have not."""
 
 

@@ -21,6 +21,7 @@ from xblip.branch import BranchConfig, build_encoder, build_modality
 from xblip.contents import KnownFiles, View, describe, is_file, stamp
 from xblip.errors import BundleError, InputError, MediaError, XBlipError
 from xblip.frozen import FrozenEncoder
+from xblip.loading import is_killed_worker
 from xblip.modality import Features, Modality, collate
 from xblip.provenance import StoreFacts, Views, differences
 from xblip.store import FILE, FeatureStore, StoreWriter
@@ -182,7 +183,7 @@ class Encoding:
         except torch.OutOfMemoryError as cause:
             raise InputError(f"{self.limit} segments at once do not fit into memory: give --batch-segments.") from cause
         except RuntimeError as cause:
-            if "DataLoader worker" not in str(cause):
+            if not is_killed_worker(cause):
                 raise
             raise InputError(
                 "A process that reads files was killed, most likely for want of memory. What was complete is kept: run "

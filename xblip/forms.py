@@ -209,7 +209,7 @@ def _chat_part(media: Media) -> dict[str, Any]:
 
 
 class Fields:
-    """Which columns of somebody's table are which of our keys, `{"image": "images/{id}.jpg", "caption": "name"}`.
+    """Which columns of somebody's table are which of our keys: names, or format strings, `{"caption": "{name}, {place}"}`.
 
     With fields, a row is what they name; other columns are left out. Without, all columns are kept.
     """

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from xblip.activations import layers_of
 from xblip.errors import ConfigError, suggest
 from xblip.llm import FrozenLLM
 from xblip.model import XBlip
@@ -49,19 +50,17 @@ def apply_wishes(llm: FrozenLLM, wishes: Mapping[str, Any]) -> None:
         known = torch._dynamo.list_backends(None)
         if backend and backend not in known:
             raise ConfigError(f'Unknown training.torch_compile_backend "{backend}".{suggest(backend, known)}')
-        for layer in layers_of(llm, "torch_compile"):
+        for layer in _layers(llm, "torch_compile"):
             layer.compile(backend=backend or "inductor", mode=mode, dynamic=True)
 
 
-def layers_of(llm: FrozenLLM, wish: str) -> list[nn.Module]:
+def _layers(llm: FrozenLLM, wish: str) -> list[nn.Module]:
     """Returns the layers that an LLM is made of; `wish` is the setting they are needed for.
 
     Raises:
       ConfigError: transformers does not know its layers.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [layer for layer in llm.model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = layers_of(llm.model)
     if not layers:
         raise ConfigError(
             f"{wish}: transformers does not know the layers of a {type(llm.model).__name__}. Leave it out."
@@ -84,7 +83,7 @@ def shard_llm(model: XBlip, device: torch.device) -> None:
             "launch, or leave shard_llm out."
         )
     llm = model.llm.model
-    layers = layers_of(model.llm, "shard_llm")
+    layers = _layers(model.llm, "shard_llm")
     spread = {weight for layer in layers for weight in layer.parameters()}
     whole = {weight for weight in llm.parameters() if weight not in spread}
     for weight in [*whole, *llm.buffers()]:

@@ -48,6 +48,11 @@ def skeletons() -> Iterator[None]:
         _SKELETONS.reset(token)
 
 
+def is_killed_worker(cause: RuntimeError) -> bool:
+    """Whether an error is what torch raises when a process of a data loader was killed."""
+    return "DataLoader worker" in str(cause)
+
+
 def load_model(model_class: Any, source: str, config: Any, **options: Any) -> tuple[nn.Module, set[str], set[str]]:
     """Loads a model of transformers.
 

@@ -57,11 +57,9 @@ def distinct_sources(manifests: Iterable[Manifest], modality: str) -> list[Any]:
     """Returns the sources of one modality that manifests name, each once, in their order."""
     found: dict[Any, Any] = {}
     for manifest in manifests:
-        for index in range(len(manifest)):
-            for media in manifest.sample(index).all_media:
-                if media.modality == modality:
-                    source = str(media.source) if is_file(media.source) else media.source
-                    found.setdefault(source if isinstance(source, Hashable) else repr(source), source)
+        for source in manifest.sources(modality):
+            source = str(source) if is_file(source) else source
+            found.setdefault(source if isinstance(source, Hashable) else repr(source), source)
     if not found:
         raise InputError(f'No row names a source of "{modality}": there is nothing to encode.')
     return list(found.values())

@@ -78,13 +78,6 @@ class StoreFacts:
 
 def differences(here: Any, there: Any) -> list[str]:
     """Says in what two dataclass instances differ, e.g. "origin.settings.width is 8 here and 16 there"."""
-    ours, theirs = _flat(configs.plain(here)), _flat(configs.plain(there))
+    ours, theirs = configs.flat(configs.plain(here)), configs.flat(configs.plain(there))
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     return [f"{name} is {ours.get(name)!r:.120} here and {theirs.get(name)!r:.120} there" for name in names]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from xblip import config as configs
 from xblip.contents import flush
 from xblip.errors import BundleError, ConfigError
 from xblip.loading import first_line
@@ -161,8 +162,8 @@ def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> None:
       BundleError: the checkpoint is damaged.
     """
     with reading(checkpoint):
-        before = _flat(json.loads((checkpoint / FACTS).read_text()))
-    now = _flat(json.loads(json.dumps(facts)))
+        before = configs.flat(json.loads((checkpoint / FACTS).read_text()))
+    now = configs.flat(json.loads(json.dumps(facts)))
     differing = [
         f"{name} was {before.get(name, 'absent')!r:.60}, is {now.get(name, 'absent')!r:.60}"
         for name in sorted({*before, *now})
@@ -174,10 +175,3 @@ def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> None:
             f"This is not the run that wrote {checkpoint}: {shown}. Restore that, or train anew in another output_dir; "
             "init.folder takes over what was learnt."
         )
-
-
-def _flat(facts: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(facts, dict):
-        return {prefix: facts}
-    parts = (_flat(value, f"{prefix}.{name}" if prefix else name) for name, value in facts.items())
-    return {name: value for part in parts for name, value in part.items()}

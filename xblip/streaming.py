@@ -81,9 +81,7 @@ class Stream:
         """Checks the first thousand rows as `Manifest.check` does all; the rest are checked as they come."""
         tasks = set()
         for taken in itertools.islice(self._in_order(self.files, 0, 0, 0, 1), CHECKED):
-            record = read_record(taken.file, taken.raw)
-            row = self._reader.read(record, taken.part)
-            self._reader.check(record, row)
+            row = self.row(taken)
             tasks.add((row.sample.all_media[0].modality, row.task))
         if not tasks:
             raise ConfigError(f'The manifest "{self.path}" has no rows.')

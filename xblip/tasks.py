@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from xblip import config as configs
-from xblip.align import AlignConfig, AlignModel
+from xblip.align import AlignModel
 from xblip.branch import Branch, without_half_precision
 from xblip.bridge import QFormerBridge, load_bridge, share
 from xblip.costs import Costs, costs_of, step_flops, total
@@ -197,12 +197,11 @@ class AnswerTask(Task):
 class AlignTask(Task):
     """Stage `align`: the contrast, the match and the caption of media and texts; no LLM."""
 
-    def __init__(self, model: AlignModel, config: AlignConfig):
+    def __init__(self, model: AlignModel):
         super().__init__(model, {model.branch.modality.name: model.branch})
-        self.config = config
 
     def facts(self) -> dict[str, Any]:
-        return {"align": configs.plain(self.config)}
+        return {"align": configs.plain(self.model.settings)}
 
     def save(self, folder: Path) -> None:
         Retriever(self.model.branch).save_pretrained(folder, with_encoder=False)

@@ -143,7 +143,7 @@ def build_task(
     if config.stage == "align":
         branch = AlignModel.build_branch(config.branch, encoder=encoders.get(config.branch.modality))
         _initialise(config, {config.branch.modality: branch}, console)
-        task: Task = AlignTask(AlignModel(branch, config.align), config.align)
+        task: Task = AlignTask(AlignModel(branch, config.align))
     else:
         llm = FrozenLLM.from_pretrained(config.llm)
         shared = Encoders()

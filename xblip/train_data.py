@@ -74,12 +74,10 @@ def read_data(
     examples.check()
     for name, store in stores.items() if not streaming else ():
         store.check(
-            source
+            one
             for manifest in manifests
-            for row in manifest.rows()
-            for media in row.sample.all_media
-            if media.modality == name
-            for source in (store.views(media.source) if augment else [media.source])
+            for source in manifest.sources(name)
+            for one in (store.views(source) if augment else [source])
         )
     return examples
 

@@ -23,7 +23,7 @@ from xblip.devices import device_peak
 from xblip.errors import ConfigError, InputError, XBlipError, suggest
 from xblip.examples import SkipLog
 from xblip.layers import is_sharded
-from xblip.loading import first_line
+from xblip.loading import first_line, is_killed_worker
 from xblip.meters import Curves, Meter
 from xblip.mixture import BatchPlan
 from xblip.resume import STATE, check_facts, reading, write_facts, writing
@@ -340,7 +340,7 @@ def _naming_killed_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as cause:
-        if "DataLoader worker" not in str(cause):
+        if not is_killed_worker(cause):
             raise
         raise XBlipError(
             f"A process that reads data died: {first_line(cause)} Mostly it was memory that ran out: set a smaller "
