@@ -11,7 +11,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-COMMANDS = {"pip": "pip", "pytest": "pytest", "xblip": "xblip.cli"}
+COMMANDS = {"pip": "pip", "pytest": "pytest", "torchrun": "torch.distributed.run", "xblip": "xblip.cli"}
 
 
 @dataclass
