@@ -19,6 +19,7 @@ from xblip.activations import keep_less
 from xblip.dryrun import _on_meta, _saved_bytes
 from xblip.likelihood import log_likelihoods
 from xblip.packing import Packing
+from xblip.parts import positions_at_once
 
 ROWS = 64
 
@@ -55,6 +56,15 @@ def kept(model: LlamaForCausalLM, rows: int, columns: int, labelled: int = 0) ->
         return _saved_bytes(run, list(model.parameters()))
 
 
+def _rows_at_once(plan: Packing, model: LlamaForCausalLM) -> int:
+    """Of a plan, whose rows are read in parts."""
+    config = model.config
+    positions = positions_at_once(
+        torch.device("meta"), model.dtype, layers=config.num_hidden_layers, width=config.hidden_size
+    )
+    return min(len(plan.rows), max(1, positions // plan.row_length))
+
+
 def main() -> None:
     config = make_config(FULL_SIZE, vocabulary=FULL_SIZE.vocabulary, image_token=5)
     with torch.device("meta"):
@@ -73,8 +83,7 @@ def main() -> None:
                 plans = [
                     Packing.plan([positions(row) for row in part], config.text_config.hidden_size) for part in parts
                 ]
-                packed = max(plans, key=lambda plan: plan.num_tokens)
-                own = kept(ours, len(packed.rows), packed.row_length, labelled=size * 15)
+                own = max(kept(ours, _rows_at_once(plan, ours), plan.row_length, labelled=size * 15) for plan in plans)
                 peers = kept(theirs, size, max(map(positions, rows)))
                 cells = [stage, str(size), *(f"{speed:.2f}x" for speed in speeds)]
                 cells += [f"{own / 1e9:.1f} of {peers / 1e9:.1f} GB", f"{own / peers:.2f}x"]

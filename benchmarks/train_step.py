@@ -9,6 +9,7 @@ AdamW. Theirs has its usual processor and collator. Prints a table and writes it
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from floor import step_flops
 from pair import FULL_SIZE, SMALL, TINY, Shapes, System, aligned, make_rows, ours, save_pair, store_features, theirs
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import InstructBlipConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -37,7 +39,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class _Clock(TrainerCallback):
-    """Takes the time from the first row that is fetched to the last step, and the memory before."""
+    """Takes the time from the first row that is fetched to the last step, and an accelerator's memory before."""
+
+    bytes_before = 0
 
     def on_train_begin(self, *args, **kwargs):
         gc.collect()
@@ -45,8 +49,7 @@ class _Clock(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
             self.bytes_before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.bytes_before = _resident("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # sets the highest resident size back
         _wait()
         self.started = time.perf_counter()
 
@@ -129,7 +132,7 @@ def prepare(folder: Path, shapes: Shapes, device: str) -> None:
 
 
 def peak_bytes(kind: str, folder: Path, size: str, stage: str, device: str) -> dict[str, int]:
-    """Peak memory of a step in a process of its own: in all, and above what it was before the step."""
+    """Peak memory of a step in a process of its own: tensors in all, those beside weights, and on a CPU what is resident."""
     command = [sys.executable, __file__, "--peak", kind, "--folder", folder, "--stage", stage, "--size", size]
     # What is freed goes back at once, so that the resident size is what is in use, and not the allocator's history.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -145,13 +148,24 @@ def print_peak(kind: str, folder: Path, shapes: Shapes, stage: str, device: str)
     held = [weight for weight in system.model.parameters() if not weight.is_meta]
     sum(float(weight.detach().sum()) for weight in held)  # reads weights that lie in mapped files
     before = train_step(system, shapes, folder, device=device).bytes_before
-    total = _resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
-    print(json.dumps({"total": total, "above": total - before}))
-
-
-def _resident(name: str) -> int:
+    if device != "cpu":
+        total = torch.cuda.max_memory_allocated()
+        print(json.dumps({"total": total, "above": total - before}))
+        return
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    above = _tensor_bytes(lambda: train_step(system, shapes, folder, device=device))
+    weights = sum(weight.nbytes for weight in held)
+    print(json.dumps({"total": weights + above, "above": above, "resident": resident}))
+
+
+def _tensor_bytes(run: Callable[[], Any]) -> int:
+    """The most that torch's allocator had given out at once, of what `run` asked it for."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
 
 
 def peak_flops(dtype: torch.dtype, device: str) -> float:
@@ -216,6 +230,7 @@ def summary(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
             "gigabytes": memory[kind]["total"] / 1e9,
             "memory": memory[kind]["total"] / memory[first]["total"],
             "memory_above": memory[kind]["above"] / memory[first]["above"],
+            "resident": memory[kind].get("resident", 0) / memory[first].get("resident", 1),
             "over_floor": statistics.median(seconds[kind]) / floor if floor else None,
         }
     return figures
@@ -224,13 +239,14 @@ def summary(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Results as Markdown."""
     lines = [
-        "| stage | system | samples/s | speed | peak memory | memory | above the weights | time over the floor |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | system | samples/s | speed | tensors | | beside weights | resident | time over the floor |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for measured in results:
         for kind, figures in summary(measured).items():
             cells = [measured["stage"], KINDS[kind], f"{figures['samples_per_second']:.2f}", f"{figures['speed']:.2f}x"]
             cells += [f"{figures['gigabytes']:.2f} GB", f"{figures['memory']:.2f}x", f"{figures['memory_above']:.2f}x"]
+            cells.append(f"{figures['resident']:.2f}x" if figures["resident"] else "")
             cells.append(f"{figures['over_floor']:.2f}x" if figures["over_floor"] else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

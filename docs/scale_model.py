@@ -61,6 +61,7 @@ class Case:
       name: of the modality.
       way, parts: what the doctor says of it.
       segments: of a sample.
+      positions_at_once: of the LLM, in training.
       assumed: see there.
     """
 
@@ -68,6 +69,7 @@ class Case:
     way: Way
     parts: dict[str, Part]
     segments: int
+    positions_at_once: int
     assumed: Assumed
 
     @property
@@ -141,15 +143,25 @@ class Case:
         return samples / (self.assumed.batch * gpus) * self.step_s(gpus, dtype=dtype) / 3600
 
     @property
-    def activation_bytes(self) -> float:
-        """Of one sample, kept for the backward pass: the example's, for as many positions as are assumed."""
+    def bridge_bytes(self) -> float:
+        """Kept of one sample for the backward pass of the bridge."""
+        return self.way.training_bytes["bridge's activations"] * self.segments / self.way.features[0]
+
+    @property
+    def llm_bytes(self) -> float:
+        """Kept of one sample for that of the LLM: the example's, for as many positions as are assumed."""
         example = self.way.soft_prompt[0] + self.assumed.prompt + self.assumed.answer
-        return self.way.training_bytes["activations"] * self.positions / example
+        return self.way.training_bytes["LLM's activations"] * self.positions / example
+
+    @property
+    def part_bytes(self) -> float:
+        """Kept of the samples that the LLM reads at once."""
+        return self.llm_bytes * max(1, self.positions_at_once // self.positions)
 
     @property
     def checkpointed_bytes(self) -> float:
-        """The same, with gradient checkpointing in the LLM."""
-        return self.way.costs.llm.activation_bytes(self.positions, self.activation_bytes)
+        """Of the LLM and one sample, with gradient checkpointing."""
+        return self.way.costs.llm.activation_bytes(self.positions, self.llm_bytes)
 
     def fixed_bytes(self, *, encoder: bool, shards: int = 1) -> float:
         """Of weights, gradients and AdamW; of an LLM in shards a GPU holds its own and two layers at once."""
@@ -158,10 +170,13 @@ class Case:
         parts = self.parts[f"{self.name} encoder"].weight_bytes if encoder else 0
         return held + parts + self.parts[f"{self.name} bridge"].weight_bytes + BYTES_OF_TRAINING * self.trained
 
-    def largest_batch(self, sample_bytes: float, *, shards: int = 1) -> int:
-        """Samples that fit a GPU of which a tenth is left free, features stored."""
+    def largest_batch(self, *, shards: int = 1, checkpointing: bool = False) -> int:
+        """Samples that fit a GPU of which a tenth is left free, features stored; an LLM in shards reads all at once."""
         room = 0.9 * device_peak(self.assumed.gpu).memory - self.fixed_bytes(encoder=False, shards=shards)
-        return max(0, int(room / sample_bytes))
+        if shards == 1:
+            return max(0, int((room - self.part_bytes) / self.bridge_bytes))
+        of_llm = self.checkpointed_bytes if checkpointing else self.llm_bytes
+        return max(0, int(room / (self.bridge_bytes + of_llm)))
 
     def stored(self, dtype: str) -> int:
         """Bytes of one sample's features."""
@@ -174,7 +189,11 @@ def cases(report: Report, assumed: Assumed) -> list[Case]:
     segments = {"audio": assumed.audio_segments}
     shared = {name: part.shares for name, part in parts.items() if part.shares}
     parts |= {name: parts[owner] for name, owner in shared.items()}
-    return [Case(name, way, parts, segments.get(name, way.features[0]), assumed) for name, way in report.ways.items()]
+    assert report.positions_at_once, "the LLM reads a whole batch at once"
+    return [
+        Case(name, way, parts, segments.get(name, way.features[0]), report.positions_at_once, assumed)
+        for name, way in report.ways.items()
+    ]
 
 
 def changed(assumed: Assumed, settings: Iterable[str]) -> Assumed:
@@ -199,8 +218,6 @@ def changed(assumed: Assumed, settings: Iterable[str]) -> Assumed:
 
 def reports(assumed: Assumed) -> tuple[Report, Report]:
     """What the doctor says of both sizes, for answers as long as is assumed."""
-    small, large = (
-        examine(ROOT / "configs" / "model" / f"{name}.yaml", [f"generation.max_new_tokens={assumed.answer}"])
-        for name in (CONFIG, LARGE)
-    )
+    settings = [f"generation.max_new_tokens={assumed.answer}", "llm.dtype=bfloat16"]
+    small, large = (examine(ROOT / "configs" / "model" / f"{name}.yaml", settings) for name in (CONFIG, LARGE))
     return small, large

@@ -179,19 +179,27 @@ def _batches(case: Case) -> str:
 
 def _memory(models: dict[str, list[Case]]) -> str:
     columns = (
-        "bridge", "fixed", "with encoder", "LLM in 8 shards", "a sample", "checkpointed", "batch", "checkpointed", "8 shards"
+        "bridge", "fixed", "with encoder", "LLM at once", "a sample: bridge", "batch",
+        "LLM in 8 shards", "a sample: LLM", "checkpointed", "batch", "checkpointed",
     )  # fmt: skip
     lines = []
     for size, rows in models.items():
         for case in rows:
-            plain, kept = case.activation_bytes, case.checkpointed_bytes
-            fixed = [
-                case.fixed_bytes(encoder=False), case.fixed_bytes(encoder=True), case.fixed_bytes(encoder=False, shards=8)
-            ]  # fmt: skip
-            batches = [case.largest_batch(plain), case.largest_batch(kept), case.largest_batch(plain, shards=8)]
-            counts = (f"{int(float(f'{batch:.2g}')):,}" for batch in batches)
-            lines.append(_row(f"{size} {case.name}", *map(_bytes, (*fixed, plain, kept)), *counts))
-    return _table(columns, range(1, 9), lines)
+            whole = [
+                case.fixed_bytes(encoder=False),
+                case.fixed_bytes(encoder=True),
+                case.part_bytes,
+                case.bridge_bytes,
+            ]
+            sharded = [case.fixed_bytes(encoder=False, shards=8), case.llm_bytes, case.checkpointed_bytes]
+            batches = [case.largest_batch(shards=8, checkpointing=checkpointing) for checkpointing in (False, True)]
+            cells = [*map(_bytes, whole), _about(case.largest_batch()), *map(_bytes, sharded), *map(_about, batches)]
+            lines.append(_row(f"{size} {case.name}", *cells))
+    return _table(columns, range(1, 11), lines)
+
+
+def _about(count: int) -> str:
+    return f"{int(float(f'{count:.2g}')):,}"
 
 
 def _network(models: dict[str, list[Case]], assumed: Assumed) -> str:

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 import xblip
 from xblip.blueprint import HERE, MISSING, WEIGHTLESS
 from xblip.doctor import examine, report_tables
-from xblip.dryrun import _loss, _on_meta, _saved_bytes
+from xblip.dryrun import _activations, _on_meta
 from xblip.testing import small_qformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::xblip.errors.UnknownWordsWarning")
@@ -59,7 +59,7 @@ class TestTruth:
         assert way.training_bytes["gradients and AdamW"] == 12 * next(
             part.trained for part in report.parts if part.name == "toy bridge"
         )
-        assert way.training_bytes["activations"] > 0
+        assert way.training_bytes["bridge's activations"] > 0 < way.training_bytes["LLM's activations"]
 
     def test_activations_are_what_the_model_itself_would_save(self, report, model, llm):
         for name, way in report.ways.items():
@@ -67,8 +67,8 @@ class TestTruth:
             item = branch.read(type(branch.modality).example(Path()).sources[0])
             weights = [*branch.parameters(), *llm.parameters()]
             with _on_meta():  # with fused attention too
-                saved = _saved_bytes(lambda name=name, item=item: _loss(model, name, item, 1, 3), weights)
-            assert way.training_bytes["activations"] == saved > 0
+                saved = _activations(model, name, item, weights, rows=1, num_new_tokens=3)
+            assert tuple(way.training_bytes.values())[-2:] == saved and min(saved) > 0
 
     def test_everything_is_here(self, report):
         assert {source.state for source in report.sources} == {HERE}
@@ -90,10 +90,20 @@ class TestTruth:
         report = examine(run)
         assert report.batch_size == 4 and report.ways.keys() == {"toy"}
         assert [source.used_for for source in report.sources if source.state == MISSING] == [["training data"]]
-        assert (
-            examine(run, batch_size=8).ways["toy"].training_bytes["activations"]
-            > (report.ways["toy"].training_bytes["activations"])
-        )
+        larger = examine(run, batch_size=8).ways["toy"].training_bytes
+        for part, taken in report.ways["toy"].training_bytes.items():
+            assert larger[part] == pytest.approx(taken * (2 if part.endswith("activations") else 1), rel=0.01)
+
+    def test_a_llm_keeps_no_more_than_of_the_rows_that_it_reads_at_once(self, write, llm_folder, monkeypatch):
+        monkeypatch.setattr("xblip.parts.POSITIONS", 64)
+        monkeypatch.setattr("xblip.parts.BYTES", 0)
+        base = write(llm={"source": str(llm_folder)}, branches={"toy": {"bridge": small_qformer(llm_folder)}})
+        fifty, hundred = (examine(base, batch_size=size) for size in (50, 100))
+        ours, theirs = (report.ways["toy"].training_bytes for report in (fifty, hundred))
+        assert theirs["bridge's activations"] == pytest.approx(2 * ours["bridge's activations"], rel=0.01)
+        positions = fifty.prompt_positions + fifty.num_new_tokens
+        embeddings = 50 * positions * fifty.ways["toy"].soft_prompt[1] * 4
+        assert theirs["LLM's activations"] - ours["LLM's activations"] == embeddings
 
 
 class TestStandIns:
@@ -134,7 +144,7 @@ class TestStandIns:
         bridge.pop("instruction_aware", None)
         report = examine(write(**pictures(image=far(**bridge))))
         assert report.ways["image"].soft_prompt == [soft, 24]
-        assert report.ways["image"].training_bytes["activations"] > 0
+        assert report.ways["image"].training_bytes["bridge's activations"] > 0
 
     def test_one_source_of_two_branches_is_one_encoder_and_two_alike_are_two(self, write):
         one = examine(write(**pictures(image=far(), video=far())))

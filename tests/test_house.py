@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices"},
-    {"config", "loading", "media", "contents"},
-    {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "packing", "provenance"},
+    {"config", "loading", "media", "contents", "packing"},
+    {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms", "shards"},
     {

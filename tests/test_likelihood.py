@@ -123,7 +123,7 @@ def test_what_another_thread_runs_meanwhile_is_left_alone(llm):
         thread = threading.Thread(target=lambda: seen.append(llm.logits(batch)))
         thread.start()
         thread.join()
-        return llm._run(batch)
+        return llm._run(batch.inputs_embeds, llm._others(batch))
 
     labels = batch.labels[:, 1:]
     mask = labels != IGNORE

@@ -21,6 +21,11 @@ def test_a_checkpoint_bears_its_name_only_when_it_is_whole(tmp_path):
         last_checkpoint(tmp_path)
     clear_unfinished(tmp_path)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "branch"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir())
+    clear_unfinished(tmp_path / "branch")
+    assert not list(tmp_path.iterdir())
     with writing(tmp_path / "checkpoint-1", is_main=True) as folder:
         (folder / "whole").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

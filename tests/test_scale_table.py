@@ -108,9 +108,9 @@ def test_gpus_share_the_work_and_wait_for_each_other(image):
     assert image.epoch_h(10**7, 8) == pytest.approx(10 * eight)
 
 
-def test_a_batch_that_fits_is_smaller_without_checkpointing_and_with_the_llm_whole(image):
-    plain = image.largest_batch(image.activation_bytes)
-    assert 0 < plain < image.largest_batch(image.checkpointed_bytes)
+def test_a_batch_that_fits_is_larger_where_the_llm_reads_a_part_at_once(image):
+    sharded, checkpointed = (image.largest_batch(shards=8, checkpointing=again) for again in (False, True))
+    assert 0 < sharded < checkpointed < image.largest_batch()
     assert (
         image.fixed_bytes(encoder=False, shards=8) < image.fixed_bytes(encoder=False) < image.fixed_bytes(encoder=True)
     )

@@ -126,6 +126,10 @@ def test_an_output_folder_that_cannot_be_is_named_before_anything_is_loaded(conf
         ({"max_steps": 0}, "Nothing would be learnt: let training.max_steps or training.num_train_epochs be above 0"),
         ({"max_steps": -1, "num_train_epochs": 0}, "Nothing would be learnt"),
         ({"learning_rate": -1e-3}, "learning_rate must be at least 0, not -0.001"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, not -0.1"),
+        ({"save_steps": 0}, "training.save_steps is 0: say after how many steps, .* set save_strategy to no"),
+        ({"logging_steps": -5}, "training.logging_steps is -5: .* set logging_strategy to no"),
+        ({"eval_steps": 0}, "training.eval_steps is 0: .* set eval_strategy to no"),
         ({"resume_from_checkpoint": "zz"}, "training.resume_from_checkpoint has no place here: .* --resume"),
     ],
 )
@@ -133,6 +137,12 @@ def test_a_training_setting_that_cannot_work_is_one_clear_error(config, settings
     config.training |= settings
     config.data.eval = None
     with pytest.raises(ConfigError, match=message):
+        train(config)
+
+
+def test_a_learning_rate_of_a_part_is_not_below_zero(config):
+    config.learning_rates = {"projector": -1e-4}
+    with pytest.raises(ConfigError, match=r"learning_rates.projector must be at least 0, not -0.0001"):
         train(config)
 
 

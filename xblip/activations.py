@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from xblip.errors import ConfigError
@@ -42,6 +43,7 @@ class _GatedProduct(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor):
         gate, up = ctx.saved_tensors
         with torch.enable_grad():

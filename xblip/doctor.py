@@ -184,11 +184,11 @@ def report_tables(report: "Report") -> Iterable[Table | Text | str]:
     )
     table = _table(
         f"Memory at batch size {report.batch_size}",
-        *("", "weights >", "gradients, AdamW >", "activations >", "cache >", "all >"),
+        *("", "weights >", "gradients, AdamW >", "bridge keeps >", "LLM keeps >", "cache >", "all >"),
     )
     if asking := report.asking_bytes:
         cache = asking["keys and values"] + asking["logits"]
-        table.add_row("ask", in_units(asking["weights"]), "", "", in_units(cache), in_units(sum(asking.values())))
+        table.add_row("ask", in_units(asking["weights"]), "", "", "", in_units(cache), in_units(sum(asking.values())))
     for name, way in report.ways.items():
         if way.error:
             continue
@@ -200,7 +200,8 @@ def report_tables(report: "Report") -> Iterable[Table | Text | str]:
     beams = f" by {report.num_beams} beams" if report.num_beams > 1 else ""
     yield (
         f"For answers of {report.num_new_tokens} tokens{beams}. An estimate from below: weights, gradients and AdamW are "
-        "exact, activations are those that training saves, with fused attention; what is used for a moment is not in it.\n"
+        "exact; bridge and LLM keep what the backward pass needs, with fused attention, the LLM of the part of a batch that "
+        "it reads at once. What is used for a moment is not in it.\n"
     )
     table = _table("Products of training on one sample", *("", "encoder >", "bridge >", "LLM >", "logits >", "all >"))
     for name, way in report.ways.items():

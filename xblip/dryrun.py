@@ -57,7 +57,8 @@ class Way:
       features: (S, N, D_enc).
       soft_prompt: (L, D_llm).
       features_bytes: of a thousand files, each like the example.
-      training_bytes: what training takes, with this modality alone: weights, gradients and optimizer, activations.
+      training_bytes: what training takes, with this modality alone: weights, gradients and optimizer, activations of
+        bridge and LLM.
       costs: of this modality before the LLM, for steps of any lengths.
       flops: by part, of training on one such sample.
       error: why all but `loaded` is unknown, or "".
@@ -81,6 +82,7 @@ class Report:
       batch_size: samples at once.
       num_beams: rows of each while asking.
       num_new_tokens: of an answer.
+      positions_at_once: that the LLM reads in training; None for all of a batch.
       parts, ways, sources: see there; ways by modality.
       prompt_positions: of a prompt with one input of each modality.
       soft_positions: of these, those of soft prompts.
@@ -93,6 +95,7 @@ class Report:
     batch_size: int
     num_beams: int
     num_new_tokens: int
+    positions_at_once: int | None
     parts: list[Part] = field(default_factory=list)
     ways: dict[str, Way] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
@@ -112,7 +115,14 @@ def dry_run(blueprint: Blueprint, *, batch_size: int) -> Report:
     """
     model = blueprint.model
     new, beams = model.generation["max_new_tokens"], model.generation.get("num_beams", 1)
-    report = Report(batch_size, beams, new, sources=blueprint.sources, is_estimate=not blueprint.has_its_tokenizer)
+    report = Report(
+        batch_size,
+        beams,
+        new,
+        model.llm.positions_at_once,
+        sources=blueprint.sources,
+        is_estimate=not blueprint.has_its_tokenizer,
+    )
     report.parts = _parts(model)
     with _on_meta():
         for name, item in blueprint.items.items():
@@ -162,14 +172,15 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
     own = {id(weight): weight for part in (branch, model.llm) for weight in part.parameters()}.values()
     trained = sum(weight.numel() for weight in own if weight.requires_grad)
     branch.train()
-    activations = _saved_bytes(lambda: _loss(model, name, item, batch_size, num_new_tokens), own)
+    of_bridge, of_llm = _activations(model, name, item, own, rows=batch_size, num_new_tokens=num_new_tokens)
     branch.eval()
     way.features, way.soft_prompt = list(features.values.shape), list(soft.shape)
     way.features_bytes = 1000 * stored_bytes(*way.features, str(encoder).removeprefix("torch."))
     way.training_bytes = {
         "weights": sum(weight.nbytes for weight in own),
         "gradients and AdamW": trained * BYTES_OF_TRAINING,
-        "activations": activations,
+        "bridge's activations": of_bridge,
+        "LLM's activations": of_llm,
     }
     segments, tokens, _ = way.features
     tokenizer = getattr(branch.bridge, "tokenizer", None)
@@ -185,10 +196,18 @@ def _go(way: Way, model: XBlip, name: str, item: dict[str, Tensor], *, batch_siz
     )
 
 
-def _loss(model: XBlip, name: str, item: dict[str, Tensor], rows: int, num_new_tokens: int) -> Tensor:
-    """The loss of answers of so many tokens to questions about one input each."""
+def _activations(
+    model: XBlip, name: str, item: dict[str, Tensor], weights: Any, *, rows: int, num_new_tokens: int
+) -> tuple[int, int]:
+    """Bytes that training on answers of so many tokens holds at once, for so many questions about one input each.
+
+    Returns:
+      What the bridge keeps of all rows, and the LLM of those that it reads at once.
+    """
     llm = model.llm
-    batch = _prompts(model, [Media(name, item)], rows)
+    prompts: list[PromptBatch] = []
+    of_bridge = _saved_bytes(lambda: prompts.append(_prompts(model, [Media(name, item)], rows)), weights)
+    [batch] = prompts
     batch.labels = torch.zeros(rows, num_new_tokens, dtype=torch.long)
     if not llm.is_encoder_decoder:
         answers = llm.embed([0] * num_new_tokens).expand(rows, -1, -1)
@@ -196,7 +215,11 @@ def _loss(model: XBlip, name: str, item: dict[str, Tensor], rows: int, num_new_t
         mask = batch.attention_mask.new_ones(rows, prompt + num_new_tokens)
         labels = F.pad(batch.labels, (prompt, 0), value=IGNORE)
         batch = PromptBatch(torch.cat([batch.inputs_embeds, answers], 1), mask, labels)
-    return llm.token_log_likelihoods(batch)[0].sum()
+    length = batch.inputs_embeds.shape[1]
+    once = slice(max(1, (llm.positions_at_once or rows * length) // length))
+    embeds = batch.inputs_embeds[once].detach().requires_grad_()
+    part = PromptBatch(embeds, batch.attention_mask[once], batch.labels[once])
+    return of_bridge, _saved_bytes(lambda: llm.token_log_likelihoods(part), weights)
 
 
 def _prompts(model: XBlip, media: list[Media], rows: int) -> PromptBatch:

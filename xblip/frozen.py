@@ -6,7 +6,9 @@ touch them; gradients may still flow through its activations (the LLM needs that
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,3 +171,30 @@ def fingerprint(module: nn.Module) -> str:
         values = flat[::step].cpu()
         digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files that transformers reads of a folder; others may lie there too."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return sorted(folder.glob("model.safetensors"))
+    return sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def fingerprint_of_files(files: list[Path]) -> str:
+    """Like `fingerprint`, from safetensors files: names, shapes and up to 512 values of every tensor's first row."""
+    from safetensors import safe_open
+
+    entries = []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                piece = tensors.get_slice(name)
+                shape = piece.get_shape()
+                values = piece[:1] if shape else tensors.get_tensor(name)
+                flat = values.reshape(-1)[:512].contiguous()
+                entries.append((name, tuple(shape), flat.view(torch.uint8).numpy().tobytes()))
+    digest = hashlib.sha256()
+    for name, shape, data in sorted(entries):
+        digest.update(f"{name} {shape}".encode() + data)
+    return digest.hexdigest()

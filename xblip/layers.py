@@ -90,6 +90,7 @@ def shard_llm(model: XBlip, device: torch.device) -> None:
         weight.data = weight.data.to(device)
     for branch in model.branches.values():
         branch.to(device)
+    model.llm.runs_in_parts = False  # all processes must run a layer equally often
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ROWS = 256
 """Positions whose logits are there at once: 33 MB in float32 for a vocabulary of 32,000."""
@@ -107,6 +108,7 @@ class _Chunked(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor):
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream[:, None]).to(gradient.dtype), None, None

@@ -8,7 +8,6 @@ the soft prompts. Likelihoods are read where labels are (`xblip.likelihood`): a 
 import functools
 import hashlib
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -18,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xblip.activations import checkpoint_layers, keep_less
+from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
-from xblip.frozen import Frozen, fingerprint
+from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 from xblip.packing import Packing
+from xblip.parts import Rows, positions_at_once, sum_in_parts
 
 IGNORE = -100
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -83,6 +83,7 @@ class FrozenLLM(Frozen):
       is_encoder_decoder: the prompt goes to an encoder, the answer to a decoder.
       context_length: positions it knows, or None if its config does not say.
       fingerprint: identifies weights and vocabulary.
+      runs_in_parts: training may run it any number of times in a step, which layers that processes share do not bear.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, config: LLMConfig):
@@ -114,6 +115,8 @@ class FrozenLLM(Frozen):
         )
         self.context_length = getattr(reader, "max_position_embeddings", None)
         self.fingerprint = _fingerprint(model, tokenizer, config)
+        self.runs_in_parts = True
+        self._layers_run_again = False
         self._labels = LabelReader(model)
         keep_less(model)
         self.freeze()
@@ -169,6 +172,13 @@ class FrozenLLM(Frozen):
         """Of the embeddings."""
         return self.model.get_input_embeddings().weight.dtype
 
+    @property
+    def positions_at_once(self) -> int | None:
+        """How many positions' activations training holds at once; None for all of a batch."""
+        if not self.runs_in_parts:
+            return None
+        return positions_at_once(self.device, self.dtype, layers=len(layers_of(self.model)), width=self.width)
+
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of a piece of text, without any special token that is not spelt out in it."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -191,7 +201,23 @@ class FrozenLLM(Frozen):
 
     def logits(self, batch: PromptBatch) -> Tensor:
         """Returns the logits (B, T, vocabulary) of a right-padded batch; an encoder-decoder's (B, T_answer, vocabulary)."""
-        return self._run(batch).logits
+        return self._run(batch.inputs_embeds, self._others(batch)).logits
+
+    def log_likelihood(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of all labelled tokens together, whose gradient takes the memory of one part of the batch.
+
+        Args:
+          batch: as for `token_log_likelihoods`.
+
+        Returns:
+          Two scalars: the sum over labelled tokens, float32, and their number.
+        """
+        positions = self.positions_at_once
+        if not (positions and torch.is_grad_enabled() and batch.inputs_embeds.requires_grad):
+            rows, mask = self._lay_out(batch)
+            return self._read(rows).sum(), mask.sum()
+        rows, mask = self._lay_out(batch, positions)
+        return sum_in_parts(rows, positions, self._read), mask.sum()
 
     def token_log_likelihoods(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Log-likelihood of each labelled token.
@@ -202,14 +228,8 @@ class FrozenLLM(Frozen):
         Returns:
           Two (B, T') tensors: log-likelihoods in float32, 0 where there is no label, and the mask of labels.
         """
-        labels = batch.labels if self.is_encoder_decoder else batch.labels[:, 1:]
-        mask = labels != IGNORE
-        run, places = functools.partial(self._run, batch), mask.nonzero(as_tuple=True)
-        packing = self._packing(batch)
-        if packing:
-            run, places = functools.partial(self._run_packed, batch, packing), packing.find(*places)
-        values = self._labels.read(run, places, labels[mask])
-        values, mask = values.to(self.device), mask.to(self.device)
+        rows, mask = self._lay_out(batch)
+        values = self._read(rows).to(self.device)
         return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
     def checkpoint_layers(self) -> None:
@@ -219,26 +239,56 @@ class FrozenLLM(Frozen):
           ConfigError: the model has no layers that can be run again.
         """
         checkpoint_layers(self.model)
+        self._layers_run_again = True
 
-    def _run(self, batch: PromptBatch) -> Any:
-        inputs = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask, "use_cache": False}
+    def _attends_one_by_one(self) -> bool:
+        """Whether attention may run over one sample at a time (`EachAlone`), which layers that run again would not do."""
+        is_sdpa = getattr(self.model.config, "_attn_implementation", None) == "sdpa"
+        return self.device.type == "cpu" and is_sdpa and not self._layers_run_again
+
+    def _lay_out(self, batch: PromptBatch, positions: int | None = None) -> tuple[Rows, Tensor]:
+        """Returns a batch as the model reads it, and the mask (B, T') of its labels, in whose order they are read.
+
+        Args:
+          batch: right-padded.
+          positions: of the parts that it will be read in, if it will be.
+        """
+        labels = batch.labels if self.is_encoder_decoder else batch.labels[:, 1:]
+        mask = labels != IGNORE
+        places, targets, mask = mask.nonzero(as_tuple=True), labels[mask], mask.to(self.device)
+        one_by_one = positions is not None and self._attends_one_by_one()
+        packing = self._packing(batch, positions if one_by_one else None)
+        if not packing:
+            return Rows(batch.inputs_embeds, self._others(batch), places, targets), mask
+        embeds, numbers = packing.pack(batch.inputs_embeds)
+        lengths = [[packing.lengths[sample] for sample in row] for row in packing.rows] if one_by_one else None
+        return Rows(embeds, {"position_ids": numbers}, packing.find(*places), targets, lengths), mask
+
+    def _read(self, rows: Rows) -> Tensor:
+        return self._labels.read(lambda: self._run(rows.embeds, rows.others), rows.places, rows.targets)
+
+    def _others(self, batch: PromptBatch) -> dict[str, Tensor]:
+        """What the model is given of a batch that is not packed, beside embeddings."""
+        others = {"attention_mask": batch.attention_mask}
         if self.is_encoder_decoder:
             labels = batch.labels.to(self.device)
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return self.model(**inputs)
+            others["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return others
 
-    def _run_packed(self, batch: PromptBatch, packing: Packing) -> Any:
-        rows, positions = packing.pack(batch.inputs_embeds)
-        return self.model(inputs_embeds=rows, position_ids=positions, use_cache=False)
+    def _run(self, embeds: Tensor, others: Mapping[str, Tensor]) -> Any:
+        return self.model(inputs_embeds=embeds, use_cache=False, **others)
 
-    def _packing(self, batch: PromptBatch) -> Packing | None:
-        """How to lay a batch out in fewer positions, where that helps and the model can tell samples in a row apart."""
+    def _packing(self, batch: PromptBatch, positions: int | None) -> Packing | None:
+        """How to lay a batch out in fewer positions, where that helps and the model can tell samples in a row apart.
+
+        In rows of so many positions, if attention runs over one sample at a time.
+        """
         if (
             self.is_encoder_decoder or batch.lengths is None or not self._packs
         ):  # tried in the first step of all processes
             return None
-        packing = Packing.plan(batch.lengths, self.width)
-        return packing if packing.is_worth_it else None
+        plan = Packing.fill(batch.lengths, positions) if positions else Packing.plan(batch.lengths, self.width)
+        return plan if plan.is_worth_it else None
 
     @functools.cached_property
     @torch.no_grad()
@@ -252,7 +302,8 @@ class FrozenLLM(Frozen):
         batch = PromptBatch(embeds, mask)
         alone = self.logits(batch)[mask.bool()].float()
         places = packing.find(*mask.cpu().nonzero(as_tuple=True))
-        packed = self._run_packed(batch, packing).logits[places].float()
+        rows, positions = packing.pack(batch.inputs_embeds)
+        packed = self._run(rows, {"position_ids": positions}).logits[places].float()
         return bool((packed - alone).norm() < (1e-3 if self.dtype is torch.float32 else 0.05) * alone.norm())
 
     def generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
@@ -335,35 +386,8 @@ def _fingerprint(model: Any, tokenizer: Any, config: LLMConfig) -> str:
     folder = Path(config.source) if Path(config.source).is_dir() else None
     if folder is None and (revision := getattr(model.config, "_commit_hash", None)):
         folder = cached_snapshot(config.source, revision)
-    files = _weight_files(folder) if folder and not model.get_input_embeddings().weight.is_meta else []
-    digest.update((_file_fingerprint(files) if files else fingerprint(model)).encode())
+    files = weight_files(folder) if folder and not model.get_input_embeddings().weight.is_meta else []
+    digest.update((fingerprint_of_files(files) if files else fingerprint(model)).encode())
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest.update(repr(vocabulary).encode())
     return digest.hexdigest()[:16]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads; others, such as an original `consolidated.safetensors`, may lie there too."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return sorted(folder.glob("model.safetensors"))
-    return sorted(folder / name for name in set(json.loads(index.read_text())["weight_map"].values()))
-
-
-def _file_fingerprint(files: list[Path]) -> str:
-    """Like `fingerprint`, from safetensors files: names, shapes and up to 512 values of every tensor's first row."""
-    from safetensors import safe_open
-
-    entries = []
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                piece = tensors.get_slice(name)
-                shape = piece.get_shape()
-                values = piece[:1] if shape else tensors.get_tensor(name)
-                flat = values.reshape(-1)[:512].contiguous()
-                entries.append((name, tuple(shape), flat.view(torch.uint8).numpy().tobytes()))
-    digest = hashlib.sha256()
-    for name, shape, data in sorted(entries):
-        digest.update(f"{name} {shape}".encode() + data)
-    return digest.hexdigest()

@@ -182,10 +182,10 @@ class XBlip(nn.Module):
             self.soft_prompts(samples),
             answers=[sample.answer for sample in samples],
         )
-        likelihoods, mask = self.llm.token_log_likelihoods(batch)
+        likelihood, num_tokens = self.llm.log_likelihood(batch)
         return {
-            "loss": -likelihoods.sum() / mask.sum(),
-            "num_tokens": mask.sum(),
+            "loss": -likelihood / num_tokens,
+            "num_tokens": num_tokens,
             "num_positions": batch.attention_mask.sum(),
         }
 

@@ -6,11 +6,14 @@ larger than another (the one with all long samples would need the most memory), 
 """
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass
@@ -36,6 +39,16 @@ class Packing:
         """
         plans = [cls._spread(lengths, count) for count in range(1, len(lengths) + 1)]
         return min(plans, key=lambda plan: plan.num_tokens * (2 * width + plan.row_length))
+
+    @classmethod
+    def fill(cls, lengths: Sequence[int], positions: int) -> "Packing":
+        """Finds rows of about equally many positions, of so many if that leaves little to pad, else of more.
+
+        For attention by `EachAlone`, to which long rows are no more work than short ones.
+        """
+        most, little = -(-sum(lengths) // positions), 1.1 * sum(lengths)
+        plans = (cls._spread(lengths, count) for count in range(most, 0, -1))
+        return next(plan for plan in plans if plan.num_tokens <= little)
 
     @classmethod
     def _spread(cls, lengths: Sequence[int], count: int) -> "Packing":
@@ -81,3 +94,35 @@ class Packing:
                 row_of[sample], start_of[sample] = number, start
                 start += self.lengths[sample]
         return row_of[samples], start_of[samples] + columns
+
+
+class EachAlone(TorchFunctionMode):
+    """Runs attention over one sample at a time in rows that samples share.
+
+    Under the mask that keeps samples apart, their products with each other are computed and thrown away. A CPU, to which a
+    call costs little, does without; accelerators have kernels that are quick under a mask, and pay for calls.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]]):
+        """Takes the lengths of the samples in each row."""
+        super().__init__()
+        self.lengths = lengths
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention and not torch.compiler.is_compiling():
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options) -> Tensor:
+        masks = attn_mask.expand(len(query), *attn_mask.shape[1:])
+        rows = []
+        for row, lengths in enumerate(self.lengths):
+            samples = []
+            padded = query.shape[2] - sum(lengths)
+            for start, stop in itertools.pairwise(itertools.accumulate([0, *lengths, *([padded] if padded else [])])):
+                own = slice(start, stop)
+                states = (part[row : row + 1, :, own] for part in (query, key, value))
+                mask = masks[row : row + 1, :, own, own]
+                samples.append(F.scaled_dot_product_attention(*states, attn_mask=mask, **options).transpose(1, 2))
+            rows.append(torch.cat(samples, 1))
+        return torch.cat(rows).transpose(1, 2)

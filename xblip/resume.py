@@ -102,7 +102,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A folder beside the target, so that relative paths written in it hold; gone if it cannot be filled."""
-    staging = target.with_name(f"{UNFINISHED}{target.name}")
+    staging = _staging_of(target)
     try:
         staging.mkdir(parents=True, exist_ok=True)
         yield staging
@@ -111,6 +111,10 @@ def _staging(target: Path) -> Iterator[Path]:
             raise
         shutil.rmtree(staging, ignore_errors=True)
         raise _unwritable(target, cause) from cause
+
+
+def _staging_of(target: Path) -> Path:
+    return target.with_name(f"{UNFINISHED}{target.name}")
 
 
 @contextlib.contextmanager
@@ -138,8 +142,8 @@ def _is_of_the_disk(cause: Exception) -> bool:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Removes what a run that died was writing."""
-    for staging in folder.glob(f"{UNFINISHED}*"):
+    """Removes what a run that died was writing, in a folder and in the place of it."""
+    for staging in [*folder.glob(f"{UNFINISHED}*"), _staging_of(folder.resolve())]:
         shutil.rmtree(staging, ignore_errors=True)
 
 

@@ -52,6 +52,9 @@ MISPLACED = {
 STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
 """Training arguments whose value "no" YAML reads as False."""
 
+PERIODS = ("eval_steps", "logging_steps", "save_steps")
+"""Training arguments that transformers takes 0 of, and then never does what they are for."""
+
 
 @dataclass
 class SourceConfig:
@@ -214,6 +217,9 @@ def check_config(config: TrainConfig) -> None:
             "data.group_by_length: nobody knows the lengths of a stream's rows. Leave one of the two out."
         )
     configs.at_least(config.data, eval_answers=0)
+    for part, rate in config.learning_rates.items():
+        if not rate >= 0:
+            raise ConfigError(f"learning_rates.{part} must be at least 0, not {rate:g}.")
     if not 0 <= config.data.max_skipped <= 1:
         raise ConfigError(f"data.max_skipped is a share of all rows, from 0 to 1, not {config.data.max_skipped:g}.")
 
@@ -255,7 +261,16 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         dataloader_num_workers=0,
         seed=0,
         learning_rate=0,
+        weight_decay=0,
+        max_grad_norm=0,
     )
+    for name in PERIODS:
+        period = config.training.get(name)
+        if period is not None and period <= 0:
+            raise ConfigError(
+                f"training.{name} is {period:g}: say after how many steps, or after which share of all, or "
+                f"set {name.replace('steps', 'strategy')} to no."
+            )
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
         raise ConfigError("Nothing would be learnt: let training.max_steps or training.num_train_epochs be above 0.")
     if arguments.eval_strategy != "no" and not config.data.eval:
