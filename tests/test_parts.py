@@ -93,6 +93,17 @@ def test_a_part_keeps_nothing_but_a_gradient():
     assert [tensor.numel() for tensor in total.grad_fn.saved_tensors] == [sum(LENGTHS) * llm.width]
 
 
+def test_the_share_of_a_part_is_not_rounded_to_the_precision_of_the_llm():
+    llm = build(*PACK["Llama"])
+    llm.model.bfloat16()
+    batch = packed_batch(llm)
+    batch.inputs_embeds = batch.inputs_embeds.detach().bfloat16().requires_grad_()
+    total, _ = llm.log_likelihood(batch)
+    whole, third = (torch.autograd.grad(total * by, batch.inputs_embeds, retain_graph=True)[0] for by in (1, 1 / 3))
+    rounded = (whole.float() / 3).bfloat16()
+    assert whole.dtype == torch.bfloat16 and torch.equal(third, rounded)
+
+
 def test_what_needs_no_gradient_runs_at_once(monkeypatch):
     llm = build(*PACK["Llama"])
     monkeypatch.setattr(parts, "POSITIONS_ON_CPU", POSITIONS)

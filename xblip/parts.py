@@ -112,4 +112,4 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient), None, None, None
+        return (gradient.float() * upstream).to(gradient.dtype), None, None, None
