@@ -62,7 +62,7 @@ def test_rows_are_shuffled_within_the_buffer_and_by_the_seed_alone(make):
 @pytest.mark.parametrize("start", [1, 2, 7])
 def test_resuming_goes_on_exactly(make, workers, start):
     streams = make(9, 11), make(6, name="b")
-    options = {"workers": workers, "weights": [2, 1], "groups": ["a", "b"]}
+    options = {"workers": workers, "weights": [2, 1]}
     whole = batches(*streams, count=14, **options)
     assert batches(*streams, count=14 - start, start=start, **options) == whole[start:]
     assert {len(batch) for batch in whole} == {2}

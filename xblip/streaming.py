@@ -145,7 +145,7 @@ class Stream:
 class StreamedExamples(IterableDataset):
     """Micro-batches of streams, for a data loader with `batch_size=None`.
 
-    Every micro-batch is of one source on all processes, and those of a step of one group, as those of `BatchPlan`.
+    Every micro-batch is of one source on all processes.
     """
 
     def __init__(
@@ -155,7 +155,6 @@ class StreamedExamples(IterableDataset):
         batch_size: int,
         seed: int,
         weights: Any = "equal",
-        groups: Sequence[str] | None = None,
         accumulation: int = 1,
         world_size: int = 1,
         rank: int = 0,
@@ -168,7 +167,6 @@ class StreamedExamples(IterableDataset):
           batch_size: rows of a micro-batch on one process.
           seed: of everything here.
           weights: "equal", or a number for each stream.
-          groups: of each stream; "" for all if None.
           accumulation: micro-batches of one step.
           world_size: number of processes.
           rank: which of them this is.
@@ -186,7 +184,7 @@ class StreamedExamples(IterableDataset):
         self.examples, self.batch_size, self.seed, self.start = examples, batch_size, seed, start
         self.world_size, self.rank = world_size, rank
         shares = shares_of(weights, [1] * len(streams))
-        self._turns = Turns(shares, groups or [""] * len(streams), steps=TURNS, accumulation=accumulation, seed=seed)
+        self._turns = Turns(shares, [""] * len(streams), steps=TURNS, accumulation=accumulation, seed=seed)
 
     def __iter__(self) -> Iterator[list[Sample | Skipped | XBlipError]]:
         info = get_worker_info()
