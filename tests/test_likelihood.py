@@ -161,6 +161,10 @@ def saved_bytes(llm: FrozenLLM, batch: PromptBatch) -> int:
     return total
 
 
+def _leaned(llm: FrozenLLM) -> set[type]:
+    return {type(module) for module in llm.model.modules() if type(module).__module__ == "xblip.activations"}
+
+
 class TestGatedFeedForwards:
     @pytest.mark.parametrize(
         ("family", "settings"),
@@ -183,7 +187,14 @@ class TestGatedFeedForwards:
 
     def test_others_are_left_as_they_are(self):
         llm = build("Phi3ForCausalLM", {**WIDER})
-        assert not any("forward" in vars(module) for module in llm.model.modules())
+        assert not _leaned(llm)
+
+    def test_layers_share_one_forward_so_that_torch_compiles_it_once(self):
+        llm = build(*HEAD_IS_LAST["Llama"])
+        [kind] = _leaned(llm)
+        found = [module for module in llm.model.modules() if type(module) is kind]
+        assert len(found) == 2 and not any("forward" in vars(module) for module in found)
+        assert kind.__name__ == "LlamaMLP" and issubclass(kind, transformers.models.llama.modeling_llama.LlamaMLP)
 
     def test_a_copy_has_weights_of_its_own(self):
         model = build(*HEAD_IS_LAST["Llama"]).model
