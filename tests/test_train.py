@@ -138,6 +138,30 @@ def test_words_the_llm_does_not_know_are_told_at_the_start(config):
         train(config)
 
 
+def test_words_of_answers_that_the_llm_does_not_know_are_told_once_each(config, manifest, tmp_path):
+    row = json.loads(manifest.read_text().splitlines()[0])
+    rows = [{**row, "answer": answer} for answer in ("a glorp", "a glorp", "a zibble glorp", "red")]
+    config.data.train = str(tmp_path / "odd.jsonl")
+    Path(config.data.train).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.training |= {"max_steps": 3, "save_strategy": "no"}
+    config.data.eval = None
+    with pytest.warns(UnknownWordsWarning) as caught:
+        train(config)
+    told = sorted(
+        str(warning.message).split(" in ")[0] for warning in caught if "does not know" in str(warning.message)
+    )
+    words = {word for line in told for word in line.replace(",", " ").split() if word.startswith('"')}
+    assert {'"glorp"', '"zibble"'} <= words and sum('"glorp"' in line for line in told) == 1
+
+
+def test_the_bridge_may_be_read_by_whoever_may_read_new_files(config, tmp_path):
+    config.training |= {"max_steps": 1, "save_strategy": "no"}
+    config.data.eval = None
+    train(config)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert modes["bridge.safetensors"] == modes["branch.yaml"]
+
+
 def test_parts_of_a_bridge_learn_at_rates_of_their_own(config, tmp_path):
     config.training |= {"max_steps": 2, "learning_rate": 0.0}
     config.data.eval = None

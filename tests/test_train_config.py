@@ -1,6 +1,7 @@
 """What a training config and its manifests may say, and the errors of what they may not."""
 
 import json
+import math
 
 import pytest
 
@@ -126,6 +127,8 @@ def test_an_output_folder_that_cannot_be_is_named_before_anything_is_loaded(conf
         ({"max_steps": 0}, "Nothing would be learnt: let training.max_steps or training.num_train_epochs be above 0"),
         ({"max_steps": -1, "num_train_epochs": 0}, "Nothing would be learnt"),
         ({"learning_rate": -1e-3}, "learning_rate must be at least 0, not -0.001"),
+        ({"learning_rate": math.nan}, "learning_rate must be at least 0, not nan"),
+        ({"max_steps": -5}, "Nothing would be learnt: let training.max_steps"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, not -0.1"),
         ({"save_steps": 0}, "training.save_steps is 0: say after how many steps, .* set save_strategy to no"),
         ({"logging_steps": -5}, "training.logging_steps is -5: .* set logging_strategy to no"),

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,17 @@ def test_a_checkpoint_of_a_branch_alone_is_not_gone_on_from(config):
     config.data.eval = None
     train(config)
     config.training["max_steps"] = 4
-    with pytest.raises(ConfigError, match=r"checkpoint-2 lacks optimizer\.pt and scheduler\.pt: .* init\.folder"):
+    with pytest.raises(ConfigError, match=r"checkpoint-2 lacks optimizer\.pt and scheduler\.pt.*: .* init\.folder"):
+        train(config, resume=True)
+
+
+def test_a_checkpoint_without_random_state_is_not_gone_on_from(config, tmp_path):
+    config.training |= {"max_steps": 2, "save_steps": 2}
+    config.data.eval = None
+    train(config)
+    (tmp_path / "run" / "checkpoint-2" / "rng_state.pth").unlink()
+    config.training["max_steps"] = 4
+    with pytest.raises(ConfigError, match=r"checkpoint-2 lacks rng_state\.pth"):
         train(config, resume=True)
 
 
@@ -216,6 +228,86 @@ def test_a_folder_with_checkpoints_is_not_trained_over(config):
         train(config)
 
 
+@pytest.mark.parametrize("name", ["README.md", "store.yaml", "tokenizer/vocab.txt", "model.safetensors"])
+def test_an_output_folder_that_holds_something_else_is_refused(config, tmp_path, name):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=rf"run is not empty, .* such as {name.split('/')[0]}: choose another"):
+        train(config)
+    assert file.read_text() == "mine"
+
+
+def test_a_trained_branch_is_not_trained_over(config, tmp_path):
+    config.training |= {"max_steps": 1, "save_strategy": "no"}
+    config.data.eval = None
+    train(config)
+    before = (tmp_path / "run" / "bridge.safetensors").read_bytes()
+    config.training |= {"max_steps": 2}
+    with pytest.raises(
+        ConfigError, match=r"run is not empty, .* such as README.md, branch.yaml, bridge.safetensors and"
+    ):
+        train(config)
+    assert (tmp_path / "run" / "bridge.safetensors").read_bytes() == before
+
+
+def test_what_a_run_leaves_that_died_before_its_first_checkpoint_is_in_no_ones_way(config, tmp_path):
+    config.training |= {"max_steps": 1, "save_strategy": "no"}
+    config.data.eval = None
+    (tmp_path / "run" / "runs").mkdir(parents=True)
+    (tmp_path / "run" / "unfinished-checkpoint-5").mkdir()
+    (tmp_path / "run" / "skipped.jsonl").write_text("")
+    train(config)
+    assert (tmp_path / "run" / "bridge.safetensors").is_file()
+
+
+def test_two_runs_do_not_write_into_one_folder(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    script = "import sys, pathlib; from xblip.resume import the_only_run\n"
+    script += "with the_only_run(pathlib.Path(sys.argv[1]), 'xblip train'): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            BundleError, match=r"Another xblip train is writing into .*run: wait for it, or give another"
+        ):
+            train(config)
+        other.communicate("")
+
+
+class TestResumedWithOtherSettings:
+    """What decides how a run goes on is what it is told when it goes on."""
+
+    @pytest.fixture
+    def first(self, config):
+        config.training |= {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "lr_scheduler_type": "constant"}
+        config.data.eval = None
+        config.branch.bridge["dropout"] = 0.0
+        train(config)
+        config.training["max_steps"] = 6
+        return config
+
+    def logged(self, config, name):
+        state = json.loads(Path(config.training["output_dir"], "trainer_state.json").read_text())
+        return {entry["step"]: entry[name] for entry in state["log_history"] if name in entry}
+
+    def test_learning_rate_and_decay(self, first):
+        before = first.training["learning_rate"]
+        first.training |= {"learning_rate": before / 8, "weight_decay": 0.25}
+        train(first, resume=True)
+        rates = self.logged(first, "learning_rate")
+        assert rates[4] == pytest.approx(before) and rates[5] == rates[6] == pytest.approx(before / 8)
+        saved = torch.load(Path(first.training["output_dir"], "checkpoint-6", "optimizer.pt"), weights_only=True)
+        assert max(group["weight_decay"] for group in saved["param_groups"]) == 0.25
+
+    def test_how_often_it_saves_and_tells(self, first):
+        first.training |= {"save_steps": 1, "logging_steps": 2}
+        train(first, resume=True)
+        saved = {path.name for path in Path(first.training["output_dir"]).glob("checkpoint-*")}
+        assert saved == {f"checkpoint-{step}" for step in (2, 4, 5, 6)}
+        assert sorted(self.logged(first, "learning_rate")) == [1, 2, 3, 4, 6]
+
+
 def test_a_worker_that_is_killed_is_one_clear_error(files):
     files.training |= {"dataloader_num_workers": 1}
     with pytest.MonkeyPatch.context() as patch:
@@ -233,11 +325,12 @@ def test_a_worker_that_is_killed_in_an_evaluation_is_one_clear_error(files):
 
 
 @pytest.mark.parametrize("full", ["metrics.json", "curves.png", "trainer_state.json"])
-def test_a_disk_that_fills_is_one_clear_error_whatever_was_being_written(config, full):
+def test_a_disk_that_fills_is_one_clear_error_whatever_was_being_written(config, full, monkeypatch):
     config.training |= {"max_steps": 2, "save_strategy": "no", "report_to": "none"}
     output = Path(config.training["output_dir"])
     output.mkdir()
     (output / full).symlink_to("/dev/full")
+    monkeypatch.setattr("xblip.train.check_output", lambda folder: None)  # it was not there when the run began
     with pytest.raises(BundleError, match=r"Cannot write .*run: .*No space left on device.*--resume"):
         train(config)
 
@@ -246,16 +339,16 @@ def test_the_output_folder_may_be_a_disk_of_its_own(config, small_disk):
     config.training |= {"max_steps": 1, "save_strategy": "no", "report_to": "none", "output_dir": str(small_disk)}
     config.data.eval = None
     train(config)
-    train(config)
     assert (small_disk / "bridge.safetensors").is_file() and (small_disk / "tokenizer").is_dir()
     assert not list(small_disk.parent.glob("unfinished-*"))
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
-def test_a_prompt_that_is_too_long_is_told_with_its_rows(config, manifest, tmp_path, name):
+def test_a_prompt_that_is_too_long_is_told_with_its_row(config, manifest, tmp_path, name):
     row = json.loads(manifest.read_text().splitlines()[0])
-    (tmp_path / "long.jsonl").write_text(json.dumps({**row, "instruction": "what " * 300}) + "\n")
+    rows = [row, {**row, "instruction": "what " * 300}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     setattr(config.data, name, str(tmp_path / "long.jsonl"))
     config.training |= {"max_steps": 1, "save_strategy": "no"}
-    with pytest.raises(InputError, match=r"prompt is too long .* It is one of these rows: .*long\.jsonl, line 1"):
+    with pytest.raises(InputError, match=r"prompt is too long .* It is [^;]*long\.jsonl, line 2\.$"):
         train(config)

@@ -21,6 +21,7 @@ from xblip.bridge import WEIGHTS, Bridge, load_bridge
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.frozen import Encoders, FrozenEncoder
 from xblip.llm import DTYPES, FrozenLLM
+from xblip.loading import save_tensors
 from xblip.modality import Features, Modality, collate
 
 FILE = "branch.yaml"
@@ -179,14 +180,12 @@ class Branch(nn.Module):
         Returns:
           What `load_parts` needs beside it.
         """
-        from safetensors.torch import save_file
-
         settings = configs.plain(self.modality.config)
         if self.encoder_folder is not None:
             # Resolved, since ".." after a link leads elsewhere than the path says.
             settings["encoder"] = encoder or os.path.relpath(self.encoder_folder.resolve(), folder.resolve())
         bridge = {"kind": self.bridge.name, **configs.plain(self.bridge.config), **self.bridge.save_assets(folder)}
-        save_file({name: value.contiguous() for name, value in self.bridge.state_dict().items()}, folder / WEIGHTS)
+        save_tensors(self.bridge.state_dict(), folder / WEIGHTS)
         return {
             "modality": self.modality.name,
             "config": settings,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from xblip import config as configs
 from xblip import plugins
+from xblip.branch import FILE as BRANCH_FILE
 from xblip.branch import Branch, BranchConfig, made_folder, read_saved
 from xblip.errors import BundleError, ConfigError
 from xblip.frozen import Encoders
@@ -69,6 +70,11 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Bund
     if not os.path.exists(path):
         path = snapshot(str(source), "bundle", advice="`xblip plugins` lists the installed ones.")
     file = path / FILE if path.is_dir() else path
+    if not file.is_file() and (path / BRANCH_FILE).is_file():
+        raise BundleError(
+            f"{path} is a branch, and a model is one or more of them before an LLM: name it under `branches` of a config, "
+            "or put them together by XBlip.compose."
+        )
     if not file.is_file():
         raise BundleError(f"There is no bundle in {path}: it lacks {FILE}. Give a folder written by save_pretrained.")
     config = configs.build(BundleConfig, configs.load_yaml(file, overrides, named=BRANCHES), where=file.name)

@@ -17,11 +17,20 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train bridges; encoders and LLM stay frozen."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     from xblip.train import train as run
     from xblip.train_config import load_train_config
 
     settings = load_train_config(config, overrides or [])
-    metrics = run(settings, resume=resume)
+    try:
+        metrics = run(settings, resume=resume)
+    except KeyboardInterrupt:
+        output = settings.training["output_dir"]
+        last = get_last_checkpoint(output) if Path(output).is_dir() else None
+        found = f"go on from {last} with --resume" if last else f"{output} holds no checkpoint yet"
+        print(f"interrupted: {found}.", file=sys.stderr)
+        raise
     shown = {name: value for name, value in metrics.items() if name.endswith(("loss", "accuracy", "recall_at_1"))}
     if int(os.environ.get("RANK", "0")) > 0:
         return

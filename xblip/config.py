@@ -120,7 +120,7 @@ def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
 def at_least(settings: Any, **limits: int) -> None:
     """Raises `ConfigError` for a setting that is below its limit, e.g. `at_least(config, hidden_size=1)`."""
     for name, limit in limits.items():
-        if getattr(settings, name) < limit:
+        if not getattr(settings, name) >= limit:
             raise ConfigError(f"{name} must be at least {limit}, not {getattr(settings, name)!r}.")
 
 

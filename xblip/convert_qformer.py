@@ -28,7 +28,7 @@ from xblip.lavis import (
     with_qformer,
 )
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.loading import LOADING_ERRORS, why_not_loaded
+from xblip.loading import LOADING_ERRORS, save_tensors, why_not_loaded
 from xblip.qformer import QFormer, QFormerConfig
 from xblip.retrieval import Retriever
 from xblip.retrieval_bridge import TEMPERATURE
@@ -257,9 +257,7 @@ def bert_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def save_initial(checkpoint: Checkpoint, settings: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> str:
     """Writes weights that any bridge of those settings may start from."""
-    from safetensors.torch import save_file
-
-    save_file({name: value.float().contiguous() for name, value in weights.items()}, made_folder(folder) / WEIGHTS)
+    save_tensors({name: value.float() for name, value in weights.items()}, made_folder(folder) / WEIGHTS)
     told = {name: TOKENIZER if name == "tokenizer" else value for name, value in settings.items()}
     Path(folder, "README.md").write_text(
         f"# Initial weights of a bridge\n\nFrom {checkpoint.path.name}: "

@@ -32,7 +32,13 @@ class BundleError(XBlipError):
 
 
 class InputError(XBlipError):
-    """What was asked cannot be answered as it stands: empty, too long, of unequal lengths."""
+    """What was asked cannot be answered as it stands: empty, too long, of unequal lengths.
+
+    Attributes:
+      row: which sample of a batch it is about; None if that is not known.
+    """
+
+    row: int | None = None
 
 
 class UnknownWordsWarning(UserWarning):

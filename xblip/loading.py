@@ -1,7 +1,7 @@
 """Loading models of `transformers`: what can go wrong, models that are kept to be shared, and skeletons without weights."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xblip.errors import BundleError
@@ -149,3 +150,11 @@ def why_not_loaded(source: str, error: BaseException) -> str:
     if _looks_like_a_path(source) and not os.path.isdir(source):
         return f"no such folder; relative ones start at {Path.cwd()}."
     return first_line(error)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file that others may read as they may any new file; the library keeps it to its owner."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    file.chmod(mode)

@@ -6,6 +6,7 @@ name is whole, however the run died.
 
 import contextlib
 import errno
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,49 @@ STATE = "trainer_state.json"
 UNFINISHED = "unfinished-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What the system says of a disk that takes no more."""
+
+
+LEFT = ("runs", "skipped.jsonl", "curves.png", "lost+found")
+"""What a run that ended before its first checkpoint leaves, and the next one may write over; and a new disk."""
+
+
+def check_output(folder: Path) -> None:
+    """Checks that a fresh run writes over nothing.
+
+    Raises:
+      ConfigError: the folder holds checkpoints, or something else.
+    """
+    if any(folder.glob("checkpoint-*")):
+        raise ConfigError(
+            f"{folder} holds checkpoints of an earlier run: go on from the last by --resume, delete them, or choose another "
+            "training.output_dir."
+        )
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", UNFINISHED)))
+    held = [name for name in held if name not in LEFT]
+    if held:
+        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+        raise ConfigError(
+            f"{folder} is not empty, and a run would write over what it holds, such as {', '.join(held[:3])}{more}: choose "
+            "another training.output_dir, or delete that."
+        )
+
+
+@contextlib.contextmanager
+def the_only_run(folder: Path, command: str) -> Iterator[None]:
+    """Keeps other runs of a command out of a folder; a lock of this process alone, which ends with it however it ends.
+
+    Raises:
+      BundleError: another run is writing there.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as cause:
+            raise BundleError(
+                f"Another {command} is writing into {folder}: wait for it, or give another folder. To use more "
+                "processes, start one run with torchrun or accelerate launch."
+            ) from cause
+        yield
 
 
 def last_checkpoint(folder: str | Path) -> Path:

@@ -84,7 +84,7 @@ class Retriever(nn.Module):
         if not file.is_file():
             raise BundleError(
                 f"There is no retriever in {file.parent.resolve()}: it lacks {FILE}. Give a folder that "
-                "`xblip convert` or save_pretrained wrote."
+                "`xblip train` wrote in the stage align, or `xblip convert`, or save_pretrained."
             )
         return cls(Branch.load_parts(file, *read_parts(file), llm_width=0, bridge_class=RetrievalBridge)).eval()
 

@@ -187,10 +187,10 @@ class Router:
         """
         rows, ids = [], []
         apart = self.llm.is_encoder_decoder
-        spoken = [self._answer_ids(answer) for answer in answers or ()]
+        spoken = [[*self._tokenize(answer), self.llm.tokenizer.eos_token_id] for answer in answers or ()]
         for index, (pieces, softs) in enumerate(zip(samples, soft_prompts, strict=True)):
             row = self._lay_out(pieces, softs, [] if apart or answers is None else spoken[index], ids)
-            self._check_length(row, 0 if apart else room)
+            self._check_length(row, 0 if apart else room, index)
             rows.append(row)
         embedded = self.llm.embed(ids)
         embeds = [
@@ -211,10 +211,7 @@ class Router:
 
     def count_answer_tokens(self, answer: str) -> int:
         """Returns how many tokens of an answer are learnt, the end of sequence included."""
-        return len(self._answer_ids(answer))
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        return [*self.llm.tokenize(answer), self.llm.tokenizer.eos_token_id]
+        return len(self.llm.tokenize(answer)) + 1
 
     def _lay_out(
         self, pieces: Sequence[Piece], softs: Sequence[Tensor], answer: list[int], ids: list[int]
@@ -232,35 +229,41 @@ class Router:
         return row
 
     def _tokenize(self, text: str) -> list[int]:
-        """Returns the ids of a prompt's text."""
+        """Returns the ids of a text, of a prompt or an answer."""
         ids = self.llm.tokenize(text) if text else []
         self._warn_of_unknown(text, ids)
         return ids
 
     def _warn_of_unknown(self, text: str, ids: list[int]) -> None:
-        """Warns, once, of words in a prompt's text that the LLM does not know; `ids` are the text's."""
+        """Warns, once of each, of words in a text that the LLM does not know; `ids` are the text's."""
         unknown = self.llm.tokenizer.unk_token_id
         if unknown not in ids or text in self._warned:
             return
-        self._warned.add(text)
-        words = ", ".join(f'"{word}"' for word in text.split() if unknown in self.llm.tokenize(word))
+        words = [word for word in text.split() if unknown in self.llm.tokenize(word)]
+        new = [word for word in words or [text] if word not in self._warned]
+        self._warned.update([text, *new])
+        if not new:
+            return
+        listed = ", ".join(f'"{word}"' for word in new)
         warnings.warn(
-            f'The LLM does not know {words} in "{text}": it reads every such word as the same one, and its answers '
+            f'The LLM does not know {listed} in "{text}": it reads every such word as the same one, and its answers '
             "suffer. Use words of its vocabulary.",
             UnknownWordsWarning,
             stacklevel=3,
         )
 
-    def _check_length(self, row: list[slice | Tensor], room: int) -> None:
+    def _check_length(self, row: list[slice | Tensor], room: int, index: int) -> None:
         text = sum(part.stop - part.start for part in row if isinstance(part, slice))
         soft = sum(part.shape[0] for part in row if not isinstance(part, slice))
         limit = self.llm.context_length
         if limit is not None and text + soft + room > limit:
-            raise InputError(
+            error = InputError(
                 f"The prompt is too long for the LLM: {soft} soft-prompt and {text} text positions"
                 f"{f' with {room} new tokens' if room else ''} exceed its context of {limit}. Give fewer or shorter "
                 "inputs, a shorter instruction, or a smaller max_new_tokens."
             )
+            error.row = index
+            raise error
 
 
 def _labels(answers: Sequence[list[int]], ends: Sequence[int] | None) -> Tensor:

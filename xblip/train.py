@@ -4,6 +4,7 @@ Rows are read and checked before anything heavy is loaded, so that a wrong one c
 they are saved; what a run was made of goes into its checkpoints, and a resumed run must be made of the same.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,15 @@ from xblip.initial import begin_alike, initialise
 from xblip.layers import WISHES, apply_wishes, shard_llm
 from xblip.llm import FrozenLLM
 from xblip.model import XBlip
-from xblip.resume import clear_unfinished, last_checkpoint, naming_full_disks, read_state, replacing
+from xblip.resume import (
+    check_output,
+    clear_unfinished,
+    last_checkpoint,
+    naming_full_disks,
+    read_state,
+    replacing,
+    the_only_run,
+)
 from xblip.store import FeatureStore
 from xblip.stored import stored_encoder
 from xblip.tasks import AlignTask, AnswerTask, Task
@@ -58,12 +67,17 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
     is_main = arguments.process_index == 0
     console = console or Console(quiet=not is_main)
     output = Path(made_folder(arguments.output_dir))
+    with the_only_run(output, "xblip train") if is_main else contextlib.nullcontext():
+        return _run(config, arguments, output, console, resume=resume)
+
+
+def _run(
+    config: TrainConfig, arguments: TrainingArguments, output: Path, console: Console, *, resume: bool
+) -> dict[str, float]:
+    is_main = arguments.process_index == 0
     checkpoint = last_checkpoint(output) if resume else None
-    if not resume and any(output.glob("checkpoint-*")):
-        raise ConfigError(
-            f"{output} holds checkpoints of an earlier run: go on from the last by --resume, delete them, or choose another "
-            "training.output_dir."
-        )
+    if not resume:
+        check_output(output)
     if is_main:
         clear_unfinished(output)
     set_seed(arguments.seed)

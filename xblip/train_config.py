@@ -271,7 +271,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
                 f"training.{name} is {period:g}: say after how many steps, or after which share of all, or "
                 f"set {name.replace('steps', 'strategy')} to no."
             )
-    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
+    by_epochs = arguments.max_steps == -1  # which is how transformers says that no number of steps is given
+    if not (arguments.num_train_epochs if by_epochs else arguments.max_steps) > 0:
         raise ConfigError("Nothing would be learnt: let training.max_steps or training.num_train_epochs be above 0.")
     if arguments.eval_strategy != "no" and not config.data.eval:
         raise ConfigError(

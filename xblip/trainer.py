@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
@@ -23,7 +23,7 @@ from xblip.devices import device_peak
 from xblip.errors import ConfigError, InputError, XBlipError, suggest
 from xblip.examples import SkipLog
 from xblip.layers import is_sharded
-from xblip.loading import first_line, is_killed_worker
+from xblip.loading import first_line, is_killed_worker, save_tensors
 from xblip.meters import Curves, Meter
 from xblip.mixture import BatchPlan
 from xblip.resume import STATE, check_facts, reading, write_facts, writing
@@ -159,7 +159,8 @@ class BridgeTrainer(Trainer):
             rows = [sample.origin for sample in self._samples]
             if any(row and row in str(error) for row in rows):
                 raise
-            raise InputError(f"{error} It is one of these rows: {'; '.join(rows)}.") from error
+            told = f"one of these rows: {'; '.join(rows)}" if error.row is None else rows[error.row]
+            raise InputError(f"{error} It is {told}.") from error
 
     def _check_finite(self, value: Tensor, what: str) -> None:
         if not value.isfinite().all():
@@ -265,7 +266,7 @@ class BridgeTrainer(Trainer):
                 self._save_rng_state(str(staging))
             if is_main:
                 if state := self.task.state():
-                    save_file(state, staging / TASK_STATE)
+                    save_tensors(state, staging / TASK_STATE)
                 self._note_callbacks()
                 self.state.save_to_json(str(staging / STATE))
                 write_facts(staging, self.facts)
@@ -294,15 +295,34 @@ class BridgeTrainer(Trainer):
         check_facts(Path(resume_from_checkpoint), self.facts)
         self.task.load(Path(resume_from_checkpoint))
 
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # which a checkpoint has too, of its own run
+        return trained
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        lacking = [name for name in KEPT if checkpoint and not Path(checkpoint, name).is_file()]
+        if not checkpoint:
+            return
+        random = [f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"]
+        lacking = [name for name in (*KEPT, *random) if not Path(checkpoint, name).is_file()]
         if lacking:  # transformers would go on with fresh ones
             raise ConfigError(
                 f"{checkpoint} lacks {' and '.join(lacking)}: a run cannot go on from a branch alone, as "
                 "training.save_only_model leaves one. Train anew in another output_dir, with init.folder naming it."
             )
+        asked = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         with reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        self._ask_for(asked)
+
+    def _ask_for(self, asked: Sequence[tuple[float, float]]) -> None:
+        """Sets what a checkpoint has of its own run: each group's learning rate before the schedule, and weight decay."""
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        for number, (group, (rate, decay)) in enumerate(zip(self.optimizer.param_groups, asked, strict=True)):
+            group["weight_decay"] = decay
+            if rate != group["initial_lr"] and isinstance(schedule, LambdaLR):
+                group["initial_lr"] = schedule.base_lrs[number] = rate
+                group["lr"] = schedule._last_lr[number] = rate * schedule.lr_lambdas[number](schedule.last_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(checkpoint):
