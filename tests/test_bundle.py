@@ -207,6 +207,10 @@ class TestCompose:
 
 
 class TestDamage:
+    def test_a_branch_is_no_model(self, branch_folder):
+        with pytest.raises(BundleError, match=r"is a branch, and a model is .*: name it under `branches` of a config"):
+            XBlip.from_pretrained(branch_folder)
+
     def test_there_is_no_bundle(self, tmp_path):
         with pytest.raises(BundleError, match=r"There is no bundle in .*: it lacks config.yaml"):
             XBlip.from_pretrained(tmp_path)

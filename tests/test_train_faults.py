@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kit import FileToy, registered, train_whole_and_broken
 from safetensors.torch import load_file
 
+from xblip import cli_train
 from xblip.bridge import QFormerBridge
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
 from xblip.model import XBlip
@@ -236,6 +239,25 @@ def test_an_output_folder_that_holds_something_else_is_refused(config, tmp_path,
     with pytest.raises(ConfigError, match=rf"run is not empty, .* such as {name.split('/')[0]}: choose another"):
         train(config)
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [("checkpoint-7", r"go on from .*run/checkpoint-7 with --resume"), ("", "run holds no checkpoint yet")],
+)
+def test_a_run_that_is_interrupted_says_how_to_go_on(monkeypatch, tmp_path, capsys, checkpoint, message):
+    (tmp_path / "run" / checkpoint).mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text("{}")
+
+    def interrupted(settings, resume):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xblip.train.train", interrupted)
+    settings = SimpleNamespace(training={"output_dir": str(tmp_path / "run")})
+    monkeypatch.setattr("xblip.train_config.load_train_config", lambda *given: settings)
+    with pytest.raises(KeyboardInterrupt):
+        cli_train.train(tmp_path / "run.yaml")
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_trained_branch_is_not_trained_over(config, tmp_path):
