@@ -191,6 +191,42 @@ def test_what_killed_runs_left_is_removed(data):
     assert FeatureStore.open(data / "store").content_digest() == whole.content_digest()
 
 
+@pytest.mark.parametrize(
+    "name", ["bridge.safetensors", "model.safetensors.partial", "notes.txt", "features-x.safetensors", "images"]
+)
+def test_a_folder_of_something_else_is_refused_before_anything_is_loaded(data, monkeypatch, name):
+    monkeypatch.setattr(Numbers, "build_encoder", lambda self: pytest.fail("loaded"))
+    other = data / "branch"
+    other.mkdir()
+    (other / name).mkdir() if name == "images" else (other / name).write_text("precious")
+    with pytest.raises(BundleError, match=rf"branch is no feature store, and holds {name}. Give an empty or a new"):
+        run(data, to="branch")
+    assert [path.name for path in other.iterdir()] == [name]
+
+
+def test_a_folder_of_many_files_is_told_by_some_of_them(data):
+    for number in range(5):
+        (data / f"{number}.pt").touch()
+    with pytest.raises(BundleError, match=r"holds 0.pt, 0.txt, 1.pt and \d+ more. Give"):
+        run(data, to=".")
+
+
+def test_what_else_lies_in_a_store_is_left_alone(data):
+    """Also by `verify`, and by a run that a crash has left with nothing but its lock."""
+    store = data / "store"
+    store.mkdir()
+    (store / ".lock").touch()
+    (store / "store.yaml.partial").touch()
+    run(data)
+    others = [store / name for name in ("bridge.safetensors", "model.partial", "x-features-00000-aaaaaa-00000.partial")]
+    for path in others:
+        path.write_text("precious")
+    size = sum(path.stat().st_size for path in store.glob("f*.safetensors"))
+    assert run(data).nbytes == size and [path.read_text() for path in others] == ["precious"] * 3
+    job = Job(BranchConfig("numbers"), str(store))
+    assert "12 items in" in verify(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
+
+
 def test_another_run_into_the_same_store_is_refused(data):
     made = data / "store"
     made.mkdir()

@@ -28,8 +28,8 @@ from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, Skip, best_device
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.modality import Features
-from xblip.shards import PARTIAL, SUFFIX, replacing
-from xblip.store import SKIPPED, StoreWriter
+from xblip.shards import PARTIAL, replacing
+from xblip.store import LOCK, SKIPPED, StoreWriter, check_folder, is_own, shards_in
 from xblip.stored import check_views, stored_encoder
 
 ENGINES = ("accelerate", "ray")
@@ -100,12 +100,14 @@ def precompute(
       What was done; in each process the same.
 
     Raises:
-      BundleError: the store holds other features, another run writes into it, or the disk is full or too small.
+      BundleError: the folder holds something else or other features, another run writes into it, or the disk is full or
+        too small.
       MediaError: more sources than `max_skipped` are broken.
       ConfigError, InputError: a setting or a manifest is wrong.
     """
     if engine not in ENGINES:
         raise ConfigError(f'Unknown engine "{engine}".{suggest(engine, ENGINES)}')
+    check_folder(Path(job.folder))
     console = console or Console(highlight=False)
     sources = sources_and_views(job.branch.modality, manifests, learnt, job.views)
     limit = max_skipped * len(sources)
@@ -138,7 +140,7 @@ def precompute(
     skipped = gather_object(skipped)
     written = sum(gather_object([written + writer.num_written]))
     _together(state, lambda: _check_skipped(skipped, job.folder, sources, max_skipped))
-    size = sum(path.stat().st_size for path in Path(job.folder).glob(f"*{SUFFIX}"))
+    size = sum(path.stat().st_size for path in shards_in(Path(job.folder)))
     return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
 
 
@@ -212,7 +214,8 @@ def _prepare(encoding: Encoding, until_the_end: contextlib.ExitStack) -> None:
     folder = made_folder(encoding.job.folder)
     until_the_end.enter_context(_only_run(folder))
     for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink()
+        if is_own(path.name):
+            path.unlink()
     for path in encoding.open(create=True).torn:
         path.unlink()
 
@@ -220,7 +223,7 @@ def _prepare(encoding: Encoding, until_the_end: contextlib.ExitStack) -> None:
 @contextlib.contextmanager
 def _only_run(folder: Path) -> Iterator[None]:
     """Keeps other runs out of a folder; a lock of this process alone, which ends with it however it ends."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as cause:

@@ -25,6 +25,8 @@ from xblip.provenance import FORMAT, StoreFacts, differences
 from xblip.shards import (
     CHECKSUM_BYTES,
     DTYPES,
+    NAMED,
+    PARTIAL,
     SUFFIX,
     Packed,
     Shard,
@@ -37,6 +39,7 @@ from xblip.shards import (
 
 FILE = "store.yaml"
 SKIPPED = "skipped.jsonl"
+LOCK = ".lock"
 MAX_MAPPED = 128
 """Shards that a process maps at once, each with an open file; the one that was not read for longest goes first."""
 NO_FILES = np.empty((0, COLUMNS), np.uint64)
@@ -60,7 +63,7 @@ class FeatureStore:
         self.shards: list[Shard] = []
         self.torn: list[Path] = []
         tables: list[Tables] = []
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
+        for path in shards_in(folder):
             try:
                 shard, table = Shard.open(path)
             except (ValueError, KeyError):
@@ -123,11 +126,6 @@ class FeatureStore:
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what a process maps: another maps what it reads itself."""
         return {**vars(self), "_mapped": OrderedDict()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its shards on disk."""
-        return sum(shard.path.stat().st_size for shard in self.shards)
 
     def key(self, source: Any) -> bytes:
         """Returns the key of a source; a file that is not known here is read.
@@ -343,6 +341,29 @@ class StoreWriter:
             self.num_written += len(self._items)
             self._shards += 1
         self.files, self._items, self._bytes, self._since = [], {}, 0, time.monotonic()
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Returns the files of a folder that are shards by their names."""
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if NAMED.fullmatch(path.name))
+
+
+def is_own(name: str) -> bool:
+    """Whether a store may have written a file of this name; what else lies in its folder is none of its business."""
+    name = name.removesuffix(PARTIAL)
+    return name in {FILE, SKIPPED, LOCK} or NAMED.fullmatch(name) is not None
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `BundleError` for a folder that holds something else than a store."""
+    if not folder.is_dir() or (folder / FILE).is_file():
+        return
+    others = sorted(path.name for path in folder.iterdir() if not is_own(path.name))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise BundleError(
+            f"{folder} is no feature store, and holds {', '.join(others[:3])}{more}. Give an empty or a new folder."
+        )
 
 
 def _read_skipped(path: Path) -> dict[bytes, str]:
