@@ -47,7 +47,7 @@ def test_each_source_is_encoded_once_and_stored(data):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_workers": 2}, {"batch_segments": 5}, {"shard_bytes": 300}, {"flush_seconds": 0}]
+    "options", [{"dataloader_num_workers": 2}, {"batch_segments": 5}, {"shard_bytes": 300}, {"flush_seconds": 0}]
 )
 def test_the_same_store_however_it_is_made(data, options):
     run(data, "one")
@@ -130,6 +130,22 @@ def test_a_broken_file_is_skipped_and_named(data):
     (data / "3.txt").write_text("1 2 3 4")
     (data / "4.txt").write_text("4 3 2 1")
     assert run(data).num_written == 2 and (data / "store" / "skipped.jsonl").read_text() == ""
+
+
+def test_a_list_of_the_skipped_that_was_cut_or_is_something_else(data):
+    (data / "3.txt").write_text("1 2 three")
+    run(data, max_skipped=0.2)
+    path = data / "store" / "skipped.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    assert len(FeatureStore.open(data / "store").skipped) == 1
+    run(data, max_skipped=0.2)
+    assert path.read_bytes() == whole
+    for rubbish in (b"rubbish\n", b"[1]\n", b'{"origin": "a.jsonl:1", "reason": "x"}\n', b"\xff\n", b'5\n{"source"'):
+        path.write_bytes(rubbish)
+        for read in (lambda: FeatureStore.open(data / "store"), lambda: run(data, max_skipped=0.2)):
+            with pytest.raises(BundleError, match=r"skipped.jsonl, line 1, is not what .* Delete the file"):
+                read()
 
 
 def test_what_other_runs_skipped_stays_named(data):
@@ -284,7 +300,7 @@ def test_ray_that_is_not_installed(data, monkeypatch):
 def test_a_reader_that_is_killed_is_told(data, monkeypatch):
     monkeypatch.setattr(Numbers, "load", lambda self, source: os._exit(9))
     with pytest.raises(InputError, match=r"A process that reads files was killed.*training.dataloader_num_workers"):
-        run(data, num_workers=1)
+        run(data, dataloader_num_workers=1)
 
 
 def test_verify_reads_all_and_encodes_some_again(data):
@@ -336,6 +352,26 @@ def test_the_command(data, llm_folder, monkeypatch, capsys):
     status, shown = xblip("--to", str(data / "store"), "branch.config.seed=2", "--dtype", "int8")
     assert status == 2 and shown.err.startswith("error: ") and "settings.seed is 2 here" in shown.err
     assert xblip()[0] == 2
+    monkeypatch.setattr(Numbers, "build_encoder", lambda self: pytest.fail("loaded"))
+    for wrong, message in (
+        (["--to", ""], "--to is empty: name the folder"),
+        (["--to", "new", "--max-skipped", "-1"], "max_skipped is a share of all sources, from 0 to 1, not -1."),
+        (["--to", "new", "--max-skipped", "5"], "max_skipped is a share of all sources, from 0 to 1, not 5."),
+        (["--to", "new", "--batch-segments", "0"], "batch_segments must be at least 1, not 0."),
+        (["--to", "new", "training.dataloader_num_workers=-2"], "dataloader_num_workers must be at least 0, not -2."),
+        (["--to", "new", "training.dataloader_num_workers=two"], "\"training\": Value 'two'"),
+        (["--to", "new", "training.seed=-1"], "seed must be at least 0, not -1."),
+    ):
+        status, shown = xblip(*wrong)
+        assert status == 2 and shown.err.startswith(f"error: {message}") and shown.err.count("\n") == 1, wrong
+
+
+def test_a_store_in_the_home_folder(data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data))
+    monkeypatch.chdir(data)
+    job = Job(BranchConfig("numbers"), "~/new", use_cpu=True)
+    precompute.precompute(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
+    assert len(FeatureStore.open(data / "new")) == len(FeatureStore.open("~/new")) == 12
 
 
 def test_the_command_of_a_run_that_trains_several_modalities(data, toy, llm_folder, monkeypatch, capsys):

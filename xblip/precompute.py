@@ -22,17 +22,19 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from tqdm.auto import tqdm
 
+from xblip import config as configs
 from xblip.branch import made_folder
 from xblip.contents import View, describe, is_file
 from xblip.data import Manifest
-from xblip.encoding import Encoding, Job, Skip, best_device
+from xblip.encoding import Encoding, Job, best_device
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.modality import Features
-from xblip.shards import PARTIAL, replacing
-from xblip.store import LOCK, SKIPPED, StoreWriter, check_folder, is_own, shards_in
+from xblip.shards import NAMED, PARTIAL, replacing, shards_in
+from xblip.store import FILE, SKIPPED, Skip, StoreWriter, read_skipped
 from xblip.stored import check_views, stored_encoder
 
 ENGINES = ("accelerate", "ray")
+LOCK = ".lock"
 NUM_PROBES = 8
 """Sources that are encoded before the run, to tell how many bytes all will take."""
 NUM_COMPARED = 32
@@ -107,7 +109,8 @@ def precompute(
     """
     if engine not in ENGINES:
         raise ConfigError(f'Unknown engine "{engine}".{suggest(engine, ENGINES)}')
-    check_folder(Path(job.folder))
+    configs.check_share("max_skipped", max_skipped, whole="all sources")
+    _check_folder(Path(job.folder))
     console = console or Console(highlight=False)
     sources = sources_and_views(job.branch.modality, manifests, learnt, job.views)
     limit = max_skipped * len(sources)
@@ -214,10 +217,28 @@ def _prepare(encoding: Encoding, until_the_end: contextlib.ExitStack) -> None:
     folder = made_folder(encoding.job.folder)
     until_the_end.enter_context(_only_run(folder))
     for path in folder.glob(f"*{PARTIAL}"):
-        if is_own(path.name):
+        if _is_own(path.name):
             path.unlink()
     for path in encoding.open(create=True).torn:
         path.unlink()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises `BundleError` for a folder that holds something else than a store."""
+    if not folder.is_dir() or (folder / FILE).is_file():
+        return
+    others = sorted(path.name for path in folder.iterdir() if not _is_own(path.name))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise BundleError(
+            f"{folder} is no feature store, and holds {', '.join(others[:3])}{more}. Give an empty or a new folder."
+        )
+
+
+def _is_own(name: str) -> bool:
+    """Whether a store may have written a file of this name; what else lies in its folder is none of its business."""
+    name = name.removesuffix(PARTIAL)
+    return name in {FILE, SKIPPED, LOCK} or NAMED.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
@@ -254,12 +275,10 @@ def _check_space(writer: StoreWriter, num_sources: int, num_missing: int, num_pr
 def _check_skipped(skipped: Sequence[Skip], folder: str, sources: Sequence[Any], max_skipped: float) -> None:
     """Names what was skipped in the store's folder, beside what runs over other sources left out; stops at too much."""
     path = Path(folder, SKIPPED)
-    before = path.read_text().splitlines() if path.is_file() else []
     tried = {describe(source) for source in sources}
-    kept = [line for line in before if json.loads(line)["source"] not in tried]
-    lines = [*kept, *(json.dumps(skip._asdict()) for skip in skipped)]
+    kept = [skip for skip in read_skipped(Path(folder)) if skip.source not in tried]
     with replacing(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.write("".join(json.dumps(skip._asdict()) + "\n" for skip in [*kept, *skipped]).encode())
     if len(skipped) > max_skipped * len(sources):
         raise MediaError(
             f"{len(skipped)} of {len(sources)} sources cannot be encoded, more than {max_skipped:.2%}; {path} names them. "

@@ -239,6 +239,11 @@ def write_shard(
                 file.write(np.ascontiguousarray(array).data)
 
 
+def shards_in(folder: Path) -> list[Path]:
+    """Returns the files of a folder that are shards by their names."""
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if NAMED.fullmatch(path.name))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that takes the place of `path` once it is whole and on disk, and not before.

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -26,24 +26,30 @@ from xblip.provenance import FORMAT, StoreFacts, differences
 from xblip.shards import (
     CHECKSUM_BYTES,
     DTYPES,
-    NAMED,
-    PARTIAL,
     SUFFIX,
     Packed,
     Shard,
     Tables,
     pack,
     replacing,
+    shards_in,
     unpack,
     write_shard,
 )
 
 FILE = "store.yaml"
 SKIPPED = "skipped.jsonl"
-LOCK = ".lock"
 MAX_MAPPED = 128
 """Shards that a process maps at once, each with an open file; the one that was not read for longest goes first."""
 NO_FILES = np.empty((0, COLUMNS), np.uint64)
+
+
+class Skip(NamedTuple):
+    """A source that could not be encoded: what it is, its key ("" if it cannot be read) in hexadecimal, and why."""
+
+    source: str
+    key: str
+    reason: str
 
 
 class FeatureStore:
@@ -74,18 +80,19 @@ class FeatureStore:
                 raise BundleError(f"{path} is not of the store it lies in: move it to its own, or delete it.")
             self.shards.append(shard)
             tables.append(table)
-        self.skipped = _read_skipped(folder / SKIPPED)
+        self.skipped = {bytes.fromhex(skip.key): skip.reason for skip in read_skipped(folder)}
         self.files = KnownFiles(np.concatenate([NO_FILES, *(table.files for table in tables)]))
         self._index(tables)
         self._mapped: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureStore":
-        """Opens a store for reading.
+        """Opens a store for reading; `~` in its folder is the user's.
 
         Raises:
           BundleError, ConfigError: there is none, or its files are damaged or of another version.
         """
+        folder = os.path.expanduser(folder)
         path = Path(folder, FILE)
         if not path.is_file():
             raise BundleError(
@@ -360,31 +367,24 @@ class StoreWriter:
         self.files, self._items, self._bytes, self._since = [], {}, 0, time.monotonic()
 
 
-def shards_in(folder: Path) -> list[Path]:
-    """Returns the files of a folder that are shards by their names."""
-    return sorted(path for path in folder.glob(f"*{SUFFIX}") if NAMED.fullmatch(path.name))
+def read_skipped(folder: Path) -> list[Skip]:
+    """Reads what could not be encoded; a last line that was cut counts as not written.
 
-
-def is_own(name: str) -> bool:
-    """Whether a store may have written a file of this name; what else lies in its folder is none of its business."""
-    name = name.removesuffix(PARTIAL)
-    return name in {FILE, SKIPPED, LOCK} or NAMED.fullmatch(name) is not None
-
-
-def check_folder(folder: Path) -> None:
-    """Raises `BundleError` for a folder that holds something else than a store."""
-    if not folder.is_dir() or (folder / FILE).is_file():
-        return
-    others = sorted(path.name for path in folder.iterdir() if not is_own(path.name))
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise BundleError(
-            f"{folder} is no feature store, and holds {', '.join(others[:3])}{more}. Give an empty or a new folder."
-        )
-
-
-def _read_skipped(path: Path) -> dict[bytes, str]:
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {bytes.fromhex(row["key"]): row["reason"] for row in rows}
+    Raises:
+      BundleError: the file holds something else.
+    """
+    path = folder / SKIPPED
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else (), 1):
+        try:
+            skip = Skip(**json.loads(line))
+            bytes.fromhex(skip.key)
+        except (ValueError, TypeError) as cause:
+            if not line.endswith(b"\n"):
+                break
+            raise BundleError(
+                f"{path}, line {number}, is not what xblip precompute writes. Delete the file: the next xblip precompute "
+                "writes it anew."
+            ) from cause
+        found.append(skip)
+    return found
