@@ -132,6 +132,17 @@ def test_a_broken_file_is_skipped_and_named(data):
     assert run(data).num_written == 2 and (data / "store" / "skipped.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_stands_wrong_in_a_row_itself_is_refused_as_training_does(data, workers):
+    row = {"numbers": 5, "instruction": "what ?", "answer": "one"}
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(
+        InputError, match=r"Cannot read 5: .* It stands in a row itself, not in a file: correct the row"
+    ):
+        run(data, max_skipped=1, dataloader_num_workers=workers)
+
+
 def test_a_list_of_the_skipped_that_was_cut_or_is_something_else(data):
     (data / "3.txt").write_text("1 2 three")
     run(data, max_skipped=0.2)

@@ -23,6 +23,7 @@ from xblip.contents import KnownFiles, View, describe, is_file, stamp
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
 from xblip.frozen import FrozenEncoder
 from xblip.loading import is_killed_worker
+from xblip.media import FilePart
 from xblip.modality import Features, Modality, collate
 from xblip.provenance import StoreFacts, Views, differences
 from xblip.store import FILE, FeatureStore, Skip, StoreWriter
@@ -109,6 +110,8 @@ class _Sources(Dataset):
                     raise MediaError(f'Cannot read "{plain}": it is being written. Wait until that has ended.')
         except XBlipError as error:  # as a value, since torch makes a text of what a worker raises
             tensors, failed = None, error
+            if isinstance(error, MediaError) and not isinstance(plain, (str, Path, bytes, FilePart)):
+                failed = InputError(f"{error} It stands in a row itself, not in a file: correct the row, or remove it.")
         return Loaded(source, key, tensors, failed, self.store.files.take())
 
     def _tensors(self, source: Any) -> dict[str, Tensor]:
