@@ -186,7 +186,7 @@ class TestViews:
         assert "52 sources and views, " in shown.getvalue()
 
     def test_a_copy_of_a_file_has_the_same_views_and_another_seed_others(self, noisy, store, tmp_path):
-        self.fill(noisy, tmp_path / "same", num_workers=1)
+        self.fill(noisy, tmp_path / "same", dataloader_num_workers=1)
         self.fill(noisy, tmp_path / "other", seed=8)
         digests = [FeatureStore.open(folder).content_digest() for folder in (store, tmp_path / "same")]
         assert digests[0] == digests[1] != FeatureStore.open(tmp_path / "other").content_digest()

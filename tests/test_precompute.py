@@ -47,7 +47,7 @@ def test_each_source_is_encoded_once_and_stored(data):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_workers": 2}, {"batch_segments": 5}, {"shard_bytes": 300}, {"flush_seconds": 0}]
+    "options", [{"dataloader_num_workers": 2}, {"batch_segments": 5}, {"shard_bytes": 300}, {"flush_seconds": 0}]
 )
 def test_the_same_store_however_it_is_made(data, options):
     run(data, "one")
@@ -132,6 +132,33 @@ def test_a_broken_file_is_skipped_and_named(data):
     assert run(data).num_written == 2 and (data / "store" / "skipped.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_stands_wrong_in_a_row_itself_is_refused_as_training_does(data, workers):
+    row = {"numbers": 5, "instruction": "what ?", "answer": "one"}
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(
+        InputError, match=r"Cannot read 5: .* It stands in a row itself, not in a file: correct the row"
+    ):
+        run(data, max_skipped=1, dataloader_num_workers=workers)
+
+
+def test_a_list_of_the_skipped_that_was_cut_or_is_something_else(data):
+    (data / "3.txt").write_text("1 2 three")
+    run(data, max_skipped=0.2)
+    path = data / "store" / "skipped.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    assert len(FeatureStore.open(data / "store").skipped) == 1
+    run(data, max_skipped=0.2)
+    assert path.read_bytes() == whole
+    for rubbish in (b"rubbish\n", b"[1]\n", b'{"origin": "a.jsonl:1", "reason": "x"}\n', b"\xff\n", b'5\n{"source"'):
+        path.write_bytes(rubbish)
+        for read in (lambda: FeatureStore.open(data / "store"), lambda: run(data, max_skipped=0.2)):
+            with pytest.raises(BundleError, match=r"skipped.jsonl, line 1, is not what .* Delete the file"):
+                read()
+
+
 def test_what_other_runs_skipped_stays_named(data):
     (data / "3.txt").write_text("1 2 three")
     run(data, max_skipped=0.2)
@@ -191,6 +218,42 @@ def test_what_killed_runs_left_is_removed(data):
     assert FeatureStore.open(data / "store").content_digest() == whole.content_digest()
 
 
+@pytest.mark.parametrize(
+    "name", ["bridge.safetensors", "model.safetensors.partial", "notes.txt", "features-x.safetensors", "images"]
+)
+def test_a_folder_of_something_else_is_refused_before_anything_is_loaded(data, monkeypatch, name):
+    monkeypatch.setattr(Numbers, "build_encoder", lambda self: pytest.fail("loaded"))
+    other = data / "branch"
+    other.mkdir()
+    (other / name).mkdir() if name == "images" else (other / name).write_text("precious")
+    with pytest.raises(BundleError, match=rf"branch is no feature store, and holds {name}. Give an empty or a new"):
+        run(data, to="branch")
+    assert [path.name for path in other.iterdir()] == [name]
+
+
+def test_a_folder_of_many_files_is_told_by_some_of_them(data):
+    for number in range(5):
+        (data / f"{number}.pt").touch()
+    with pytest.raises(BundleError, match=r"holds 0.pt, 0.txt, 1.pt and \d+ more. Give"):
+        run(data, to=".")
+
+
+def test_what_else_lies_in_a_store_is_left_alone(data):
+    """Also by `verify`, and by a run that a crash has left with nothing but its lock."""
+    store = data / "store"
+    store.mkdir()
+    (store / ".lock").touch()
+    (store / "store.yaml.partial").touch()
+    run(data)
+    others = [store / name for name in ("bridge.safetensors", "model.partial", "x-features-00000-aaaaaa-00000.partial")]
+    for path in others:
+        path.write_text("precious")
+    size = sum(path.stat().st_size for path in store.glob("f*.safetensors"))
+    assert run(data).nbytes == size and [path.read_text() for path in others] == ["precious"] * 3
+    job = Job(BranchConfig("numbers"), str(store))
+    assert "12 items in" in verify(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
+
+
 def test_another_run_into_the_same_store_is_refused(data):
     made = data / "store"
     made.mkdir()
@@ -248,7 +311,7 @@ def test_ray_that_is_not_installed(data, monkeypatch):
 def test_a_reader_that_is_killed_is_told(data, monkeypatch):
     monkeypatch.setattr(Numbers, "load", lambda self, source: os._exit(9))
     with pytest.raises(InputError, match=r"A process that reads files was killed.*training.dataloader_num_workers"):
-        run(data, num_workers=1)
+        run(data, dataloader_num_workers=1)
 
 
 def test_verify_reads_all_and_encodes_some_again(data):
@@ -300,6 +363,26 @@ def test_the_command(data, llm_folder, monkeypatch, capsys):
     status, shown = xblip("--to", str(data / "store"), "branch.config.seed=2", "--dtype", "int8")
     assert status == 2 and shown.err.startswith("error: ") and "settings.seed is 2 here" in shown.err
     assert xblip()[0] == 2
+    monkeypatch.setattr(Numbers, "build_encoder", lambda self: pytest.fail("loaded"))
+    for wrong, message in (
+        (["--to", ""], "--to is empty: name the folder"),
+        (["--to", "new", "--max-skipped", "-1"], "max_skipped is a share of all sources, from 0 to 1, not -1."),
+        (["--to", "new", "--max-skipped", "5"], "max_skipped is a share of all sources, from 0 to 1, not 5."),
+        (["--to", "new", "--batch-segments", "0"], "batch_segments must be at least 1, not 0."),
+        (["--to", "new", "training.dataloader_num_workers=-2"], "dataloader_num_workers must be at least 0, not -2."),
+        (["--to", "new", "training.dataloader_num_workers=two"], "\"training\": Value 'two'"),
+        (["--to", "new", "training.seed=-1"], "seed must be at least 0, not -1."),
+    ):
+        status, shown = xblip(*wrong)
+        assert status == 2 and shown.err.startswith(f"error: {message}") and shown.err.count("\n") == 1, wrong
+
+
+def test_a_store_in_the_home_folder(data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data))
+    monkeypatch.chdir(data)
+    job = Job(BranchConfig("numbers"), "~/new", use_cpu=True)
+    precompute.precompute(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
+    assert len(FeatureStore.open(data / "new")) == len(FeatureStore.open("~/new")) == 12
 
 
 def test_the_command_of_a_run_that_trains_several_modalities(data, toy, llm_folder, monkeypatch, capsys):

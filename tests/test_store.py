@@ -1,5 +1,6 @@
 """The feature store: what is written is read, found by content, and never served for something else."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -119,6 +120,35 @@ def test_a_flipped_bit_is_found(tmp_path):
     data[-3] ^= 1
     path.write_bytes(data)
     assert {found for found in FeatureStore.open(tmp_path).damaged() if found} == {path}
+
+
+@pytest.mark.parametrize("part", ["values", "items"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_damaged_features_are_not_served(tmp_path, part, dtype):
+    """Whether the features are others, or the table says that they lie elsewhere."""
+    fill(tmp_path, [3], dtype)
+    (path,) = tmp_path.glob("features*")
+    data = bytearray(path.read_bytes())
+    length = 8 + int.from_bytes(data[:8], "little")
+    first, last = json.loads(data[8:length])[part]["data_offsets"]
+    for place in range(length + first, length + last):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 64]) + data[place + 1 :])
+        stored = FeatureStore.open(tmp_path)
+        assert list(stored.damaged()) == [path]
+        with pytest.raises(BundleError, match=rf"features of \"\[3\]\" in .*{path.name} are damaged.* --verify"):
+            stored.features([3])
+
+
+def test_an_item_is_compared_with_its_checksum_when_it_is_first_read(tmp_path, monkeypatch):
+    counted = []
+    checksum = shards.Packed.checksum
+    monkeypatch.setattr(shards.Packed, "checksum", lambda item: counted.append(item) or checksum(item))
+    stored = FeatureStore.open(fill(tmp_path, range(4)).folder)
+    counted.clear()
+    for _ in range(3):
+        for number in (1, 3):
+            stored.features([number])
+    assert len(counted) == 2
 
 
 def test_a_full_disk_is_one_error_and_what_was_complete_stays(tmp_path, monkeypatch):
@@ -273,8 +303,9 @@ def test_stores_that_cannot_be_opened(tmp_path):
     with pytest.raises(BundleError, match=r"origin.settings.width is 3 here and None there"):
         FeatureStore.create(tmp_path / "store", facts(settings={"width": 3}))
     other = fill(tmp_path / "other", range(3), "float16")
-    other.shards[0].path.rename(tmp_path / "store" / "features-x.safetensors")
-    with pytest.raises(BundleError, match=r"features-x.safetensors is not of the store it lies in"):
+    moved = tmp_path / "store" / "features-00000-ffffff-00000.safetensors"
+    other.shards[0].path.rename(moved)
+    with pytest.raises(BundleError, match=rf"{moved.name} is not of the store it lies in"):
         FeatureStore.open(tmp_path / "store")
     path = tmp_path / "other" / "store.yaml"
     path.write_text(path.read_text().replace("format: 1", "format: 9"))

@@ -57,10 +57,19 @@ def test_an_encoder_is_known_by_what_is_in_its_files(tmp_path):
         (tmp_path / "moved" / "README.md").write_text("a copy")
         assert stored_encoder(stored, config).fingerprint == stored_encoder(stored, moved).fingerprint
         (folder / "config.json").write_text('{"eps": 2}')
-        with pytest.raises(BundleError, match=r"files.config.json is '\w+' here and '\w+' there. Correct the config"):
+        with pytest.raises(
+            BundleError, match=r"this config's encoder: its file config.json differs. Correct the config"
+        ):
             stored_encoder(stored, config)
+        for number in range(4):
+            (folder / f"{number}.json").write_text("{}")
+        with pytest.raises(BundleError, match=r"its files 0.json, 1.json, 2.json and 2 more differ. Correct"):
+            stored_encoder(stored, config)
+        (folder / "0.json").unlink()
         run(tmp_path, branch=moved)
-        with pytest.raises(BundleError, match=r"origin.files.config.json"):
+        with pytest.raises(
+            BundleError, match=r"other features: its files 1.json, 2.json, 3.json and 1 more differ. Give"
+        ):
             run(tmp_path, branch=config)
         shutil.rmtree(folder)
         with pytest.raises(BundleError, match=r"settings.encoder is '.*encoder' here and None there"):

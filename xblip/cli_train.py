@@ -62,6 +62,7 @@ def precompute(
     ] = False,
 ) -> None:
     """Store what a frozen encoder makes of a training config's files, so that training need not encode."""
+    from xblip import config as configs
     from xblip import precompute as run
     from xblip.branch import build_modality
     from xblip.errors import ConfigError, suggest
@@ -71,24 +72,28 @@ def precompute(
     branches = {branch.modality: branch for branch in settings.all_branches}
     if only and only not in branches:
         raise ConfigError(f'--only "{only}" is no modality of {config}.{suggest(only, branches)}')
-    job = run.Job(
-        branches[only] if only else settings.branch,
-        to,
-        dtype=dtype,
-        views=views,
-        seed=settings.training.get("seed", 42),
-        batch_segments=batch_segments,
-        num_workers=settings.training.get("dataloader_num_workers", 0),
-        use_cpu=settings.training.get("use_cpu", False),
+    job = configs.build(
+        run.Job,
+        {
+            "branch": branches[only] if only else settings.branch,
+            "folder": to,
+            "dtype": dtype,
+            "views": views,
+            "seed": settings.training.get("seed", 42),
+            "batch_segments": batch_segments,
+            "dataloader_num_workers": settings.training.get("dataloader_num_workers", 0),
+            "use_cpu": settings.training.get("use_cpu", False),
+        },
+        where="training",
     )
     modalities = {name: build_modality(branch) for name, branch in branches.items()}
     learnt = open_manifests(settings.data.train, "data.train", modalities=modalities)
     manifests = learnt + open_manifests(settings.data.eval, "data.eval", modalities=modalities)
     if verify:
-        print(f"{to} is right: {run.verify(job, manifests, learnt=learnt, show=sys.stderr.isatty())}")
+        print(f"{job.folder} is right: {run.verify(job, manifests, learnt=learnt, show=sys.stderr.isatty())}")
         return
     done = run.precompute(job, manifests, learnt=learnt, engine=engine, max_skipped=max_skipped)
-    skipped = f", skipped {len(done.skipped)} (see {Path(to, 'skipped.jsonl')})" if done.skipped else ""
+    skipped = f", skipped {len(done.skipped)} (see {Path(job.folder, 'skipped.jsonl')})" if done.skipped else ""
     if int(os.environ.get("RANK", "0")) == 0:
         same = f"{done.num_held} were there or are the same"
-        print(f"wrote {to}: {done.num_written} items, {same}{skipped}; {done.nbytes / 2**20:.4g} MiB")
+        print(f"wrote {job.folder}: {done.num_written} items, {same}{skipped}; {done.nbytes / 2**20:.4g} MiB")

@@ -124,6 +124,12 @@ def at_least(settings: Any, **limits: int) -> None:
             raise ConfigError(f"{name} must be at least {limit}, not {getattr(settings, name)!r}.")
 
 
+def check_share(name: str, value: float, *, whole: str) -> None:
+    """Raises `ConfigError` for a share of `whole`, such as "all rows", that is not from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} is a share of {whole}, from 0 to 1, not {value:g}.")
+
+
 def _for_yaml(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _for_yaml(part) for key, part in value.items()}

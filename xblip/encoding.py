@@ -4,6 +4,7 @@ On a CPU items are encoded one by one: there a batch brings no speed, and its si
 out. On an accelerator batches are filled up, and features agree within the dtype's noise.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from tqdm.auto import tqdm
 from xblip import config as configs
 from xblip.branch import BranchConfig, build_encoder, build_modality
 from xblip.contents import KnownFiles, View, describe, is_file, stamp
-from xblip.errors import BundleError, InputError, MediaError, XBlipError
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
 from xblip.frozen import FrozenEncoder
 from xblip.loading import is_killed_worker
+from xblip.media import FilePart
 from xblip.modality import Features, Modality, collate
 from xblip.provenance import StoreFacts, Views, differences
-from xblip.store import FILE, FeatureStore, StoreWriter
+from xblip.store import FILE, FeatureStore, Skip, StoreWriter
 from xblip.stored import encoder_facts, origin_of
 
 VIEW = 8  # stream of chance; those below are of `xblip.mixture`, `xblip.examples` and `xblip.streaming`
@@ -38,12 +40,12 @@ class Job:
 
     Attributes:
       branch: of it, the modality, its settings and `encoder_dtype` matter.
-      folder: of the store.
+      folder: of the store; `~` is the user's.
       dtype: that features are stored in.
       views: augmented views to store of each source that is learnt from, beside the source as it is.
       seed: that these are drawn from.
       batch_segments: encoded at once; None for one item on a CPU and `BATCH_SEGMENTS` elsewhere.
-      num_workers: processes that read files, for each that encodes.
+      dataloader_num_workers: processes that read files, for each that encodes.
       shard_bytes: of features in a shard.
       flush_seconds: what a killed run loses at most.
       use_cpu: leave accelerators alone.
@@ -55,18 +57,23 @@ class Job:
     views: int = 0
     seed: int = 0
     batch_segments: int | None = None
-    num_workers: int = 0
+    dataloader_num_workers: int = 0
     shard_bytes: int = 2**28
     flush_seconds: float = 300
     use_cpu: bool = False
 
+    def __post_init__(self) -> None:
+        """Checks what it is told.
 
-class Skip(NamedTuple):
-    """A source that could not be encoded: what it is, its key ("" if it cannot be read) in hexadecimal, and why."""
-
-    source: str
-    key: str
-    reason: str
+        Raises:
+          ConfigError: a number is too small, or the folder has no name.
+        """
+        if not self.folder:
+            raise ConfigError("--to is empty: name the folder that the features are to lie in.")
+        self.folder = os.path.expanduser(self.folder)
+        configs.at_least(self, views=0, seed=0, dataloader_num_workers=0)
+        if self.batch_segments is not None:
+            configs.at_least(self, batch_segments=1)
 
 
 class Loaded(NamedTuple):
@@ -103,6 +110,8 @@ class _Sources(Dataset):
                     raise MediaError(f'Cannot read "{plain}": it is being written. Wait until that has ended.')
         except XBlipError as error:  # as a value, since torch makes a text of what a worker raises
             tensors, failed = None, error
+            if isinstance(error, MediaError) and not isinstance(plain, (str, Path, bytes, FilePart)):
+                failed = InputError(f"{error} It stands in a row itself, not in a file: correct the row, or remove it.")
         return Loaded(source, key, tensors, failed, self.store.files.take())
 
     def _tensors(self, source: Any) -> dict[str, Tensor]:
@@ -173,7 +182,7 @@ class Encoding:
         loader = DataLoader(
             _Sources(sources, self.modality, self.store, again=again),
             batch_size=None,
-            num_workers=self.job.num_workers,
+            num_workers=self.job.dataloader_num_workers,
             collate_fn=_as_it_is,
         )
         try:

@@ -22,17 +22,19 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from tqdm.auto import tqdm
 
+from xblip import config as configs
 from xblip.branch import made_folder
 from xblip.contents import View, describe, is_file
 from xblip.data import Manifest
-from xblip.encoding import Encoding, Job, Skip, best_device
+from xblip.encoding import Encoding, Job, best_device
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.modality import Features
-from xblip.shards import PARTIAL, SUFFIX, replacing
-from xblip.store import SKIPPED, StoreWriter
+from xblip.shards import NAMED, PARTIAL, replacing, shards_in
+from xblip.store import FILE, SKIPPED, Skip, StoreWriter, read_skipped
 from xblip.stored import check_views, stored_encoder
 
 ENGINES = ("accelerate", "ray")
+LOCK = ".lock"
 NUM_PROBES = 8
 """Sources that are encoded before the run, to tell how many bytes all will take."""
 NUM_COMPARED = 32
@@ -100,12 +102,15 @@ def precompute(
       What was done; in each process the same.
 
     Raises:
-      BundleError: the store holds other features, another run writes into it, or the disk is full or too small.
+      BundleError: the folder holds something else or other features, another run writes into it, or the disk is full or
+        too small.
       MediaError: more sources than `max_skipped` are broken.
       ConfigError, InputError: a setting or a manifest is wrong.
     """
     if engine not in ENGINES:
         raise ConfigError(f'Unknown engine "{engine}".{suggest(engine, ENGINES)}')
+    configs.check_share("max_skipped", max_skipped, whole="all sources")
+    _check_folder(Path(job.folder))
     console = console or Console(highlight=False)
     sources = sources_and_views(job.branch.modality, manifests, learnt, job.views)
     limit = max_skipped * len(sources)
@@ -138,7 +143,7 @@ def precompute(
     skipped = gather_object(skipped)
     written = sum(gather_object([written + writer.num_written]))
     _together(state, lambda: _check_skipped(skipped, job.folder, sources, max_skipped))
-    size = sum(path.stat().st_size for path in Path(job.folder).glob(f"*{SUFFIX}"))
+    size = sum(path.stat().st_size for path in shards_in(Path(job.folder)))
     return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
 
 
@@ -212,15 +217,34 @@ def _prepare(encoding: Encoding, until_the_end: contextlib.ExitStack) -> None:
     folder = made_folder(encoding.job.folder)
     until_the_end.enter_context(_only_run(folder))
     for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink()
+        if _is_own(path.name):
+            path.unlink()
     for path in encoding.open(create=True).torn:
         path.unlink()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises `BundleError` for a folder that holds something else than a store."""
+    if not folder.is_dir() or (folder / FILE).is_file():
+        return
+    others = sorted(path.name for path in folder.iterdir() if not _is_own(path.name))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise BundleError(
+            f"{folder} is no feature store, and holds {', '.join(others[:3])}{more}. Give an empty or a new folder."
+        )
+
+
+def _is_own(name: str) -> bool:
+    """Whether a store may have written a file of this name; what else lies in its folder is none of its business."""
+    name = name.removesuffix(PARTIAL)
+    return name in {FILE, SKIPPED, LOCK} or NAMED.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
 def _only_run(folder: Path) -> Iterator[None]:
     """Keeps other runs out of a folder; a lock of this process alone, which ends with it however it ends."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as cause:
@@ -251,12 +275,10 @@ def _check_space(writer: StoreWriter, num_sources: int, num_missing: int, num_pr
 def _check_skipped(skipped: Sequence[Skip], folder: str, sources: Sequence[Any], max_skipped: float) -> None:
     """Names what was skipped in the store's folder, beside what runs over other sources left out; stops at too much."""
     path = Path(folder, SKIPPED)
-    before = path.read_text().splitlines() if path.is_file() else []
     tried = {describe(source) for source in sources}
-    kept = [line for line in before if json.loads(line)["source"] not in tried]
-    lines = [*kept, *(json.dumps(skip._asdict()) for skip in skipped)]
+    kept = [skip for skip in read_skipped(Path(folder)) if skip.source not in tried]
     with replacing(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.write("".join(json.dumps(skip._asdict()) + "\n" for skip in [*kept, *skipped]).encode())
     if len(skipped) > max_skipped * len(sources):
         raise MediaError(
             f"{len(skipped)} of {len(sources)} sources cannot be encoded, more than {max_skipped:.2%}; {path} names them. "

@@ -9,8 +9,9 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from xblip.encoding import Encoding, Job, Skip, best_device
+from xblip.encoding import Encoding, Job, best_device
 from xblip.errors import PluginError, XBlipError
+from xblip.store import Skip
 
 TASKS = 4
 """For each actor at least, so that those that are done early help."""
@@ -70,7 +71,7 @@ def encode(
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     resources = ray.cluster_resources()
-    gpus, cores = 0 if job.use_cpu else int(resources.get("GPU", 0)), 1 + job.num_workers
+    gpus, cores = 0 if job.use_cpu else int(resources.get("GPU", 0)), 1 + job.dataloader_num_workers
     actors = gpus or max(1, int(resources.get("CPU", 1)) // cores)
     at_once = max(1, min(int(job.shard_bytes / max(bytes_each, 1)), -(-len(sources) // (TASKS * actors))))
     blocks = [{"sources": pickle.dumps(sources[at : at + at_once])} for at in range(0, len(sources), at_once)]

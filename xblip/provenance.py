@@ -10,6 +10,7 @@ from typing import Any
 from xblip import config as configs
 
 FORMAT = 1
+FILES = ("files.", "origin.files.")
 
 
 @dataclass
@@ -77,7 +78,21 @@ class StoreFacts:
 
 
 def differences(here: Any, there: Any) -> list[str]:
-    """Says in what two dataclass instances differ, e.g. "origin.settings.width is 8 here and 16 there"."""
+    """Says in what two dataclass instances differ, e.g. "origin.settings.width is 8 here and 16 there".
+
+    Of an encoder's files the names are told, of three at most.
+    """
     ours, theirs = configs.flat(configs.plain(here)), configs.flat(configs.plain(there))
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    return [f"{name} is {ours.get(name)!r:.120} here and {theirs.get(name)!r:.120} there" for name in names]
+    files = sorted(name.partition("files.")[2] for name in names if name.startswith(FILES))
+    told = [
+        f"{name} is {ours.get(name)!r:.120} here and {theirs.get(name)!r:.120} there"
+        for name in names
+        if not name.startswith(FILES)
+    ]
+    if len(files) == 1:
+        told.append(f"its file {files[0]} differs")
+    elif files:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        told.append(f"its files {', '.join(files[:3])}{more} differ")
+    return told

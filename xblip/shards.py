@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,6 +25,8 @@ from xblip.modality import Features
 
 SUFFIX = ".safetensors"
 PARTIAL = ".partial"
+NAMED = re.compile(rf"(features-\d+|files)-[0-9a-f]{{6}}-\d+{re.escape(SUFFIX)}")
+"""How `xblip.store.StoreWriter` names shards; a file of another name is none, whatever its ending."""
 CHECKSUM_BYTES = 8
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.int16, "int8": np.int8}
 """How features may be stored, and what numpy holds them as; it lacks bfloat16."""
@@ -234,6 +237,11 @@ def write_shard(
         for _, _, arrays in parts.values():
             for array in arrays:
                 file.write(np.ascontiguousarray(array).data)
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Returns the files of a folder that are shards by their names."""
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if NAMED.fullmatch(path.name))
 
 
 @contextlib.contextmanager

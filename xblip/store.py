@@ -1,7 +1,8 @@
 """A feature store: what a frozen encoder makes of each source, computed once and read back by memory map.
 
 A folder with `store.yaml`, which says of which encoder, and shards (see `xblip.shards`). Items are found by what a
-source holds, never by its path alone, so a changed file has no features here instead of old ones.
+source holds, never by its path alone, so a changed file has no features here instead of old ones. A process compares an
+item with its checksum when it first reads it: that costs about what a disk takes to read it, and far less than a step.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -31,6 +32,7 @@ from xblip.shards import (
     Tables,
     pack,
     replacing,
+    shards_in,
     unpack,
     write_shard,
 )
@@ -40,6 +42,14 @@ SKIPPED = "skipped.jsonl"
 MAX_MAPPED = 128
 """Shards that a process maps at once, each with an open file; the one that was not read for longest goes first."""
 NO_FILES = np.empty((0, COLUMNS), np.uint64)
+
+
+class Skip(NamedTuple):
+    """A source that could not be encoded: what it is, its key ("" if it cannot be read) in hexadecimal, and why."""
+
+    source: str
+    key: str
+    reason: str
 
 
 class FeatureStore:
@@ -60,7 +70,7 @@ class FeatureStore:
         self.shards: list[Shard] = []
         self.torn: list[Path] = []
         tables: list[Tables] = []
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
+        for path in shards_in(folder):
             try:
                 shard, table = Shard.open(path)
             except (ValueError, KeyError):
@@ -70,18 +80,19 @@ class FeatureStore:
                 raise BundleError(f"{path} is not of the store it lies in: move it to its own, or delete it.")
             self.shards.append(shard)
             tables.append(table)
-        self.skipped = _read_skipped(folder / SKIPPED)
+        self.skipped = {bytes.fromhex(skip.key): skip.reason for skip in read_skipped(folder)}
         self.files = KnownFiles(np.concatenate([NO_FILES, *(table.files for table in tables)]))
         self._index(tables)
         self._mapped: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureStore":
-        """Opens a store for reading.
+        """Opens a store for reading; `~` in its folder is the user's.
 
         Raises:
           BundleError, ConfigError: there is none, or its files are damaged or of another version.
         """
+        folder = os.path.expanduser(folder)
         path = Path(folder, FILE)
         if not path.is_file():
             raise BundleError(
@@ -124,11 +135,6 @@ class FeatureStore:
         """Leaves out what a process maps: another maps what it reads itself."""
         return {**vars(self), "_mapped": OrderedDict()}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its shards on disk."""
-        return sum(shard.path.stat().st_size for shard in self.shards)
-
     def key(self, source: Any) -> bytes:
         """Returns the key of a source; a file that is not known here is read.
 
@@ -147,13 +153,21 @@ class FeatureStore:
 
         Raises:
           MediaError: the source cannot be read, or the encoder could not when the store was made.
-          BundleError: it is not in the store, or it changed since it was put there.
+          BundleError: it is not in the store, it changed since it was put there, or its features are damaged.
         """
         key = self.key(source)
         place = self._find(key)
         if place is None:
             raise self._missing(source, key)
-        return unpack(self._read(place), self.facts.dtype)
+        item = self._read(place) if self._compared[place] else self._intact(place)
+        if item is None:
+            shard = self.shards[self._shard_of[place]].path
+            raise BundleError(
+                f'The features of "{describe(source)}" in {shard} are damaged. Run xblip precompute CONFIG --to '
+                f"{self.folder} --verify, which names all damaged shards; delete these, and run xblip precompute again."
+            )
+        self._compared[place] = True
+        return unpack(item, self.facts.dtype)
 
     def views(self, source: Any) -> list[View]:
         """Returns the views of a source that is learnt from, as this store names them."""
@@ -208,8 +222,7 @@ class FeatureStore:
     def damaged(self) -> Iterator[Path | None]:
         """Reads all features; yields, for each, the shard if it does not hold what was written, else None."""
         for place in np.argsort(self._shard_of, kind="stable"):
-            right = self._read(place).checksum() == self._checksums[place].tobytes()
-            yield None if right else self.shards[self._shard_of[place]].path
+            yield self.shards[self._shard_of[place]].path if self._intact(place) is None else None
 
     def _index(self, tables: list[Tables]) -> None:
         """Sorts all items by key; of those stored twice one stays."""
@@ -224,6 +237,7 @@ class FeatureStore:
         self._items = np.concatenate([np.empty((0, 3), np.int64), *(table.items for table in tables)])[order]
         none = np.empty((0, CHECKSUM_BYTES), np.uint8)
         self._checksums = np.concatenate([none, *(table.checksums for table in tables)])[order]
+        self._compared = np.zeros(len(order), np.bool_)
 
     def _find(self, key: bytes) -> int | None:
         head, tail = np.frombuffer(key, np.uint64)
@@ -244,6 +258,14 @@ class FeatureStore:
             mapped = self._mapped[number] = shard.map()
         self._mapped.move_to_end(number)
         return shard.read(mapped, self._items[place])
+
+    def _intact(self, place: int) -> Packed | None:
+        """Reads an item; None if it is not what was written, or does not lie where the table says."""
+        try:
+            item = self._read(place)
+        except (ValueError, OverflowError):
+            return None
+        return item if item.checksum() == self._checksums[place].tobytes() else None
 
     def _missing(self, source: Any, key: bytes) -> BundleError | MediaError:
         if key in self.skipped:
@@ -345,8 +367,24 @@ class StoreWriter:
         self.files, self._items, self._bytes, self._since = [], {}, 0, time.monotonic()
 
 
-def _read_skipped(path: Path) -> dict[bytes, str]:
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {bytes.fromhex(row["key"]): row["reason"] for row in rows}
+def read_skipped(folder: Path) -> list[Skip]:
+    """Reads what could not be encoded; a last line that was cut counts as not written.
+
+    Raises:
+      BundleError: the file holds something else.
+    """
+    path = folder / SKIPPED
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else (), 1):
+        try:
+            skip = Skip(**json.loads(line))
+            bytes.fromhex(skip.key)
+        except (ValueError, TypeError) as cause:
+            if not line.endswith(b"\n"):
+                break
+            raise BundleError(
+                f"{path}, line {number}, is not what xblip precompute writes. Delete the file: the next xblip precompute "
+                "writes it anew."
+            ) from cause
+        found.append(skip)
+    return found
