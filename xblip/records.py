@@ -198,11 +198,7 @@ def _csv(file: str) -> Iterator[Raw]:
 def _tar(file: str) -> Iterator[Raw]:
     """The samples of a WebDataset: neighbours that share a name up to its first dot."""
     found, current, samples = {"texts": {}, "members": {}}, None, 0
-    try:
-        opened = tarfile.open(file, "r:")
-    except (tarfile.TarError, EOFError) as cause:
-        raise ConfigError(f"{file} is no tar that can be read in place: {cause}. Is it cut, or compressed?") from cause
-    with opened as tar:
+    with _open_tar(file) as tar:
         try:
             for member in tar:
                 tar.members = []  # it would keep them all
@@ -237,6 +233,13 @@ def _tar(file: str) -> Iterator[Raw]:
             )
     if current is not None:
         yield f"sample {current}", json.dumps(found)
+
+
+def _open_tar(file: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(file, "r:")
+    except (tarfile.TarError, EOFError) as cause:
+        raise ConfigError(f"{file} is no tar that can be read in place: {cause}. Is it cut, or compressed?") from cause
 
 
 def _ends_at(file: str, offset: int) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from xblip import plugins
 from xblip.branch import build_modality
 from xblip.data import Manifest
-from xblip.errors import ConfigError, InputError
+from xblip.errors import ConfigError, InputError, suggest
 from xblip.examples import Examples
 from xblip.mixture import BatchPlan, Source
 from xblip.store import FeatureStore
@@ -57,10 +58,13 @@ def read_data(
     """Opens the manifests that `given` names, and checks all of their rows and stored features.
 
     Raises:
-      ConfigError, InputError: a manifest is missing or empty, or a row is wrong.
+      ConfigError, InputError: a manifest is missing or empty, a row is wrong, or templates are of an unknown modality.
       BundleError, MediaError: a file has no features in the store, or changed since.
     """
     modalities = {branch.modality: build_modality(branch) for branch in config.all_branches}
+    for name in config.data.templates:
+        if name not in (known := {*modalities, *plugins.installed()}):
+            raise ConfigError(f'Unknown modality "{name}" in data.templates.{suggest(str(name), known)}')
     manifests = open_manifests(given, where, modalities=modalities, streaming=streaming)
     examples = Examples(
         manifests,
