@@ -162,10 +162,12 @@ class TestKinds:
             {"toy": "x", "said": [*turns, *turns, *turns], "n": 2},
             {"toy": "x", "said": turns, "n": 3},
         ]
-        manifest = opened(write(tmp_path / name, rows), fields={"toy": "n", "conversations": "said"})
+        manifest = opened(write(tmp_path / name, rows), fields={"toy": "{n}.num", "conversations": "said"})
         assert len(manifest) == 5 and [len(row.sample.history) for row in manifest.rows()] == [0, 0, 1, 2, 0]
         assert list(manifest.rows()) == [manifest.row(index) for index in range(5)]
-        assert [row.sample.all_media[0].source for row in manifest.rows()] == [1, 2, 2, 2, 3]
+        assert [row.sample.all_media[0].source for row in manifest.rows()] == [
+            f"{tmp_path}/{n}.num" for n in (1, 2, 2, 2, 3)
+        ]
         manifest.check()
         assert len(manifest.lengths()) == 5
 
@@ -276,7 +278,7 @@ def test_mixed_types_in_one_file_are_fine_until_a_row_is_wrong(tmp_path):
     rows = [{"toy": ONE, "caption": "a"}, {"numbers": "a.num", "captions": ["a"]}, {"toy": [[1.0] * 4], "label": "b"}]
     manifest = opened(write(tmp_path / "a.jsonl", [*rows, {"toy": ONE, "caption": 7}]))
     assert [manifest.row(index).task for index in range(3)] == ["caption", "caption", "classification"]
-    with pytest.raises(InputError, match=r"a.jsonl, line 4: An answer must be text, not 7: put it in quotes"):
+    with pytest.raises(InputError, match=r"a.jsonl, line 4: An answer must be text, not 7: make it a string"):
         manifest.check()
 
 

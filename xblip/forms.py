@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xblip.errors import ConfigError, InputError, suggest
+from xblip.media import is_url
 from xblip.sample import Media, Sample, check_text, from_messages, media_of
 
 ANSWERS = {
@@ -87,6 +88,7 @@ def read_row(
     }
     if "messages" in values or "conversations" in values:
         sample = _talk(values, modalities, root, part)
+        _check_sources(sample)
         answers = {} if sample.answer is None else {sample.answer: 1.0}
         return Row(replace(sample, answer=None, origin=origin), answers, "", origin)
     for key in values:
@@ -108,7 +110,19 @@ def read_row(
             "or a `question`, or call what is to be learnt `caption` or `label`."
         )
     sample = Sample(instruction, media_of(values, modalities=modalities, root=root), origin=origin)
+    _check_sources(sample)
     return Row(sample, _weighted(values[keys[0]], values.get("weights")) if keys else {}, task, origin)
+
+
+def _check_sources(sample: Sample) -> None:
+    """Raises `InputError` for what is no source to any modality: a single number, a mapping, nothing, or a URL."""
+    for modality, source in ((media.modality, media.source) for media in sample.all_media):
+        if source is None or isinstance(source, (bool, int, float, Mapping)):
+            raise InputError(
+                f"The source of an input of {modality} must be a path, bytes or a list that it reads, not {source!r:.80}."
+            )
+        if is_url(source):
+            raise InputError(f'"{source}" is a URL, which is not read. Download it and give the file\'s path.')
 
 
 def _weighted(given: Any, weights: Any) -> dict[str, float]:
