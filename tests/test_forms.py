@@ -129,7 +129,10 @@ def test_several_questions_of_one_record_keep_their_own_answers():
         ({"answer": "red"}, "lacks its `instruction`; it has answer. Add an `instruction` or a `question`, or call"),
         ({"caption": "a", "answer": "b"}, "has `answer` and `caption`: keep one"),
         ({"instruction": "a", "question": "b", "answer": "c"}, "has `instruction` and `question`: keep one"),
-        ({"caption": 7}, "An answer must be text, not 7"),
+        ({"caption": 7}, "An answer must be text, not 7: make it a string"),
+        ({"image": "a", "caption": ""}, "A sample's `caption` is empty: fill in, or remove the row"),
+        ({"image": "a", "caption": None, "label": ""}, "A sample's `caption` and `label` are empty"),
+        ({"question": "?", "answer": {"a": 1}}, "An answer must be text, not {'a': 1}: make it a string"),
         ({"question": 7, "answer": "a"}, "The instruction is empty"),
         ({"question": "?", "answers": ["a", None]}, "An answer must be text, not None"),
         (

@@ -49,7 +49,7 @@ class RowReader:
     """
 
     def __init__(self, fields: Fields, modalities: Mapping[str, Modality], root: Path):
-        self.fields, self.modalities, self.root = fields, dict(modalities), root
+        self.fields, self.modalities, self.root = fields, dict(modalities), root.expanduser().absolute()
 
     def read(self, record: Record, part: int | None = None) -> Row:
         """Makes a row of a record, or of one `part` of a record that makes several.

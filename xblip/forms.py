@@ -83,6 +83,8 @@ def read_row(
     Raises:
       InputError: the record has none of the forms; the message does not say where it stands.
     """
+    words = {*ANSWERS, "instruction", "question"}
+    empty = [f"`{key}`" for key, value in values.items() if key in words and (value is None or value == "")]
     values = {
         key: value for key, value in values.items() if value is not None and value != "" and key not in PASSED_OVER
     }
@@ -104,6 +106,10 @@ def read_row(
         )
     instruction = values.get("instruction", values.get("question"))
     task = "question" if "question" in values else "" if "instruction" in values else ANSWERS[keys[0]] if keys else ""
+    if instruction is None and not task and empty:
+        raise InputError(
+            f"A sample's {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty: fill in, or remove it."
+        )
     if instruction is None and not task:
         raise InputError(
             f"A sample lacks its `instruction`; it has {', '.join(map(str, values)) or 'nothing'}. Add an `instruction` "
@@ -129,7 +135,7 @@ def _weighted(given: Any, weights: Any) -> dict[str, float]:
     """Answers and the shares they are drawn by; equal ones add up."""
     answers = given if isinstance(given, list) else [given]
     # The answers of VQA's own files are objects, with the confidence of who gave them.
-    answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+    answers = [answer.get("answer", answer) if isinstance(answer, Mapping) else answer for answer in answers]
     if weights is None:
         weights = [1.0] * len(answers)
     if not isinstance(weights, list) or len(weights) != len(answers):

@@ -48,6 +48,7 @@ def find_files(path: Path) -> list[Path]:
     Raises:
       ConfigError: there is none, or they are of several kinds, or of one that is not known.
     """
+    path = path.expanduser()
     files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
     if not files or not all(file.is_file() for file in files):
         raise ConfigError(f'No manifest at "{path}". Expected a file ({", ".join(KINDS)}) or a pattern of several.')
@@ -92,13 +93,23 @@ def read_record(file: str | Path, raw: Raw) -> Record:
 
 def _object(text: str, what: str) -> dict[str, Any]:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_object_of)
     except json.JSONDecodeError as cause:
         raise InputError(f"{what}: not JSON ({cause.msg} at column {cause.colno}).") from cause
     except (ValueError, RecursionError) as cause:  # a number of thousands of digits, or lists of lists of lists
         raise InputError(f"{what}: not JSON that can be read ({cause}).") from cause
     if not isinstance(values, dict):
         raise InputError(f"{what}: expected an object with keys such as instruction and answer.")
+    return values
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ; `json` itself keeps the last of equal ones."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'an object has the key "{twice:.80}" twice: keep one')
     return values
 
 
@@ -150,7 +161,7 @@ def _json(file: str) -> Iterator[Raw]:
     """A list of records; or, as LAVIS has them, an object of records or of anything by their ids."""
     with open(file, encoding="utf-8-sig") as opened:
         try:
-            records = json.load(opened)
+            records = json.load(opened, object_pairs_hook=_object_of)
         except json.JSONDecodeError as cause:
             raise ConfigError(
                 f'The manifest "{file}" is not JSON ({cause.msg} at line {cause.lineno}, column {cause.colno}). If each '

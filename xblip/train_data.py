@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def open_stores(config: TrainConfig) -> dict[str, FeatureStore]:
     given = config.data.features
     stores: dict[str, FeatureStore] = {}
     for folder in [] if given is None else given if isinstance(given, list) else [given]:
-        store = FeatureStore.open(folder)
+        store = FeatureStore.open(Path(folder).expanduser())
         name = store.facts.origin.modality
         known = {branch.modality: branch for branch in config.all_branches}
         if name in stores or name not in known:
@@ -145,7 +146,8 @@ def _group(manifest: Manifest) -> str:
 def digest(pattern: str) -> str:
     """Identifies what files hold; of tars, which are long, names and sizes stand for it."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(glob.glob(str(pattern))) or [str(pattern)]:
+    pattern = os.path.expanduser(pattern)
+    for path in sorted(glob.glob(pattern)) or [pattern]:
         if path.endswith(".tar"):
             digest.update(f"{Path(path).name} {Path(path).stat().st_size}".encode())
         else:
