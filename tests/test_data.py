@@ -22,6 +22,7 @@ from xblip.errors import ConfigError, InputError, MediaError
 from xblip.media import FilePart
 from xblip.sample import Media, Sample
 from xblip.testing import ToyModality
+from xblip.train_data import digest
 
 
 class Numbers(ToyModality):
@@ -162,10 +163,12 @@ class TestKinds:
             {"toy": "x", "said": [*turns, *turns, *turns], "n": 2},
             {"toy": "x", "said": turns, "n": 3},
         ]
-        manifest = opened(write(tmp_path / name, rows), fields={"toy": "n", "conversations": "said"})
+        manifest = opened(write(tmp_path / name, rows), fields={"toy": "{n}.num", "conversations": "said"})
         assert len(manifest) == 5 and [len(row.sample.history) for row in manifest.rows()] == [0, 0, 1, 2, 0]
         assert list(manifest.rows()) == [manifest.row(index) for index in range(5)]
-        assert [row.sample.all_media[0].source for row in manifest.rows()] == [1, 2, 2, 2, 3]
+        assert [row.sample.all_media[0].source for row in manifest.rows()] == [
+            f"{tmp_path}/{n}.num" for n in (1, 2, 2, 2, 3)
+        ]
         manifest.check()
         assert len(manifest.lengths()) == 5
 
@@ -226,7 +229,7 @@ class TestTars:
             ({"0.num": b"1", "0.txt": b"a", "0.json": b'{"url": "b"}'}, 'sample 0: Unknown key "url" in a sample'),
             ({"0.num": b"1", "0.json": b"{"}, "sample 0, its .json: not JSON"),
             ({"0.num": b"1", "0.json": b"[]"}, "sample 0, its .json: expected an object"),
-            ({"0.num": b"1", "0.num2": b"1", "0.txt": b""}, "sample 0: A sample lacks its `instruction`"),
+            ({"0.num": b"1", "0.num2": b"1", "0.txt": b""}, "sample 0: A sample's `caption` is empty"),
         ],
     )
     def test_a_bad_sample_is_named(self, tmp_path, members, message):
@@ -276,7 +279,7 @@ def test_mixed_types_in_one_file_are_fine_until_a_row_is_wrong(tmp_path):
     rows = [{"toy": ONE, "caption": "a"}, {"numbers": "a.num", "captions": ["a"]}, {"toy": [[1.0] * 4], "label": "b"}]
     manifest = opened(write(tmp_path / "a.jsonl", [*rows, {"toy": ONE, "caption": 7}]))
     assert [manifest.row(index).task for index in range(3)] == ["caption", "caption", "classification"]
-    with pytest.raises(InputError, match=r"a.jsonl, line 4: An answer must be text, not 7: put it in quotes"):
+    with pytest.raises(InputError, match=r"a.jsonl, line 4: An answer must be text, not 7: make it a string"):
         manifest.check()
 
 
@@ -291,3 +294,33 @@ def test_media_of_history_are_read_too(tmp_path):
     turns += [{"from": "human", "value": "and ?"}, {"from": "gpt", "value": "b"}]
     manifest = opened(write(tmp_path / "a.jsonl", [{"numbers": "a.num", "conversations": turns}]))
     assert torch.equal(manifest[1].all_media[0].source["values"], torch.tensor([ONE]))
+
+
+def test_paths_of_a_manifest_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "below").mkdir()
+    write(tmp_path / "a.jsonl", [{"numbers": "a.num", "caption": "a"}])
+    assert opened("~/*.jsonl").row(0).sample.media == [Media("numbers", f"{tmp_path}/a.num")]
+    assert opened("~/a.jsonl", root="~/below").row(0).sample.media == [Media("numbers", f"{tmp_path}/below/a.num")]
+    assert digest("~/a.jsonl") == digest(tmp_path / "a.jsonl")
+
+
+def test_a_missing_file_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", [{"numbers": "a.num", "caption": "a"}])
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(MediaError, match=rf"'{tmp_path}/a.num': no such file. Check the path\.$"):
+        opened(f"{tmp_path.name}/a.jsonl")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("a.jsonl", InputError, 'a.jsonl, line 1: not JSON that can be read .an object has the key "caption" twice'),
+        ("a.json", ConfigError, 'a.json" is not JSON that can be read .an object has the key "caption" twice'),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(tmp_path, name, error, message):
+    row = '{"toy": [1, 2, 3, 4], "caption": "a", "caption": "b"}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    with pytest.raises(error, match=message):
+        opened(tmp_path / name).check()

@@ -129,7 +129,10 @@ def test_several_questions_of_one_record_keep_their_own_answers():
         ({"answer": "red"}, "lacks its `instruction`; it has answer. Add an `instruction` or a `question`, or call"),
         ({"caption": "a", "answer": "b"}, "has `answer` and `caption`: keep one"),
         ({"instruction": "a", "question": "b", "answer": "c"}, "has `instruction` and `question`: keep one"),
-        ({"caption": 7}, "An answer must be text, not 7"),
+        ({"caption": 7}, "An answer must be text, not 7: make it a string"),
+        ({"image": "a", "caption": ""}, "A sample's `caption` is empty: fill in, or remove the row"),
+        ({"image": "a", "caption": None, "label": ""}, "A sample's `caption` and `label` are empty"),
+        ({"question": "?", "answer": {"a": 1}}, "An answer must be text, not {'a': 1}: make it a string"),
         ({"question": 7, "answer": "a"}, "The instruction is empty"),
         ({"question": "?", "answers": ["a", None]}, "An answer must be text, not None"),
         (
@@ -146,6 +149,44 @@ def test_several_questions_of_one_record_keep_their_own_answers():
 def test_what_is_wrong_is_named(row, message):
     with pytest.raises(InputError, match=message):
         read(row)
+
+
+@pytest.mark.parametrize("source", [5, 1.5, True, None, {"path": "a.png"}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda source: {"image": source, "caption": "a cup"},
+        lambda source: {"media": [["image", source]], "caption": "a cup"},
+        lambda source: {"image": source, "conversations": TALK["conversations"]},
+        lambda source: {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "path": source}, {"type": "text", "text": "?"}]},
+                {"role": "assistant", "content": "a cup"},
+            ]
+        },
+    ],
+)
+def test_what_can_be_no_source_is_named(row, source):
+    if source is None and "media" not in row(source) and "messages" not in row(source):
+        return  # an absent column
+    with pytest.raises(InputError, match="The source of an input of image must be a path, .*not "):
+        read(row(source))
+
+
+@pytest.mark.parametrize("address", ["http://example.com/a.png", "https://x/a", "s3://bucket/a.png"])
+def test_a_url_is_no_path(address, tmp_path):
+    with pytest.raises(InputError, match=f'"{address}" is a URL, which is not read. Download it'):
+        read({"image": address, "caption": "a cup"}, root=tmp_path)
+
+
+def test_a_path_may_start_at_home_and_frames_start_at_the_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    row = read({"media": [["image", "~/a.png"], ["image", ["b.png", "~/c.png"]]], "caption": "a cup"}, root=tmp_path)
+    home = f"{tmp_path}/home"
+    assert [media.source for media in row.sample.all_media] == [
+        f"{home}/a.png",
+        [f"{tmp_path}/b.png", f"{home}/c.png"],
+    ]
 
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "data.md").read_text()

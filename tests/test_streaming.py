@@ -96,7 +96,7 @@ def stream_row(stream: Stream):
 
 def test_each_turn_of_a_conversation_is_a_row(tmp_path):
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}] * 3
-    path = write(tmp_path / "a.jsonl", [{"toy": 1, "conversations": turns}])
+    path = write(tmp_path / "a.jsonl", [{"toy": ONE, "conversations": turns}])
     stream = Stream(path, modalities=MODALITIES)
     rows = [stream.row(taken) for taken in itertools.islice(stream.take(0, 0, 0, 1), 3)]
     assert sorted(len(row.sample.history) for row in rows) == [0, 1, 2]

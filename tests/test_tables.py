@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from test_data import FIELDS, ROWS, opened, together, write, write_tar
 from xblip.data import Manifest
 from xblip.errors import ConfigError, InputError
 from xblip.forms import Fields
+from xblip.streaming import Stream
 from xblip.tables import Table
 
 
@@ -138,8 +140,44 @@ def test_files_that_are_not_there_or_of_several_kinds_are_named(tmp_path):
         opened(tmp_path / "a.*")
 
 
-def test_a_cut_tar_is_named(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {"0.num": b"1" * 5000, "0.txt": b"a" * 5000})
-    os.truncate(path, 3000)
-    with pytest.raises(ConfigError, match="a.tar is no tar that can be read in place"):
+def _overwritten(at: int, data: bytes):
+    return lambda whole: whole[:at] + data + whole[at + len(data) :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (_overwritten(20 * 1024 + 3, b"\xff"), r"damaged at byte 20480, in or after its sample 10"),
+        (_overwritten(20 * 1024, b"x" * 512), r"damaged at byte 20480, in or after its sample 10"),
+        (_overwritten(20 * 1024, bytes(4096)), r"damaged at byte 20480, in or after its sample 10"),
+        (_overwritten(21 * 1024, bytes(512)), r"damaged at byte 21504, in or after its sample 11"),
+        (lambda whole: whole[: 20 * 1024 + 100], r"cut at byte 20580, in or after its sample 10"),
+        (lambda whole: whole[: 20 * 1024], r"cut at byte 20480, in or after its sample 10"),
+        (lambda whole: whole[: 21 * 1024 - 1], r"cut at byte 21503, in or after its sample 11"),
+        (lambda whole: whole[: 40 * 1024 + 512], r"cut at byte 41472, in or after its sample 20"),
+        (lambda whole: whole + whole, r"damaged at byte 40960, in or after its sample 20"),
+    ],
+)
+@pytest.mark.parametrize("kind", [opened, lambda path: list(Stream(path, modalities={})._in_order([path], 0, 0, 0, 1))])
+def test_a_damaged_or_cut_tar_is_named(tmp_path, damage, fault, kind):
+    path = write_tar(tmp_path / "a.tar", {f"{n:02}.{end}": b"1 2 3 4" for n in range(20) for end in ("num", "txt")})
+    assert len(opened(path)) == 20
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=f"a.tar is {fault}.*make it anew"):
+        kind(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_in_a_tar_is_named(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", {"0.num": b"1 2 3 4", "0.txt": b"a"})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("1.num")
+        link.type, link.linkname = kind, "0.num"
+        tar.addfile(link)
+    with pytest.raises(InputError, match=r'a.tar: the member "1.num" is a link.*--dereference --hard-dereference'):
         opened(path)
+
+
+def test_a_tar_of_texts_alone_lacks_an_input(tmp_path):
+    with pytest.raises(InputError, match="sample 0: it has no input"):
+        opened(write_tar(tmp_path / "a.tar", {"0.txt": b"a"})).check()

@@ -38,7 +38,7 @@ def test_each_modality_has_its_own_words():
         ("caption: ['what is {question}']", 'the caption template "what is {question}" must hold words without braces'),
         ("classification: [' ']", "must hold words without braces"),
         ("captoin: [what]", 'Unknown key "templates.captoin". Did you mean "caption"'),
-        ("caption: what", '"templates": '),
+        ("caption: what", "\"templates.caption\" must be a list, not 'what'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, message):

@@ -25,6 +25,12 @@ def test_a_misspelt_bridge_setting_suggests_the_right_one(config):
         train(config)
 
 
+def test_templates_of_a_misspelt_modality_suggest_the_right_one(config):
+    config.data.templates = {"tyo": "words.yaml"}
+    with pytest.raises(ConfigError, match='Unknown modality "tyo" in data.templates. Did you mean "toy"'):
+        train(config)
+
+
 def test_output_dir_is_asked_for(config):
     del config.training["output_dir"]
     with pytest.raises(ConfigError, match="output_dir is missing"):

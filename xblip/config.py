@@ -7,17 +7,19 @@ is an error that suggests the nearest, never silently ignored.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from xblip.errors import ConfigError, suggest
 
 T = TypeVar("T")
+HOLDERS = (list, tuple, dict)
 
 
 def load_yaml(
@@ -37,16 +39,22 @@ def load_yaml(
     Raises:
       ConfigError: a file is missing, does not parse or names itself as its base, or an override is malformed.
     """
-    merged = _read(Path(path), named or {}, seen=())
+    merged = _read(Path(path).expanduser(), named or {}, seen=())
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(
                 f'Cannot use the override "{override}": expected key.sub=value, e.g. training.max_steps=10.'
             )
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as cause:
+    except InterpolationResolutionError as cause:
+        given = OmegaConf.to_container(cause.parent_node, resolve=False)[cause.key]
+        raise ConfigError(
+            f"Cannot use {path}: {cause.full_key} is {given!r:.80}, and there is no such value. Check the name, and that no "
+            "override has replaced what holds it."
+        ) from cause
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as cause:
         raise ConfigError(f"Cannot use {path}: {_flat(cause)}") from cause
 
 
@@ -57,10 +65,11 @@ def _read(path: Path, named: Mapping[str, str], seen: tuple[Path, ...]) -> DictC
         raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, seen))}. Remove one `base:`.")
     try:
         config = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as cause:
+        single = isinstance(yaml.load(path.read_text(), yaml.BaseLoader), str)  # of which OmegaConf makes a key
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as cause:
         raise ConfigError(f"{path} is not a valid YAML file: {_flat(cause)}") from cause
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"{path} holds a list or a single value; expected keys with values.")
+    if single or not isinstance(config, DictConfig):
+        raise ConfigError(f"{path} is not a config: it holds a list or a single value; expected keys with values.")
     for key, parts in config.items_ex(resolve=False):
         for name, part in parts.items_ex(resolve=False) if key in named and isinstance(parts, DictConfig) else ():
             if isinstance(part, DictConfig):
@@ -70,11 +79,27 @@ def _read(path: Path, named: Mapping[str, str], seen: tuple[Path, ...]) -> DictC
         return config
     if not isinstance(base, str):
         raise ConfigError(f"{path}: `base` must be the path of one config, not {base!r}.")
-    below = _read(path.parent / base, named, (*seen, path.resolve()))
+    below = _read(path.parent / Path(base).expanduser(), named, (*seen, path.resolve()))
     try:
-        return OmegaConf.merge(below, config)
+        return _merge(below, config)
     except (OmegaConfBaseException, TypeError) as cause:
         raise ConfigError(f"Cannot use {path} on top of its base: {_flat(cause)}") from cause
+
+
+def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+    """As OmegaConf does; but a list takes the place of a mapping, and a mapping that of a list."""
+    _make_room(below, above)
+    return OmegaConf.merge(below, above)
+
+
+def _make_room(below: DictConfig, above: DictConfig) -> None:
+    given = dict(below.items_ex(resolve=False))
+    for key, new in above.items_ex(resolve=False):
+        old = given.get(key)
+        if key in given and (isinstance(new, ListConfig) or isinstance(old, ListConfig)):
+            below[key] = None
+        elif isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            _make_room(old, new)
 
 
 def build(schema: type[T], values: Mapping[str, Any] | None, *, where: str) -> T:
@@ -86,12 +111,10 @@ def build(schema: type[T], values: Mapping[str, Any] | None, *, where: str) -> T
       where: what the values configure, for messages, e.g. "branch.bridge".
 
     Raises:
-      ConfigError: an unknown key (the nearest is suggested), a value of the wrong type, or a missing value.
+      ConfigError: an unknown key (the nearest is suggested), a value of the wrong kind, or a missing value.
     """
     values = {} if values is None else values
-    if not isinstance(values, Mapping):
-        raise ConfigError(f'"{where}" must hold keys with values, not {values!r}.')
-    _check_keys(schema, values, where)
+    _check(schema, values, where)
     try:
         instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(values)))
     except (OmegaConfBaseException, TypeError) as cause:
@@ -138,16 +161,41 @@ def _for_yaml(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _check(kind: Any, value: Any, where: str) -> None:
+    """Checks keys, and where there are keys, lists and single values; what these values are, OmegaConf checks."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if Any in kinds or (value is None and NoneType in kinds):
+        return
+    holder = next((part for part in kinds if is_dataclass(part) or (get_origin(part) or part) in HOLDERS), None)
+    origin, parts = get_origin(holder) or holder, get_args(holder) or (Any, Any)
+    if value is None:
+        raise ConfigError(f'"{where}" is null: give it a value, or leave it out.')
+    if holder is None:
+        if isinstance(value, (Mapping, list, tuple)):
+            raise ConfigError(f'"{where}" must be a single value, not {value!r:.80}.')
+    elif origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f'"{where}" must be a list, not {value!r:.80}.')
+        for index, part in enumerate(value):
+            _check(parts[0], part, f"{where}[{index}]")
+    elif not isinstance(value, (Mapping, holder if is_dataclass(holder) else Mapping)):
+        raise ConfigError(f'"{where}" must hold keys with values, not {value!r:.80}.')
+    elif origin is dict:
+        for key, part in value.items():
+            _check(parts[1], part, f"{where}.{key}")
+    elif isinstance(value, Mapping):
+        _check_keys(holder, value, where)
+
+
 def _check_keys(schema: type, values: Mapping[str, Any], where: str) -> None:
-    fields = {field.name: field for field in dataclasses.fields(schema)}
+    fields, kinds = {field.name: field for field in dataclasses.fields(schema)}, get_type_hints(schema)
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f'Unknown key "{where}.{key}".{suggest(str(key), fields)}')
-        kind = fields[key].type
-        kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
-        nested = next((part for part in kinds if dataclasses.is_dataclass(part)), None)
-        if nested and isinstance(value, Mapping):
-            _check_keys(nested, value, f"{where}.{key}")
+            raise ConfigError(f'Unknown key "{where}.{key!s:.80}".{suggest(str(key), fields)}')
+        _check(kinds[key], value, f"{where}.{key}")
+    for key, field in fields.items():
+        if key not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ConfigError(f'"{where}" lacks its "{key}": add it.')
 
 
 def _flat(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from xblip.records import Record
 from xblip.sample import Media, Sample, Turn
 from xblip.tables import Table, write_whole
 
-CHECKED = 1  # a number in what names a check that is kept: raise it when rows are read otherwise than before
+CHECKED = 2  # a number in what names a check that is kept: raise it when rows are read otherwise than before
 
 
 class Visit(NamedTuple):
@@ -49,7 +49,7 @@ class RowReader:
     """
 
     def __init__(self, fields: Fields, modalities: Mapping[str, Modality], root: Path):
-        self.fields, self.modalities, self.root = fields, dict(modalities), root
+        self.fields, self.modalities, self.root = fields, dict(modalities), root.expanduser().absolute()
 
     def read(self, record: Record, part: int | None = None) -> Row:
         """Makes a row of a record, or of one `part` of a record that makes several.
@@ -60,7 +60,7 @@ class RowReader:
         origin = record.origin if part is None else f"{record.origin}, part {part + 1}"
         try:
             values = self.fields.of(record.values)
-            if any(isinstance(value, FilePart) for value in record.values.values()):
+            if record.in_tar:
                 self._name_members(values, record.values)
             return read_row(values, modalities=self.modalities.keys(), root=self.root, origin=origin, part=part or 0)
         except XBlipError as error:

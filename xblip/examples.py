@@ -184,8 +184,9 @@ class Examples(Dataset):
             except XBlipError as error:
                 return [*skipped, type(error)(f"{row.origin}: {error}")]
         fault = (
-            f"{len(skipped)} rows of {manifest.path} in turn name files that cannot be read, the last one in "
-            f"{skipped[-1].origin}: {skipped[-1].reason} Check the files, and where their paths start."
+            f"{len({item.origin for item in skipped})} rows of {manifest.path} in turn name files that cannot be read, the "
+            f"last one in {skipped[-1].origin}: {skipped[-1].reason} Check the files; relative paths start at the manifest, "
+            "or at its `root`."
         )
         return [*skipped, MediaError(fault)]
 
@@ -341,7 +342,7 @@ def _context_texts(context: ContextConfig) -> list[str]:
     if not 0 < context.share <= 1:
         raise ConfigError(f"context.share must be above 0 and at most 1, not {context.share}.")
     try:
-        lines = Path(context.texts).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(context.texts).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(f"Cannot read context.texts, {context.texts}: {cause}.") from cause
     texts = [line.strip() for line in lines if line.strip()]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xblip.errors import ConfigError, InputError, suggest
+from xblip.media import is_url
 from xblip.sample import Media, Sample, check_text, from_messages, media_of
 
 ANSWERS = {
@@ -82,11 +83,14 @@ def read_row(
     Raises:
       InputError: the record has none of the forms; the message does not say where it stands.
     """
+    words = {*ANSWERS, "instruction", "question"}
+    empty = [f"`{key}`" for key, value in values.items() if key in words and (value is None or value == "")]
     values = {
         key: value for key, value in values.items() if value is not None and value != "" and key not in PASSED_OVER
     }
     if "messages" in values or "conversations" in values:
         sample = _talk(values, modalities, root, part)
+        _check_sources(sample)
         answers = {} if sample.answer is None else {sample.answer: 1.0}
         return Row(replace(sample, answer=None, origin=origin), answers, "", origin)
     for key in values:
@@ -102,20 +106,36 @@ def read_row(
         )
     instruction = values.get("instruction", values.get("question"))
     task = "question" if "question" in values else "" if "instruction" in values else ANSWERS[keys[0]] if keys else ""
+    if instruction is None and not task and empty:
+        raise InputError(
+            f"A sample's {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty: fill in, or remove it."
+        )
     if instruction is None and not task:
         raise InputError(
             f"A sample lacks its `instruction`; it has {', '.join(map(str, values)) or 'nothing'}. Add an `instruction` "
             "or a `question`, or call what is to be learnt `caption` or `label`."
         )
     sample = Sample(instruction, media_of(values, modalities=modalities, root=root), origin=origin)
+    _check_sources(sample)
     return Row(sample, _weighted(values[keys[0]], values.get("weights")) if keys else {}, task, origin)
+
+
+def _check_sources(sample: Sample) -> None:
+    """Raises `InputError` for what is no source to any modality: a single number, a mapping, nothing, or a URL."""
+    for modality, source in ((media.modality, media.source) for media in sample.all_media):
+        if source is None or isinstance(source, (bool, int, float, Mapping)):
+            raise InputError(
+                f"The source of an input of {modality} must be a path, bytes or a list that it reads, not {source!r:.80}."
+            )
+        if is_url(source):
+            raise InputError(f'"{source}" is a URL, which is not read. Download it and give the file\'s path.')
 
 
 def _weighted(given: Any, weights: Any) -> dict[str, float]:
     """Answers and the shares they are drawn by; equal ones add up."""
     answers = given if isinstance(given, list) else [given]
     # The answers of VQA's own files are objects, with the confidence of who gave them.
-    answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+    answers = [answer.get("answer", answer) if isinstance(answer, Mapping) else answer for answer in answers]
     if weights is None:
         weights = [1.0] * len(answers)
     if not isinstance(weights, list) or len(weights) != len(answers):

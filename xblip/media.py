@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from xblip.errors import MediaError, XBlipError
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".split())
 
 
@@ -137,6 +139,11 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
     return MediaFile(label=label, data=data, name=name)
 
 
+def is_url(source: Any) -> bool:
+    """Whether a source is the address of something elsewhere, such as "https://..." or "s3://..."."""
+    return isinstance(source, str) and URL.match(source) is not None
+
+
 def _contents(source: BinaryIO, label: str) -> bytes:
     try:
         data = source.read()
@@ -151,14 +158,15 @@ def _contents(source: BinaryIO, label: str) -> bytes:
 
 def _file_at(source: str | os.PathLike, kind: str) -> MediaFile:
     label = f"{kind} {os.fspath(source)!r}"
-    if str(source).startswith(("http://", "https://")):
+    if is_url(source):
         raise MediaError(f"Cannot read {label}: URLs are not fetched. Download it and give the file's path.")
     try:
         path = Path(source).expanduser()
         if path.is_dir():
             raise MediaError(f"Cannot read {label}: it is a folder. Give the path of one file.")
         if not path.exists():
-            raise MediaError(f"Cannot read {label}: no such file. Check the path; relative ones start at {Path.cwd()}.")
+            where = "" if path.is_absolute() else f"; relative ones start at {Path.cwd()}"
+            raise MediaError(f"Cannot read {label}: no such file. Check the path{where}.")
         if not path.is_file():
             raise MediaError(f"Cannot read {label}: it is a pipe, socket or device. Give the path of a regular file.")
         if path.stat().st_size == 0:

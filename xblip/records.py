@@ -7,6 +7,7 @@ stays, and a bad one has a line to name.
 import csv
 import glob
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from xblip.media import FilePart
 MEMBER = re.compile(r"((?:.*/|)[^./][^./]*)[.]([^/]+)")
 """A tar's member: what its sample is called, and what part of it this is; hidden files are none."""
 TEXT_MEMBERS = ("json", "txt", "cls")
+END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
+"""What every tar ends in, with nothing but zeros after it."""
 
 Raw = tuple[str, Any]
 """Where a record stands in its file, such as "line 7", and its JSON text; of Parquet its values."""
@@ -31,10 +34,12 @@ class Record(NamedTuple):
     Attributes:
       origin: file and line.
       values: by column.
+      in_tar: whether they are members of a tar, by their endings.
     """
 
     origin: str
     values: dict[str, Any]
+    in_tar: bool = False
 
 
 def find_files(path: Path) -> list[Path]:
@@ -43,6 +48,7 @@ def find_files(path: Path) -> list[Path]:
     Raises:
       ConfigError: there is none, or they are of several kinds, or of one that is not known.
     """
+    path = path.expanduser()
     files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
     if not files or not all(file.is_file() for file in files):
         raise ConfigError(f'No manifest at "{path}". Expected a file ({", ".join(KINDS)}) or a pattern of several.')
@@ -59,6 +65,7 @@ def raw_records(file: str | Path) -> Iterator[Raw]:
 
     Raises:
       ConfigError: the file is damaged, not UTF-8, or not of the kind that its ending says.
+      InputError: a tar is damaged or cut after its first member, or holds links.
     """
     try:
         yield from KINDS[Path(file).suffix.lower()](str(file))
@@ -79,18 +86,30 @@ def read_record(file: str | Path, raw: Raw) -> Record:
     if not isinstance(text, str):
         return Record(origin, without_none(text))
     values = _object(text, origin)
-    return Record(origin, _members(values, str(file), origin) if str(file).lower().endswith(".tar") else values)
+    if str(file).lower().endswith(".tar"):
+        return Record(origin, _members(values, str(file), origin), in_tar=True)
+    return Record(origin, values)
 
 
 def _object(text: str, what: str) -> dict[str, Any]:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_object_of)
     except json.JSONDecodeError as cause:
         raise InputError(f"{what}: not JSON ({cause.msg} at column {cause.colno}).") from cause
     except (ValueError, RecursionError) as cause:  # a number of thousands of digits, or lists of lists of lists
         raise InputError(f"{what}: not JSON that can be read ({cause}).") from cause
     if not isinstance(values, dict):
         raise InputError(f"{what}: expected an object with keys such as instruction and answer.")
+    return values
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ; `json` itself keeps the last of equal ones."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'an object has the key "{twice:.80}" twice: keep one')
     return values
 
 
@@ -142,7 +161,7 @@ def _json(file: str) -> Iterator[Raw]:
     """A list of records; or, as LAVIS has them, an object of records or of anything by their ids."""
     with open(file, encoding="utf-8-sig") as opened:
         try:
-            records = json.load(opened)
+            records = json.load(opened, object_pairs_hook=_object_of)
         except json.JSONDecodeError as cause:
             raise ConfigError(
                 f'The manifest "{file}" is not JSON ({cause.msg} at line {cause.lineno}, column {cause.colno}). If each '
@@ -189,29 +208,58 @@ def _csv(file: str) -> Iterator[Raw]:
 
 def _tar(file: str) -> Iterator[Raw]:
     """The samples of a WebDataset: neighbours that share a name up to its first dot."""
-    found, current = {"texts": {}, "members": {}}, None
-    try:
-        with tarfile.open(file, "r:") as tar:
+    found, current, samples = {"texts": {}, "members": {}}, None, 0
+    with _open_tar(file) as tar:
+        try:
             for member in tar:
                 tar.members = []  # it would keep them all
-                match = MEMBER.fullmatch(member.name.removeprefix("./")) if member.isfile() else None
-                if match is None:
+                match = MEMBER.fullmatch(member.name.removeprefix("./"))
+                if match is None or member.isdir():
                     continue
+                if not member.isfile():
+                    raise InputError(
+                        f'{file}: the member "{member.name}" is a link or a device. Expected the files themselves: make '
+                        "the tar with --dereference --hard-dereference."
+                    )
                 name, ending = match[1], match[2]
                 if name != current:
                     if current is not None:
                         yield f"sample {current}", json.dumps(found)
-                    found, current = {"texts": {}, "members": {}}, name
+                    found, current, samples = {"texts": {}, "members": {}}, name, samples + 1
                 if ending in found["texts"] or ending in found["members"]:
                     raise ConfigError(f'{file}: the sample "{name}" has two members ".{ending}".')
                 if ending in TEXT_MEMBERS:
                     found["texts"][ending] = tar.extractfile(member).read().decode()
                 else:
                     found["members"][ending] = [member.name, member.offset_data, member.size]
-    except (tarfile.TarError, EOFError) as cause:
-        raise ConfigError(f"{file} is no tar that can be read in place: {cause}. Is it cut, or compressed?") from cause
+            whole = _ends_at(file, tar.offset)
+        except (tarfile.TarError, EOFError):
+            whole = False
+        if not whole:
+            size = os.path.getsize(file)
+            cut = tar.offset + len(END_OF_TAR) > size
+            raise InputError(
+                f"{file} is {f'cut at byte {size}' if cut else f'damaged at byte {tar.offset}'}, in or after its sample "
+                f"{samples}: copy it again, or make it anew."
+            )
     if current is not None:
         yield f"sample {current}", json.dumps(found)
+
+
+def _open_tar(file: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(file, "r:")
+    except (tarfile.TarError, EOFError) as cause:
+        raise ConfigError(f"{file} is no tar that can be read in place: {cause}. Is it cut, or compressed?") from cause
+
+
+def _ends_at(file: str, offset: int) -> bool:
+    """Whether a tar ends there as it should; `tarfile` takes any damaged header for the end."""
+    with open(file, "rb") as opened:
+        opened.seek(offset)
+        if opened.read(len(END_OF_TAR)) != END_OF_TAR:
+            return False
+        return not any(chunk.strip(b"\0") for chunk in iter(lambda: opened.read(2**20), b""))
 
 
 def _parquet(file: str) -> Iterator[Raw]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xblip.errors import InputError, suggest
+from xblip.media import is_url
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Sample:
 def check_text(text: Any, what: str) -> None:
     """Raises `InputError` for what is no text that a tokenizer takes; `what` begins the message."""
     if not isinstance(text, str):
-        raise InputError(f"{what} must be text, not {text!r:.80}: put it in quotes.")
+        raise InputError(f"{what} must be text, not {text!r:.80}: make it a string.")
     try:
         text.encode()
     except UnicodeEncodeError as cause:
@@ -228,4 +229,9 @@ def _text_of(content: Any) -> str:
 
 
 def _at(source: Any, root: Path | None) -> Any:
-    return source if root is None or not isinstance(source, str) else os.path.join(root, source)
+    """A source's path, or those of a list, from the root on; what is no path stays as it is."""
+    if root is not None and isinstance(source, list):
+        return [_at(part, root) for part in source]
+    if root is None or not isinstance(source, str) or is_url(source):
+        return source
+    return os.path.join(root, os.path.expanduser(source))

@@ -22,7 +22,7 @@ from xblip.errors import ConfigError, XBlipError
 from xblip.forms import Fields, count_parts
 from xblip.records import Record, find_files, parts_of, raw_records, read_record, splitting_columns, without_none
 
-READ = 1  # a number in the cache's key: raise it when `xblip.records` gives something else than before
+READ = 2  # a number in the cache's key: raise it when `xblip.records` gives something else than before
 BATCH = 1000
 
 
@@ -45,6 +45,7 @@ class Table:
 
         Raises:
           ConfigError: no such file, one that is not what its ending says, or no record in any.
+          InputError: a tar is damaged or cut.
         """
         self.path = Path(path)
         self.files = find_files(self.path)

@@ -2,15 +2,17 @@
 
 import glob
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from xblip import plugins
 from xblip.branch import build_modality
 from xblip.data import Manifest
-from xblip.errors import ConfigError, InputError
+from xblip.errors import ConfigError, InputError, suggest
 from xblip.examples import Examples
 from xblip.mixture import BatchPlan, Source
 from xblip.store import FeatureStore
@@ -30,7 +32,7 @@ def open_stores(config: TrainConfig) -> dict[str, FeatureStore]:
     given = config.data.features
     stores: dict[str, FeatureStore] = {}
     for folder in [] if given is None else given if isinstance(given, list) else [given]:
-        store = FeatureStore.open(folder)
+        store = FeatureStore.open(Path(folder).expanduser())
         name = store.facts.origin.modality
         known = {branch.modality: branch for branch in config.all_branches}
         if name in stores or name not in known:
@@ -57,10 +59,13 @@ def read_data(
     """Opens the manifests that `given` names, and checks all of their rows and stored features.
 
     Raises:
-      ConfigError, InputError: a manifest is missing or empty, or a row is wrong.
+      ConfigError, InputError: a manifest is missing or empty, a row is wrong, or templates are of an unknown modality.
       BundleError, MediaError: a file has no features in the store, or changed since.
     """
     modalities = {branch.modality: build_modality(branch) for branch in config.all_branches}
+    for name in config.data.templates:
+        if name not in (known := {*modalities, *plugins.installed()}):
+            raise ConfigError(f'Unknown modality "{name}" in data.templates.{suggest(str(name), known)}')
     manifests = open_manifests(given, where, modalities=modalities, streaming=streaming)
     examples = Examples(
         manifests,
@@ -141,7 +146,8 @@ def _group(manifest: Manifest) -> str:
 def digest(pattern: str) -> str:
     """Identifies what files hold; of tars, which are long, names and sizes stand for it."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(glob.glob(str(pattern))) or [str(pattern)]:
+    pattern = os.path.expanduser(pattern)
+    for path in sorted(glob.glob(pattern)) or [pattern]:
         if path.endswith(".tar"):
             digest.update(f"{Path(path).name} {Path(path).stat().st_size}".encode())
         else:
