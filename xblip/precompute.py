@@ -5,13 +5,12 @@ the store holds already.
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, best_device
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
 from xblip.modality import Features
+from xblip.resume import the_only_run
 from xblip.shards import NAMED, PARTIAL, replacing, shards_in
 from xblip.store import FILE, SKIPPED, Skip, StoreWriter, read_skipped
 from xblip.stored import check_views, stored_encoder
@@ -215,7 +215,7 @@ def _together(state: PartialState, work: Callable[[], None]) -> None:
 def _prepare(encoding: Encoding, until_the_end: contextlib.ExitStack) -> None:
     """Makes the store, and removes what killed runs have left incomplete in it."""
     folder = made_folder(encoding.job.folder)
-    until_the_end.enter_context(_only_run(folder))
+    until_the_end.enter_context(the_only_run(folder, "xblip precompute"))
     for path in folder.glob(f"*{PARTIAL}"):
         if _is_own(path.name):
             path.unlink()
@@ -239,20 +239,6 @@ def _is_own(name: str) -> bool:
     """Whether a store may have written a file of this name; what else lies in its folder is none of its business."""
     name = name.removesuffix(PARTIAL)
     return name in {FILE, SKIPPED, LOCK} or NAMED.fullmatch(name) is not None
-
-
-@contextlib.contextmanager
-def _only_run(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; a lock of this process alone, which ends with it however it ends."""
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as cause:
-            raise BundleError(
-                f"Another xblip precompute is writing into {folder}: wait for it, or give another folder. To use more "
-                "processes, start one run with torchrun or accelerate launch."
-            ) from cause
-        yield
 
 
 def _check_space(writer: StoreWriter, num_sources: int, num_missing: int, num_probes: int, console: Console) -> None:
