@@ -377,14 +377,6 @@ def test_the_command(data, llm_folder, monkeypatch, capsys):
         assert status == 2 and shown.err.startswith(f"error: {message}") and shown.err.count("\n") == 1, wrong
 
 
-def test_a_store_in_the_home_folder(data, monkeypatch):
-    monkeypatch.setenv("HOME", str(data))
-    monkeypatch.chdir(data)
-    job = Job(BranchConfig("numbers"), "~/new", use_cpu=True)
-    precompute.precompute(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
-    assert len(FeatureStore.open(data / "new")) == len(FeatureStore.open("~/new")) == 12
-
-
 def test_the_command_of_a_run_that_trains_several_modalities(data, toy, llm_folder, monkeypatch, capsys):
     row = {"toy": [1.0, 2.0, 3.0, 4.0], "instruction": "what is this ?", "answer": "one"}
     (data / "toy.jsonl").write_text(json.dumps(row) + "\n")

@@ -10,6 +10,7 @@ from kit import Beads, registered
 from stores import Numbers, run, some_files
 
 from xblip.branch import Branch, BranchConfig
+from xblip.encoding import Job
 from xblip.errors import BundleError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.model import XBlip
@@ -74,6 +75,13 @@ def test_an_encoder_is_known_by_what_is_in_its_files(tmp_path):
         shutil.rmtree(folder)
         with pytest.raises(BundleError, match=r"settings.encoder is '.*encoder' here and None there"):
             stored_encoder(stored, config)
+
+
+def test_a_store_in_the_home_folder(data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data))
+    assert Job(BranchConfig("numbers"), "~/store").folder == str(data / "store")
+    run(data)
+    assert len(FeatureStore.open("~/store")) == 12
 
 
 def test_a_branch_saved_without_its_encoder_is_the_same_to_the_byte(data, llm_folder):
