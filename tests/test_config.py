@@ -72,6 +72,9 @@ class TestYaml:
         run = write(tmp_path / "run.yaml", "root: here\nfile: ${root}/x\n")
         assert load_yaml(run, ["root=there"])["file"] == "there/x"
 
+    def test_what_omegaconf_reads_is_read(self, tmp_path):
+        assert load_yaml(write(tmp_path / "run.yaml", "a: [so, what is this ?]\n")) == {"a": ["so", "what is this ?"]}
+
     def test_an_empty_file_holds_nothing(self, tmp_path):
         assert load_yaml(write(tmp_path / "run.yaml", "# nothing\n")) == {}
 

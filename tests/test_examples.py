@@ -106,11 +106,19 @@ class TestTemplates:
         ]
         made.check()
 
-    @pytest.mark.parametrize("stage", ["align", "generate"])
-    def test_a_stage_without_instructions_needs_none(self, make, stage):
-        made = examples(make([{"caption": "c"}, {"question": "red ?", "answer": "a"}]), stage=stage)
+    def test_a_stage_without_instructions_needs_none(self, make):
+        made = examples(make([{"caption": "c"}, {"question": "red ?", "answer": "a"}]), stage="generate")
         assert [made[Visit(0, index, 0)].instruction for index in range(2)] == [None, "red ?"]
         made.check()
+
+    @pytest.mark.parametrize("asked", ["question", "instruction"])
+    def test_answers_are_no_captions_to_align_by(self, make, asked):
+        made = examples(make([{"caption": "c"}, {"label": "c"}, {asked: "red ?", "answer": "no"}]), stage="align")
+        assert [made[Visit(0, index, 0)].instruction for index in range(2)] == [None, None]
+        with pytest.raises(InputError, match="a.jsonl: a row has an instruction or a question.* Give the rows a `cap"):
+            made.check()
+        with pytest.raises(InputError, match="a.jsonl, line 3: a row has an instruction or a question"):
+            made[Visit(0, 2, 0)]
 
     def test_questions_are_bare_without_templates(self, make):
         made = examples(make([{"question": "red ?", "answer": "a"}]), templates={})

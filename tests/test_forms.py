@@ -101,6 +101,11 @@ class TestConversations:
             ({"conversations": [{"from": "cat", "value": "?"}]}, 'from \'cat\', not from "human" or "gpt"'),
             ({"conversations": [{"from": "human", "value": 3}]}, "The `value` of a turn must be text"),
             ({"conversations": TALK["conversations"][1:]}, "role 'assistant' where \"user\" was expected"),
+            ({"image": None, "video": "a.mp4"}, '"video" is no input of this run. Known: .* Rename it with `fields`'),
+            (
+                {"conversations": [{"from": "human", "value": "<video>\nWhat?"}, TALK["conversations"][1]]},
+                "<video> in `conversations` marks no input of this run. Known: audio, image, point_cloud. Rename it",
+            ),
             ({"image": ["a", "b"]}, "No <image> in `conversations` says where b stands"),
             ({"image": None}, "<image> stands in `conversations` more often than the row names a file"),
             ({"caption": "a cup"}, "`conversations`, which say everything, and caption beside them"),

@@ -7,7 +7,7 @@ import pytest
 
 from xblip import config as configs
 from xblip.data import Manifest
-from xblip.errors import ConfigError, InputError, XBlipError
+from xblip.errors import ConfigError, InputError, PluginError, XBlipError
 from xblip.testing import ToyModality
 from xblip.train import train
 from xblip.train_config import load_train_config, training_arguments
@@ -28,6 +28,19 @@ def test_a_misspelt_bridge_setting_suggests_the_right_one(config):
 def test_templates_of_a_misspelt_modality_suggest_the_right_one(config):
     config.data.templates = {"tyo": "words.yaml"}
     with pytest.raises(ConfigError, match='Unknown modality "tyo" in data.templates. Did you mean "toy"'):
+        train(config)
+
+
+@pytest.mark.parametrize("features", [{"a": "b"}, [3]])
+def test_features_are_folders(config, features):
+    config.data.features = features
+    with pytest.raises(ConfigError, match="data.features must be a store's folder, or a list of folders, not"):
+        train(config)
+
+
+def test_a_misspelt_modality_is_told_before_its_stores(config):
+    config.branch.modality, config.data.features = "tyo", "nowhere"
+    with pytest.raises(PluginError, match='No modality is called "tyo". Did you mean "toy"'):
         train(config)
 
 

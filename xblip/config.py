@@ -20,6 +20,7 @@ from xblip.errors import ConfigError, suggest
 
 T = TypeVar("T")
 HOLDERS = (list, tuple, dict)
+YAML = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # LibYAML where it is, as OmegaConf: it takes more than the other
 
 
 def load_yaml(
@@ -65,7 +66,7 @@ def _read(path: Path, named: Mapping[str, str], seen: tuple[Path, ...]) -> DictC
         raise ConfigError(f"{path} is its own base, by way of {' -> '.join(map(str, seen))}. Remove one `base:`.")
     try:
         config = OmegaConf.load(path)
-        single = isinstance(yaml.load(path.read_text(), yaml.BaseLoader), str)  # of which OmegaConf makes a key
+        single = isinstance(yaml.load(path.read_text("utf-8"), YAML), str)  # of which OmegaConf makes a key
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as cause:
         raise ConfigError(f"{path} is not a valid YAML file: {_flat(cause)}") from cause
     if single or not isinstance(config, DictConfig):

@@ -124,7 +124,7 @@ class Examples(Dataset):
         """Reads every row, media unread, so that a bad one is told before anything is loaded.
 
         Raises:
-          InputError: a row has no form, answer or input.
+          InputError: a row has no form, answer or input, or is no caption in stage align.
           ConfigError: rows need templates that are not there.
         """
         for manifest in self.sources:
@@ -212,6 +212,11 @@ class Examples(Dataset):
     def _templates(self, modality: str, task: str, where: str) -> list[str]:
         """The templates that a row of a task needs; none where it says all itself."""
         found = self.templates[modality].of(task) if modality in self.templates else []
+        if self.stage == "align" and task not in ("caption", "classification"):
+            raise InputError(
+                f"{where}: a row has an instruction or a question, and stage align learns captions: an answer to a question "
+                "is none. Give the rows a `caption`, or choose with `fields`."
+            )
         if self.stage != "instruct":
             return []
         if task in ("caption", "classification") and not found:

@@ -38,6 +38,9 @@ PASSED_OVER = {
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 """Who speaks in LLaVA's conversations, and how chat messages call them."""
 
+MARK = re.compile(r"<(\w+)>")
+"""What LLaVA puts on a line of its own, first or last in a conversation's first turn, where a file stands."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -107,9 +110,8 @@ def read_row(
     instruction = values.get("instruction", values.get("question"))
     task = "question" if "question" in values else "" if "instruction" in values else ANSWERS[keys[0]] if keys else ""
     if instruction is None and not task and empty:
-        raise InputError(
-            f"A sample's {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty: fill in, or remove it."
-        )
+        are = "is" if len(empty) == 1 else "are"
+        raise InputError(f"A sample's {' and '.join(empty)} {are} empty: fill in, or remove the row.")
     if instruction is None and not task:
         raise InputError(
             f"A sample lacks its `instruction`; it has {', '.join(map(str, values)) or 'nothing'}. Add an `instruction` "
@@ -169,6 +171,12 @@ def _one_of_several(values: Mapping[str, Any], part: int) -> dict[str, Any]:
 def _talk(values: Mapping[str, Any], modalities: Collection[str], root: Path | None, part: int) -> Sample:
     """A sample of `messages`, or of LLaVA's `conversations` with its media beside them."""
     key = "messages" if "messages" in values else "conversations"
+    unknown = [str(other) for other in values if other not in TEXTS and other not in modalities]
+    if unknown and key == "conversations":
+        raise InputError(
+            f'"{unknown[0]}" is no input of this run.{suggest(unknown[0], modalities)} Rename it with `fields`, or remove '
+            "it."
+        )
     beside = [str(other) for other in values if other != key and (key == "messages" or other not in modalities)]
     if beside:
         raise InputError(
@@ -196,6 +204,13 @@ def _messages_of(values: Mapping[str, Any], modalities: Collection[str], root: P
             waiting += media_of({"media": sources}, modalities=modalities, root=root)
     marks = re.compile(f"<({'|'.join(map(re.escape, sorted(modalities)))})>")
     marked = any(marks.search(str(turn.get("value"))) for turn in turns)
+    lines = str(turns[0].get("value")).strip().splitlines() if turns else []
+    for line in lines[:1] + lines[-1:]:
+        if (mark := MARK.fullmatch(line.strip())) and mark[1] not in modalities:
+            raise InputError(
+                f"{mark[0]} in `conversations` marks no input of this run.{suggest(mark[1], modalities)} Rename it, or "
+                "remove it."
+            )
     messages: list[dict[str, Any]] = []
     for turn in turns:
         if turn.get("from") not in ROLES:

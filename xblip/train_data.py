@@ -28,10 +28,15 @@ def open_stores(config: TrainConfig) -> dict[str, FeatureStore]:
     Raises:
       BundleError, ConfigError: one is missing or damaged, of a modality that no branch has or another store is of, or
         without the views that `data.augment` asks for.
+      PluginError: a branch is of a modality that nobody knows.
     """
+    for branch in config.all_branches:
+        plugins.get("modality", branch.modality)  # a misspelt name is not the stores' fault
     given = config.data.features
     stores: dict[str, FeatureStore] = {}
     for folder in [] if given is None else given if isinstance(given, list) else [given]:
+        if not isinstance(folder, (str, Path)):
+            raise ConfigError(f"data.features must be a store's folder, or a list of folders, not {folder!r:.80}.")
         store = FeatureStore.open(Path(folder).expanduser())
         name = store.facts.origin.modality
         known = {branch.modality: branch for branch in config.all_branches}
