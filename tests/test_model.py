@@ -220,7 +220,7 @@ class TestAsk:
             ({"bos": "strat"}, '"router": .*strat'),
             ({"postfx": "?"}, 'Unknown key "router.postfx". Did you mean "postfix"'),
             (RouterConfig(bos="strat"), '"router": .*strat'),
-            (RouterConfig(prefix=None), '"router": .*prefix'),
+            (RouterConfig(prefix=None), '"router.prefix" is null: give it a value'),
             (5, '"router" must hold keys with values, not 5'),
         ],
     )

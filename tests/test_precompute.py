@@ -134,11 +134,11 @@ def test_a_broken_file_is_skipped_and_named(data):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_stands_wrong_in_a_row_itself_is_refused_as_training_does(data, workers):
-    row = {"numbers": 5, "instruction": "what ?", "answer": "one"}
+    row = {"numbers": ["3.txt", "4.txt"], "instruction": "what ?", "answer": "one"}
     with (data / "train.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(
-        InputError, match=r"Cannot read 5: .* It stands in a row itself, not in a file: correct the row"
+        InputError, match=r"Cannot read \[.*3\.txt.* It stands in a row itself, not in a file: correct the row"
     ):
         run(data, max_skipped=1, dataloader_num_workers=workers)
 
