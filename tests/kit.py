@@ -2,7 +2,9 @@
 
 import contextlib
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,17 @@ class FileToy(ToyModality):
     @classmethod
     def count(cls, values):
         cls.encoded += len(values)
+
+
+@contextlib.contextmanager
+def written_by_another(folder: Path, command: str) -> Iterator[None]:
+    """Lets another process hold the lock of a folder: a lock is a process' own."""
+    script = "import pathlib, sys; from xblip.resume import the_only_run\n"
+    script += "with the_only_run(pathlib.Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); sys.stdin.read()"
+    call = [sys.executable, "-c", script, str(folder), command]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        try:
+            yield
+        finally:
+            other.communicate("")

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from kit import written_by_another
 from rich.console import Console
 from stores import CountingEncoder, Numbers, manifests_of, run, some_files
 
-from xblip import cli, encoding, precompute
+from xblip import cli, encoding
 from xblip.branch import BranchConfig
 from xblip.encoding import Job
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, PluginError
@@ -257,20 +258,11 @@ def test_what_else_lies_in_a_store_is_left_alone(data):
 def test_another_run_into_the_same_store_is_refused(data):
     made = data / "store"
     made.mkdir()
-    ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:  # a lock is a process' own, so another process must hold it
-        with precompute._only_run(made):
-            os.write(ready[1], b"1")
-            os.read(done[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    try:
-        with pytest.raises(BundleError, match=r"Another xblip precompute is writing into .*store"):
-            run(data)
-    finally:
-        os.write(done[1], b"1")
-        os.waitpid(child, 0)
+    with (
+        written_by_another(made, "xblip precompute"),
+        pytest.raises(BundleError, match=r"Another xblip precompute is writing into .*store"),
+    ):
+        run(data)
     assert run(data).num_written == 12
 
 

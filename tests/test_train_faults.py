@@ -4,14 +4,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from kit import FileToy, registered, train_whole_and_broken
+from kit import FileToy, registered, train_whole_and_broken, written_by_another
 from safetensors.torch import load_file
 
 from xblip import cli_train
@@ -285,16 +283,11 @@ def test_what_a_run_leaves_that_died_before_its_first_checkpoint_is_in_no_ones_w
 
 def test_two_runs_do_not_write_into_one_folder(config, tmp_path):
     (tmp_path / "run").mkdir()
-    script = "import sys, pathlib; from xblip.resume import the_only_run\n"
-    script += "with the_only_run(pathlib.Path(sys.argv[1]), 'xblip train'): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(
-            BundleError, match=r"Another xblip train is writing into .*run: wait for it, or give another"
-        ):
-            train(config)
-        other.communicate("")
+    with (
+        written_by_another(tmp_path / "run", "xblip train"),
+        pytest.raises(BundleError, match=r"Another xblip train is writing into .*run: wait for it, or give another"),
+    ):
+        train(config)
 
 
 class TestResumedWithOtherSettings:
