@@ -336,7 +336,7 @@ class TestTrain:
         failed = process("train", "broken.yaml", cwd=world)
         assert failed.returncode == 2 and failed.stderr.count("\n") == 1, failed.stderr
         assert re.match(
-            "error: 100 rows of bad.jsonl in turn .* in bad.jsonl, line [1-4]: Cannot read touch .*bad.txt",
+            "error: 4 rows of bad.jsonl in turn .* in bad.jsonl, line [1-4]: Cannot read touch .*bad.txt",
             failed.stderr,
         )
 

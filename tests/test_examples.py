@@ -287,7 +287,7 @@ class TestSkipLog:
 
     @pytest.mark.parametrize("share", [-0.1, 1.5])
     def test_a_share_that_is_none_is_named(self, tmp_path, share):
-        with pytest.raises(ConfigError, match="max_skipped must be a share of rows between 0 and 1"):
+        with pytest.raises(ConfigError, match="max_skipped is a share of all rows, from 0 to 1, not"):
             SkipLog(tmp_path / "a", rows=1, max_skipped=share)
 
 

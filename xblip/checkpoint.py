@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xblip.errors import BundleError
+from xblip.errors import BundleError, some_of
 from xblip.loading import first_sentence, snapshot
 
 INDEX = "model.safetensors.index.json"
@@ -112,10 +112,8 @@ class Checkpoint:
             if name in expected and value.shape != expected[name].shape
         ]
         if faults:
-            more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-            raise BundleError(
-                f"{what} in {self.path} is not whole, or another version's: {'; '.join(faults[:3])}{more}. {advice}"
-            )
+            told = some_of(faults, between="; ")
+            raise BundleError(f"{what} in {self.path} is not whole, or another version's: {told}. {advice}")
         return fresh
 
 

@@ -17,8 +17,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train bridges; encoders and LLM stay frozen."""
-    from transformers.trainer_utils import get_last_checkpoint
-
+    from xblip.resume import found_checkpoint
     from xblip.train import train as run
     from xblip.train_config import load_train_config
 
@@ -27,7 +26,7 @@ def train(
         metrics = run(settings, resume=resume)
     except KeyboardInterrupt:
         output = settings.training["output_dir"]
-        last = get_last_checkpoint(output) if Path(output).is_dir() else None
+        last = found_checkpoint(output)
         found = f"go on from {last} with --resume" if last else f"{output} holds no checkpoint yet"
         print(f"interrupted: {found}.", file=sys.stderr)
         raise

@@ -5,7 +5,7 @@ expected or known, and what to do; `suggest` adds the nearest known name, since 
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class XBlipError(Exception):
@@ -43,6 +43,12 @@ class InputError(XBlipError):
 
 class UnknownWordsWarning(UserWarning):
     """The LLM's tokenizer does not know words that it is given."""
+
+
+def some_of(names: Sequence[str], most: int = 3, *, between: str = ", ") -> str:
+    """Returns the first names, of `most` at most, and how many more there are: "a, b, c and 2 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -284,8 +284,7 @@ class SkipLog:
         Raises:
           ConfigError: `max_skipped` is no share.
         """
-        if not 0 <= max_skipped <= 1:
-            raise ConfigError(f"max_skipped must be a share of rows between 0 and 1, not {max_skipped}.")
+        configs.check_share("max_skipped", max_skipped, whole="all rows")
         self.path, self.rows, self.max_skipped = Path(path), rows, max_skipped
         if not resume:
             self.path.unlink(missing_ok=True)

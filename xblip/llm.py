@@ -80,6 +80,7 @@ class FrozenLLM(Frozen):
 
     Attributes:
       width: D_llm.
+      num_layers: of its transformer.
       is_encoder_decoder: the prompt goes to an encoder, the answer to a decoder.
       context_length: positions it knows, or None if its config does not say.
       fingerprint: identifies weights and vocabulary.
@@ -115,6 +116,7 @@ class FrozenLLM(Frozen):
         )
         self.context_length = getattr(reader, "max_position_embeddings", None)
         self.fingerprint = _fingerprint(model, tokenizer, config)
+        self.num_layers = len(layers_of(model))
         self.runs_in_parts = True
         self._layers_run_again = False
         self._labels = LabelReader(model)
@@ -177,7 +179,7 @@ class FrozenLLM(Frozen):
         """How many positions' activations training holds at once; None for all of a batch."""
         if not self.runs_in_parts:
             return None
-        return positions_at_once(self.device, self.dtype, layers=len(layers_of(self.model)), width=self.width)
+        return positions_at_once(self.device, self.dtype, layers=self.num_layers, width=self.width)
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the ids of a piece of text, without any special token that is not spelt out in it."""

@@ -26,15 +26,14 @@ from xblip.branch import made_folder
 from xblip.contents import View, describe, is_file
 from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, best_device
-from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, suggest
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, some_of, suggest
 from xblip.modality import Features
-from xblip.resume import the_only_run
+from xblip.resume import LOCK, the_only_run
 from xblip.shards import NAMED, PARTIAL, replacing, shards_in
 from xblip.store import FILE, SKIPPED, Skip, StoreWriter, read_skipped
 from xblip.stored import check_views, stored_encoder
 
 ENGINES = ("accelerate", "ray")
-LOCK = ".lock"
 NUM_PROBES = 8
 """Sources that are encoded before the run, to tell how many bytes all will take."""
 NUM_COMPARED = 32
@@ -229,10 +228,7 @@ def _check_folder(folder: Path) -> None:
         return
     others = sorted(path.name for path in folder.iterdir() if not _is_own(path.name))
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise BundleError(
-            f"{folder} is no feature store, and holds {', '.join(others[:3])}{more}. Give an empty or a new folder."
-        )
+        raise BundleError(f"{folder} is no feature store, and holds {some_of(others)}. Give an empty or a new folder.")
 
 
 def _is_own(name: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xblip import config as configs
+from xblip.errors import some_of
 
 FORMAT = 1
 FILES = ("files.", "origin.files.")
@@ -93,6 +94,5 @@ def differences(here: Any, there: Any) -> list[str]:
     if len(files) == 1:
         told.append(f"its file {files[0]} differs")
     elif files:
-        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        told.append(f"its files {', '.join(files[:3])}{more} differ")
+        told.append(f"its files {some_of(files)} differ")
     return told

@@ -19,11 +19,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from xblip import config as configs
 from xblip.contents import flush
-from xblip.errors import BundleError, ConfigError
+from xblip.errors import BundleError, ConfigError, some_of
 from xblip.loading import first_line
 
 FACTS = "run.json"
 STATE = "trainer_state.json"
+LOCK = ".lock"
 UNFINISHED = "unfinished-"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What the system says of a disk that takes no more."""
@@ -47,10 +48,9 @@ def check_output(folder: Path) -> None:
     held = sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", UNFINISHED)))
     held = [name for name in held if name not in LEFT]
     if held:
-        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
         raise ConfigError(
-            f"{folder} is not empty, and a run would write over what it holds, such as {', '.join(held[:3])}{more}: choose "
-            "another training.output_dir, or delete that."
+            f"{folder} is not empty, and a run would write over what it holds, such as {some_of(held)}: choose another "
+            "training.output_dir, or delete that."
         )
 
 
@@ -61,7 +61,7 @@ def the_only_run(folder: Path, command: str) -> Iterator[None]:
     Raises:
       BundleError: another run is writing there.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as cause:
@@ -78,10 +78,16 @@ def last_checkpoint(folder: str | Path) -> Path:
     Raises:
       ConfigError: there is none.
     """
-    found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    found = found_checkpoint(folder)
     if found is None:
         raise ConfigError(f"There is no checkpoint in {folder} to resume from: train without --resume.")
-    return Path(found)
+    return found
+
+
+def found_checkpoint(folder: str | Path) -> Path | None:
+    """Returns the last whole checkpoint of an output folder, if there is one."""
+    found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    return found and Path(found)
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -218,7 +224,7 @@ def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> None:
         if before.get(name) != now.get(name)
     ]
     if differing:
-        shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
+        shown = some_of(differing, 5, between="; ")
         raise ConfigError(
             f"This is not the run that wrote {checkpoint}: {shown}. Restore that, or train anew in another output_dir; "
             "init.folder takes over what was learnt."

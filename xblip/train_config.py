@@ -220,8 +220,7 @@ def check_config(config: TrainConfig) -> None:
     for part, rate in config.learning_rates.items():
         if not rate >= 0:
             raise ConfigError(f"learning_rates.{part} must be at least 0, not {rate:g}.")
-    if not 0 <= config.data.max_skipped <= 1:
-        raise ConfigError(f"data.max_skipped is a share of all rows, from 0 to 1, not {config.data.max_skipped:g}.")
+    configs.check_share("data.max_skipped", config.data.max_skipped, whole="all rows")
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

@@ -95,12 +95,12 @@ def run_stage(
         "training.save_strategy": '"no"',
     }
     if stage == "instruct":
-        questions = parts / "questions"
-        out.mkdir(parents=True, exist_ok=True)
+        questions, few = parts / "questions", out.parent / "eval.jsonl"
+        few.parent.mkdir(parents=True, exist_ok=True)
         with (questions / f"{modality}-val.jsonl").open() as rows:
-            (out / "eval.jsonl").write_text("".join(islice(rows, EVAL_ROWS)))
+            few.write_text("".join(islice(rows, EVAL_ROWS)))
         settings |= {
-            "data.eval": f"[{{path: {out / 'eval.jsonl'}, root: {questions}}}]",
+            "data.eval": f"[{{path: {few}, root: {questions}}}]",
             "data.eval_answers": EVAL_ROWS,
             "training.eval_steps": min(EVERY, steps[stage]),
             "training.eval_on_start": "true",
