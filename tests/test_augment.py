@@ -196,6 +196,7 @@ class TestViews:
         one, other = (kept.view(path, np.random.default_rng(0)).values for path in (copy, tmp_path / "0.txt"))
         assert torch.equal(one, other)
 
+    @pytest.mark.slow
     def test_training_draws_a_view_each_time_and_evaluation_takes_the_file_itself(self, noisy, store, tmp_path):
         kept = FeatureStore.open(store)
         made = examples(noisy, augment=True, features={"noisy": kept})

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::xblip.errors.UnknownWordsWarnin
 
 
 class TestEnvironment:
+    @pytest.mark.slow
     def test_versions_and_what_modalities_need(self):
         checks = {(check.group, check.name): check for check in environment()}
         assert checks["xblip", "torch"].version.startswith(torch.__version__.split("+")[0])
@@ -53,6 +54,7 @@ class TestEnvironment:
             "torch is built for CUDA 13.0, but finds no device: Found no NVIDIA driver on your system."
         )
 
+    @pytest.mark.slow
     def test_it_starts_where_torch_does_not(self, tmp_path):
         (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
         path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])

@@ -209,6 +209,7 @@ class TestStandIns:
         assert report.logits == [1, 1, 40] and report.asking_bytes["keys and values"] > 0
 
 
+@pytest.mark.slow
 def test_image_and_video_of_a_bundle_hold_one_encoder():
     model = xblip.load("numerals")
     image, video = (model.branches[name].encoder for name in ("image", "video"))

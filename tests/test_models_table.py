@@ -44,6 +44,7 @@ def test_every_config_is_told_of(table):
     assert not [path.stem for path in CONFIGS if f"`{path.stem}`" not in text]
 
 
+@pytest.mark.slow
 def test_the_row_of_a_small_config_is_what_the_doctor_says(table):
     path = ROOT / "configs" / "model" / "numerals.yaml"
     assert table._overview("numerals", examine(path)) in lines()

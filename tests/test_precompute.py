@@ -255,6 +255,7 @@ def test_what_else_lies_in_a_store_is_left_alone(data):
     assert "12 items in" in verify(job, manifests_of(job.branch, [str(data / "train.jsonl")]))
 
 
+@pytest.mark.slow
 def test_another_run_into_the_same_store_is_refused(data):
     made = data / "store"
     made.mkdir()

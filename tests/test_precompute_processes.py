@@ -103,6 +103,7 @@ def digest(data: Path, to: str) -> str:
     return stored.content_digest()
 
 
+@pytest.mark.slow
 def test_two_processes_divide_the_work_and_make_the_same_store(data):
     finish(start(data, "one", 1))
     finish(start(data, "two", 2))

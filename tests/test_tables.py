@@ -46,6 +46,7 @@ class TestCache:
         monkeypatch.setattr("xblip.records.KINDS", {".jsonl": None})
         opened(path, fields=FIELDS).check()
 
+    @pytest.mark.slow
     def test_another_process_finds_what_is_kept(self, tmp_path):
         path = write(tmp_path / "a.jsonl", ROWS)
         code = (

@@ -179,6 +179,7 @@ def test_parts_of_a_bridge_learn_at_rates_of_their_own(config, tmp_path):
         train(config)
 
 
+@pytest.mark.slow
 def test_curves_and_pace_are_told(config, tmp_path):
     config.training |= {"report_to": ["tensorboard"], "max_steps": 20, "eval_strategy": "steps", "eval_steps": 10}
     train(config)

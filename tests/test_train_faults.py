@@ -281,6 +281,7 @@ def test_what_a_run_leaves_that_died_before_its_first_checkpoint_is_in_no_ones_w
     assert (tmp_path / "run" / "bridge.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_into_one_folder(config, tmp_path):
     (tmp_path / "run").mkdir()
     with (

@@ -61,6 +61,7 @@ def test_the_demo_answers_most_of_its_questions(capsys):
     assert used == set(MODALITIES)
 
 
+@pytest.mark.slow
 def test_numbers_of_unseen_files_are_read(model, unseen):
     reader = Reader(model)
     reader.encode(item for items in unseen.items.values() for item in items)
@@ -70,6 +71,7 @@ def test_numbers_of_unseen_files_are_read(model, unseen):
             assert right >= 0.85, (source, right)
 
 
+@pytest.mark.slow
 def test_unseen_pairs_are_answered_and_the_files_matter(model, unseen):
     reader = Reader(model)
     reader.encode(item for items in unseen.items.values() for item in items)

@@ -66,6 +66,7 @@ def test_equal_numbers_are_as_frequent_as_others(shelf):
     assert 0.4 < sum(question.answer == "yes" for question in asked) / 300 < 0.6
 
 
+@pytest.mark.slow
 def test_a_color_looked_for_must_be_read_off_the_file(shelf, tmp_path):
     """If the text beside a file gave the answer away, a bridge would learn to claim any color."""
     rng = random.Random(3)
