@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from xblip.doctor import examine, in_units
+from xblip.doctor import examine
 from xblip.dryrun import Part, Report
+from xblip.errors import in_units
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "models.md"

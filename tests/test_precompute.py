@@ -179,7 +179,8 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(data, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 6000))
     with pytest.raises(
-        BundleError, match=r"features of 12 sources need about .* MiB, and .* has .* MiB left. Make room"
+        BundleError,
+        match=r"features of 12 sources need about [0-9.]+ [KM]?i?B, and .* has [0-9.]+ [KMG]?i?B left. Make room",
     ):
         run(data)
     assert len(FeatureStore.open(data / "store")) == 0

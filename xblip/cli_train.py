@@ -64,7 +64,7 @@ def precompute(
     from xblip import config as configs
     from xblip import precompute as run
     from xblip.branch import build_modality
-    from xblip.errors import ConfigError, suggest
+    from xblip.errors import ConfigError, in_units, suggest
     from xblip.train_config import load_train_config, open_manifests
 
     settings = load_train_config(config, overrides or [])
@@ -95,4 +95,4 @@ def precompute(
     skipped = f", skipped {len(done.skipped)} (see {Path(job.folder, 'skipped.jsonl')})" if done.skipped else ""
     if int(os.environ.get("RANK", "0")) == 0:
         same = f"{done.num_held} were there or are the same"
-        print(f"wrote {job.folder}: {done.num_written} items, {same}{skipped}; {done.nbytes / 2**20:.4g} MiB")
+        print(f"wrote {job.folder}: {done.num_written} items, {same}{skipped}; {in_units(done.nbytes)}")

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xblip import plugins
-from xblip.errors import ConfigError, suggest
+from xblip.errors import ConfigError, in_units, suggest
 
 if TYPE_CHECKING:
     from xblip.dryrun import Report
@@ -239,12 +239,3 @@ def in_flops(count: float) -> str:
             return f"{count:.3g} {unit}FLOP"
         count /= 1000
     return f"{count:,.2f} TFLOP"
-
-
-def in_units(count: float) -> str:
-    """Bytes in the largest unit that they fill."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

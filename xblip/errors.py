@@ -2,6 +2,7 @@
 
 One small family, so that callers catch `XBlipError` and nothing else. Every message says what is wrong, what was
 expected or known, and what to do; `suggest` adds the nearest known name, since most wrong names are misspelt ones.
+`some_of` and `in_units` say lists and bytes, here and in tables, in one way.
 """
 
 import difflib
@@ -72,3 +73,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     if len(known) > 30:
         return hint
     return f"{hint} Known: {', '.join(known) if known else 'none'}."
+
+
+def in_units(count: float) -> str:
+    """Bytes in the largest unit that they fill."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

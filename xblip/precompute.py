@@ -26,7 +26,7 @@ from xblip.branch import made_folder
 from xblip.contents import View, describe, is_file
 from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, best_device
-from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, some_of, suggest
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, in_units, some_of, suggest
 from xblip.modality import Features
 from xblip.resume import LOCK, the_only_run
 from xblip.shards import NAMED, PARTIAL, replacing, shards_in
@@ -244,13 +244,13 @@ def _check_space(writer: StoreWriter, num_sources: int, num_missing: int, num_pr
     what = "sources and views" if writer.facts.views.count else "sources"
     console.print(
         f"{num_sources} {what}, {num_sources - num_missing} of them stored already; the others' features will take about "
-        f"{needed / 2**20:.4g} MiB as {writer.facts.dtype}, and {free / 2**20:.4g} MiB are free.",
+        f"{in_units(needed)} as {writer.facts.dtype}, and {in_units(free)} are free.",
         soft_wrap=True,
     )
     if needed * MARGIN > free:
         raise BundleError(
-            f"The features of {num_missing} sources need about {needed / 2**20:.4g} MiB, and {writer.folder} has "
-            f"{free / 2**20:.4g} MiB left. Make room, give another folder, or a smaller --dtype (int8 is the smallest)."
+            f"The features of {num_missing} sources need about {in_units(needed)}, and {writer.folder} has "
+            f"{in_units(free)} left. Make room, give another folder, or a smaller --dtype (int8 is the smallest)."
         )
 
 
