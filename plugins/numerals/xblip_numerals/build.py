@@ -210,6 +210,8 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     def bridge(name: str) -> Step:
         folder = out / "branches" / name
         command = configured("train", name, "instruct", **{"training.output_dir": folder})
+        if any(folder.glob("checkpoint-*")):  # of a build that was interrupted
+            command.append("--resume")
         return Step(f"bridge-{name}", [*command, f"training.seed={seed}", *sizes.bridge], folder / "metrics.json")
 
     media = Step("world", module("media", "--data", data, "--out", world, *sizes.world), world / "test/manifest.jsonl")
