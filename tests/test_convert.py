@@ -175,7 +175,7 @@ REFUSED = {
         "The bridge in {path} is not whole, or another version's: "
         "qformer.encoder.layer.1.attention.attention.query.weight is missing; "
         "qformer.encoder.layer.1.attention.attention.query.bias is missing; "
-        "qformer.encoder.layer.1.attention.attention.key.weight is missing and 19 more. {again}",
+        "qformer.encoder.layer.1.attention.attention.key.weight is missing; and 19 more. {again}",
     ),
     "a layer has a weight too many": (
         lambda weights: weights.update({"toy_Qformer.bert.encoder.layer.1.speed": torch.ones(1)}),

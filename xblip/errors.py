@@ -47,8 +47,8 @@ class UnknownWordsWarning(UserWarning):
 
 
 def some_of(names: Sequence[str], most: int = 3, *, between: str = ", ") -> str:
-    """Returns the first names, of `most` at most, and how many more there are: "a, b, c and 2 more"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
+    """Returns the first names, of `most` at most, and how many more: "a, b, c and 2 more", "a; b; c; and 2 more"."""
+    more = f"{between.strip(', ')} and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more
 
 

@@ -172,6 +172,8 @@ def places_of(parts: Path, modality: str, stage: str = "instruct") -> dict[str, 
 
 def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     """Runs the whole build; see the module's description."""
+    from xblip.resume import found_checkpoint
+
     if not CONFIGS.is_dir():
         raise SourcesError(f"There is no {CONFIGS} under {Path.cwd()}. Run the build from the root of the repository.")
     for split in SPLITS:
@@ -210,7 +212,7 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     def bridge(name: str) -> Step:
         folder = out / "branches" / name
         command = configured("train", name, "instruct", **{"training.output_dir": folder})
-        if any(folder.glob("checkpoint-*")):  # of a build that was interrupted
+        if found_checkpoint(folder):  # of a build that was interrupted
             command.append("--resume")
         return Step(f"bridge-{name}", [*command, f"training.seed={seed}", *sizes.bridge], folder / "metrics.json")
 
