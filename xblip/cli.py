@@ -298,6 +298,19 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {_one_line(message)}", file=sys.stderr, flush=True)
 
 
+def _leave_group(*, failed: bool) -> None:
+    """Ends this process's part in a group of processes, while Python is whole.
+
+    Threads of gloo that outlive it abort the process now and then (pytorch/pytorch#179291). NCCL has no such threads, and
+    would wait there for processes that go on after a failure of this one.
+    """
+    distributed = sys.modules.get("torch.distributed")  # not imported for this
+    if not distributed or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if not failed or distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+
+
 def main() -> None:
     """The console script: a user's error is one line on stderr and exit status 2; a warning is one line too."""
     warnings.showwarning = _show_warning
@@ -319,8 +332,10 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     else:
+        _leave_group(failed=False)
         raise SystemExit(status)
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
+    _leave_group(failed=True)
     raise SystemExit(2)
 
 
