@@ -28,6 +28,8 @@ from xblip.testing import ToyModality
 NUM_FILES = 60
 SECONDS = 0.01
 """What reading a file takes at least, so that there is time to be killed in."""
+READ = "read"
+"""A file beside the others, with a byte for each that was read."""
 
 
 class SlowNumbers(ToyModality):
@@ -37,6 +39,8 @@ class SlowNumbers(ToyModality):
 
     def load(self, source):
         time.sleep(SECONDS)
+        with (Path(source).parent / READ).open("ab") as read:
+            read.write(b".")
         with decoding(str(source), "rows of four numbers"):
             return super().load([float(word) for word in Path(source).read_text().split()])
 
@@ -116,15 +120,17 @@ def test_two_processes_divide_the_work_and_make_the_same_store(data):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_ten_random_moments(data, ranks):
-    began = time.monotonic()
     finish(start(data, "undisturbed", ranks))
-    lasts = time.monotonic() - began
     expected = digest(data, "undisturbed")
     chance = random.Random(ranks)
     found = []
     for number in range(10):
+        (data / READ).write_bytes(b"")
         processes = start(data, f"store-{number}", ranks)
-        time.sleep(chance.uniform(0.1, 1) * lasts)
+        moment = chance.uniform(0, NUM_FILES)
+        while (data / READ).stat().st_size < moment and any(process.is_alive() for process in processes):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
         victim = chance.choice(processes)
         os.kill(victim.pid, signal.SIGKILL)
         time.sleep(chance.uniform(0, 0.1))
