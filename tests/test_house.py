@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "hookspecs", "gather", "devices"},
     {"config", "loading", "media", "contents", "packing"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
-    {"runs", "intervals", "metrics"},
+    {"runs", "intervals", "metrics", "captions"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms", "shards", "eval_task"},
     {

@@ -1,16 +1,16 @@
-"""Rows of manifests for evaluation: each with an id that stays, its words put into the task's prompt."""
+"""What tasks are made of: rows of manifests, each with an id that stays, prompts, and names to choose from."""
 
-import dataclasses
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from xblip.errors import ConfigError, InputError
 from xblip.eval_task import EvalTask
 from xblip.forms import Row
+from xblip.loading import first_line
 from xblip.modality import Modality
-from xblip.sample import Sample
 from xblip.train_config import open_manifests, sources_of
 from xblip.train_data import digest
 
@@ -46,21 +46,32 @@ class ManifestTask(EvalTask):
         return {source.path: digest(source.path) for source in sources_of(self.config.data, "data")}
 
 
-def prompted(sample: Sample, prompt: str, *, words: str) -> Sample:
-    """Returns a sample whose instruction is the prompt with the sample's own words in the place of `{words}`.
-
-    A row that brings an instruction of its own, where the prompt has no place for it, is asked by the prompt.
-    """
-    return dataclasses.replace(sample, instruction=prompt.replace(f"{{{words}}}", sample.instruction or ""))
-
-
-def check_prompt(prompt: str, where: str, *, words: str = "") -> None:
-    """Raises `ConfigError` for a prompt that is empty, or has other braces than `{words}` once."""
+def check_prompt(prompt: str, where: str, *, hole: str = "") -> None:
+    """Raises `ConfigError` for a prompt that is empty, or that lacks its hole, or has other braces."""
     try:
         holes = [name for _, name, *_ in string.Formatter().parse(prompt) if name is not None]
     except ValueError:
         holes = None
-    wanted = [words] if words else []
-    if holes != wanted or not prompt.strip():
-        expected = f"{{{words}}} once, and no other braces" if words else "words without braces"
-        raise ConfigError(f'{where}: the prompt "{prompt}" must hold {expected}.')
+    if holes != ([hole] if hole else []) or not prompt.strip():
+        expected = f"{{{hole}}} once, and no other braces" if hole else "words without braces"
+        raise ConfigError(f'{where} is "{prompt}": it must hold {expected}.')
+
+
+def read_names(given: Any) -> list[str]:
+    """Returns the names to choose from that a config lists, or that a file has, one a line.
+
+    Raises:
+      ConfigError: there is no such file, it is no text, or two names are the same.
+    """
+    names = given
+    if isinstance(given, (str, Path)):
+        try:
+            lines = Path(given).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as cause:
+            raise ConfigError(f'Cannot read the names in "{given}": {first_line(cause)}') from cause
+        names = [line.strip() for line in lines if line.strip()]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ConfigError(f"names must be a list of names, or a file with one a line, not {given!r:.80}.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f'names has "{twice[0]}" twice: keep one.')
+    return names

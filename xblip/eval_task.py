@@ -90,7 +90,7 @@ class EvalTask(ABC):
         """
 
     def facts(self) -> Mapping[str, Any]:
-        """Returns what a resumed run must share beside the config, such as hashes of files that it names."""
+        """Returns what a resumed run must share beside the config, such as hashes of files; called after `rows`."""
         return {}
 
     def report(self, folder: Path, lines: Sequence[Line], measured: Mapping[str, Measured]) -> None:  # noqa: B027

@@ -1,11 +1,10 @@
-"""Metrics of texts, in plain Python: no Java, no downloads; each gives numbers per row that figures are made of.
+"""Scores of answers, in plain Python: VQA's normalisation and soft score, and names in an answer.
 
-Captions are taken apart as the COCO toolkit does with Stanford's PTB tokeniser, as far as lower-case English captions
-show a difference: punctuation is dropped, "n't" and "'s" are words of their own.
+The normalisation follows VQA's own script; of contractions it knows those that are written without an apostrophe.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {
@@ -61,3 +60,15 @@ def vqa_score(answer: str, given: Mapping[str, int]) -> float:
     same = sum(count for text, count in given.items() if normalise_answer(text) == answer)
     one_less, all_there = min((same - 1) / 3, 1), min(same / 3, 1)
     return (same * one_less + (people - same) * all_there) / people if same else 0.0
+
+
+def named_in(answer: str, names: Sequence[str]) -> list[str]:
+    """Returns the names that stand in an answer as whole words, both normalised; of one inside another the longer."""
+    text = f" {normalise_answer(answer)} "
+    found = []
+    for name in sorted(names, key=lambda name: -len(normalise_answer(name))):
+        wanted = f" {normalise_answer(name)} "
+        if wanted.strip() and wanted in text:
+            found.append(name)
+            text = text.replace(wanted, "  ")
+    return [name for name in names if name in found]
