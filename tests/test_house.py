@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "hookspecs", "gather", "devices"},
     {"config", "loading", "media", "contents", "packing"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
-    {"runs", "intervals", "metrics", "captions"},
+    {"runs", "intervals", "metrics", "captions", "answers"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms", "shards", "eval_task"},
     {
@@ -42,7 +42,7 @@ LAYERS = [
     {"tasks", "train_config", "precompute"},
     {"trainer", "train_data", "eval_model"},
     {"eval_data"},
-    {"eval_kinds", "evaluate"},
+    {"eval_kinds", "discrn", "evaluate"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
     {"convert", "testing", "scaffold", "blueprint"},
