@@ -21,13 +21,6 @@ from xblip.sample import Media, Sample
 ROWS = 10
 
 
-@pytest.fixture(scope="module")
-def bundle(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bundle")
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def questions(tmp_path):
     """A manifest of questions, all answered "one"."""
