@@ -25,6 +25,7 @@ LAYERS = [
     {
         "qformer_bridges",
         "retrieval_bridge",
+        "sharing",
         "pooled",
         "resamplers",
         "initial",
@@ -35,7 +36,7 @@ LAYERS = [
     },
     {"plugins", "tables"},
     {"branch", "lavis", "data"},
-    {"bundle", "stored", "mixture", "examples"},
+    {"bundle", "stored", "mixture", "examples", "explain"},
     {"model", "retrieval", "contrast", "encoding", "streaming"},
     {"export", "align", "layers", "resume", "meters", "precompute_ray"},
     {"tasks", "train_config", "precompute"},

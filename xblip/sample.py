@@ -72,6 +72,11 @@ class Sample:
         parts = [part for turn in self.history for part in turn.content] + list(self.media)
         return [part for part in parts if isinstance(part, Media)]
 
+    @property
+    def instructions(self) -> list[str]:
+        """What each of `all_media` is read in the light of."""
+        return [self.instruction or ""] * len(self.all_media)
+
 
 def check_text(text: Any, what: str) -> None:
     """Raises `InputError` for what is no text that a tokenizer takes; `what` begins the message."""
