@@ -1,6 +1,6 @@
 """What an answer came from: how much less likely it is without an input or a segment, and where queries looked.
 
-Leaving out is the measure, for it asks the model itself: the answer's own tokens are scored again, on a prompt that lacks one
+Leaving out is the measure, for it asks the model itself: the answer's own tokens are scored again, on a prompt without one
 input. Attention only says where a bridge looked, not whether what it saw mattered; it is shown beside the measure.
 """
 
