@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices"},
-    {"config", "loading", "media", "contents", "packing"},
+    {"config", "loading", "media", "contents", "packing", "heat"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
     {"modality", "qformer", "llm", "sample"},
     {"bridge", "router", "forms", "shards"},
