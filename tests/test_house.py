@@ -26,6 +26,7 @@ LAYERS = [
         "qformer_bridges",
         "retrieval_bridge",
         "sharing",
+        "explain_page",
         "pooled",
         "resamplers",
         "initial",

@@ -8,11 +8,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from xblip import explain_page
 from xblip.contents import describe
 from xblip.errors import InputError
 from xblip.modality import Features, Modality
@@ -45,7 +47,7 @@ class Asked:
         sources = [describe(media.source) for media in sample.all_media]
         read = _changed(
             sample,
-            lambda _, media: dataclasses.replace(media, source=model.branches[media.modality].read(media.source)),
+            lambda _, media: media.with_source(model.branches[media.modality].read(media.source)),
         )
         return cls(model, read, sources)
 
@@ -132,6 +134,14 @@ class Explanation:
         """Returns the input that the answer owes most to."""
         return max(self.inputs, key=lambda part: part.effect)
 
+    def save(self, folder: str | Path) -> Path:
+        """Writes a page with its pictures and figures into a new or empty folder; returns the page's path.
+
+        Raises:
+          ConfigError: the folder is not empty, or cannot be written.
+        """
+        return explain_page.write(self, folder)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all figures, attention as means over layers and heads, (Q, S, N)."""
         effects = [{**dataclasses.asdict(part), "per_token": part.per_token} for part in self.inputs]
@@ -171,7 +181,7 @@ def explain(asked: Asked, answer: str, token_ids: Sequence[int]) -> Explanation:
             "The question came without inputs, so the answer came from none of them: give it at least one."
         )
     features = [model.branches[part.modality].encode([part.source]) for part in media]
-    sample = _changed(asked.sample, lambda index, part: dataclasses.replace(part, source=features[index]))
+    sample = _changed(asked.sample, lambda index, part: part.with_source(features[index]))
     scores = _Scores(model, sample, token_ids)
     whole, bare, *without = scores.of(scores.cases([None, set(range(len(media))), *({i} for i in range(len(media)))]))
     names, cues = _names(media), model.router.cues if model.router.config.cues else {}
@@ -196,7 +206,8 @@ def explain(asked: Asked, answer: str, token_ids: Sequence[int]) -> Explanation:
         for segment, row in enumerate(scores.without_segments(index))
     ]
     attention = {}
-    for name, part, found, instruction in zip(names, media, features, sample.instructions, strict=True):
+    for name, part, found in zip(names, media, features, strict=True):
+        instruction = part.instruction or sample.instruction or ""
         weights = model.branches[part.modality].bridge.attention(found, [instruction])
         attention[name] = None if weights is None else weights[0]
     return Explanation(
@@ -243,7 +254,7 @@ class _Scores:
         for segment in range(count if count > 1 else 0):
             rest = [place for place in range(count) if place != segment]
             shorter = Features(features.values[rest], features.mask[rest], [count - 1])
-            alone = dataclasses.replace(self.sample, media=[dataclasses.replace(part, source=shorter)], history=[])
+            alone = dataclasses.replace(self.sample, media=[part.with_source(shorter)], history=[])
             [[prompt]] = self.model.soft_prompts([alone])
             cases.append((self.sample, [*self.prompts[:index], prompt, *self.prompts[index + 1 :]]))
         return self.of(cases)

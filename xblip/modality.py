@@ -121,7 +121,7 @@ class Modality(ABC):
             self.augmented(None, np.random.default_rng(0))
 
     def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> heat.Drawing:
-        """Shows where in a medium the encoder's tokens lie, for `xblip.explain`; by default bars, which say nothing of places.
+        """Shows where in a medium the encoder's tokens lie, for `xblip.explain`; by default bars, which tell of no places.
 
         Args:
           tensors: what `load` gave of one source with S segments.

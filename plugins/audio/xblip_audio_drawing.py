@@ -5,6 +5,7 @@ point takes the token whose middle is nearest, since patches of an AST overlap.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import PIL.Image
@@ -51,10 +52,10 @@ def draw(family: Family, tensors: dict[str, Tensor], weights: np.ndarray) -> "he
         for clip, grid, count in zip(values, grids, real, strict=True)
     ]
     labels = [f"clip {number + 1} of {len(clips)}" for number in range(len(clips))] if len(clips) > 1 else None
-    bands = f"{len(cells.tokens)} bands of pitch, low ones below" if len(cells.tokens) > 1 else "all pitches"
-    caption = f"A block is one of {cells.tokens.shape[1]} moments of a whole clip and one of {bands}; the band below sums them."
-    if len(cells.tokens) == 1:
-        caption = f"A stripe is one of {cells.tokens.shape[1]} moments of a whole clip; seconds below."
+    bands, moments = cells.tokens.shape
+    caption = f"A stripe is one of {moments} moments of a whole clip."
+    if bands > 1:
+        caption = f"A block is one of {moments} moments of a whole clip and of {bands} bands, low pitches below."
     return heat.Drawing({".png": heat.sheet(clips, labels, columns=1)}, caption, heat.named(cells.special))
 
 
@@ -86,7 +87,7 @@ def _cells(family: Family, count: int, frames: int, bins: int) -> Cells | None:
 
 
 def _nearest(count: int, length: int, step: int | None, size: int | None) -> np.ndarray:
-    """Which of `count` patches, `step` apart, has its middle nearest to each of `length` places; even ones without a step."""
+    """Which of `count` patches, `step` apart, is nearest with its middle to each of `length` places; even ones without."""
     step, size = (step, size) if step else (length / count, length / count)
     places = np.arange(length) + 0.5
     return np.floor((places - (size - step) / 2) / step).clip(0, count - 1).astype(int)
@@ -122,7 +123,7 @@ def _wave(samples: np.ndarray, wide: int) -> PIL.Image.Image:
     pen = PIL.ImageDraw.Draw(picture)
     loudest = max(float(np.abs(samples).max()), 1e-6)
     edges = np.linspace(0, len(samples), wide + 1).astype(int)
-    for column, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for column, (start, end) in enumerate(pairwise(edges)):
         part = samples[start : max(end, start + 1)]
         ends = [HIGH / 2 * (1 - 0.95 * float(value) / loudest) for value in (part.max(), part.min())]
         pen.line([(column, ends[0]), (column, ends[1])], (110, 110, 120))

@@ -154,7 +154,7 @@ class PointCloud(xblip.Modality):
         return encoder
 
     def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> Any:
-        """Colours the points of each group, seen from two sides and as a .ply."""
+        """Colours the points of each group, seen from three sides and as a .ply."""
         from xblip_point_drawing import draw
 
         return draw(self._encoder_config, tensors, weights)

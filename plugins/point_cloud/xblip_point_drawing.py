@@ -1,4 +1,4 @@
-"""Point clouds drawn with heat where an encoder's groups lie: a picture from two sides, and a .ply to turn by hand.
+"""Point clouds drawn with heat where an encoder's groups lie: a picture from three sides, and a .ply to turn by hand.
 
 A token of Point-BERT stands for the points nearest to its centre. Groups overlap, so a point takes the mean of its groups;
 points of no group stay grey.
@@ -15,8 +15,8 @@ from xblip_point_bert import PointBertConfig, farthest_point_sampling, nearest_n
 import xblip
 
 heat = xblip.Modality.heat
-SIDE, MARGIN = 320, 1.08
-VIEWS = {"from the front": (0.0, 0.0), "turned and tilted": (35.0, 25.0)}
+SIDE, MARGIN = 280, 1.08
+VIEWS = {"from the front": (0.0, 0.0), "from above": (0.0, 90.0), "turned and tilted": (35.0, 25.0)}
 """Degrees that the cloud is turned about y, and then towards the eye."""
 
 
@@ -32,8 +32,14 @@ def draw(config: PointBertConfig, tensors: dict[str, Tensor], weights: np.ndarra
         shares = heat.scaled(_of_points(members, torch.from_numpy(weights[0, 1:]).double(), len(points)))
     views = [_view(points.numpy(), shares, *angles) for angles in VIEWS.values()]
     caption = "Coloured points belong to groups that were looked at; a point of several takes their mean."
-    picture = heat.sheet(views, list(VIEWS))
+    picture = heat.sheet([view.crop((0, *_lines(views))) for view in views], list(VIEWS))
     return heat.Drawing({".png": picture, ".ply": _ply(points.numpy(), shares)}, caption, placeless)
+
+
+def _lines(views: list[PIL.Image.Image]) -> tuple[int, int, int]:
+    """Where the lines that any view has points on begin, and the corner where they and the columns end."""
+    drawn = np.nonzero(np.min([np.asarray(view.convert("L")) for view in views], 0).min(1) < 255)[0]
+    return max(0, int(drawn[0]) - 4), SIDE, min(SIDE, int(drawn[-1]) + 5)
 
 
 def _of_points(members: Tensor, weights: Tensor, count: int) -> np.ndarray:
@@ -61,15 +67,15 @@ def _view(points: np.ndarray, shares: np.ndarray, turn: float, tilt: float) -> P
     tones = (_point_colors(shares) * (1 - mist) + 255 * mist).round().astype(np.uint8)
     radius = 2 if len(points) > 2000 else 3
     places = np.stack([(seen[:, 0] / MARGIN + 1) / 2, (1 - seen[:, 1] / MARGIN) / 2], 1) * SIDE
-    pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
     reach = np.arange(-radius, radius + 1)
-    disc = [(x, y) for x in reach for y in reach if x * x + y * y <= radius * radius + 1]
+    disc = np.array([(x, y) for x in reach for y in reach if x * x + y * y <= radius * radius + 1])
     order = np.argsort(seen[:, 2], kind="stable")
-    for index in order:
-        for x, y in disc:
-            column, row = int(places[index, 0]) + x, int(places[index, 1]) + y
-            if 0 <= column < SIDE and 0 <= row < SIDE:
-                pixels[row, column] = tones[index]
+    columns, rows = (places[order].astype(int)[:, None] + disc).reshape(-1, 2).T
+    inside = (columns >= 0) & (columns < SIDE) & (rows >= 0) & (rows < SIDE)
+    pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    pixels[rows[inside], columns[inside]] = np.repeat(tones[order], len(disc), 0)[
+        inside
+    ]  # the last one, the nearest, stays
     return PIL.Image.fromarray(pixels)
 
 
