@@ -1,5 +1,6 @@
 """The page of an explanation: it shows what the figures say, links what it wrote, and writes over nothing."""
 
+import io
 import json
 import re
 import subprocess
@@ -137,7 +138,7 @@ class TestFolder:
 
 def test_the_table_names_each_input_s_share(model):
     explanation = model.ask("which one ?", media=[Media("toy", LONG), Media("beads", BEADS)], **EXACT).explain()
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(explanation))
     printed = console.export_text()
     for part in explanation.inputs:
