@@ -11,7 +11,6 @@ from kit import BEADS, LONG, ONE, make_branch
 from rich.console import Console
 
 from xblip.errors import ConfigError
-from xblip.explain_page import table
 from xblip.model import XBlip
 from xblip.sample import Media
 from xblip.testing import ToyModality
@@ -139,7 +138,7 @@ class TestFolder:
 def test_the_table_names_each_input_s_share(model):
     explanation = model.ask("which one ?", media=[Media("toy", LONG), Media("beads", BEADS)], **EXACT).explain()
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table(explanation))
+    console.print(explanation.table())
     printed = console.export_text()
     for part in explanation.inputs:
         assert re.search(rf"{part.name} .*{part.effect:+z.2f}".replace("+", r"\+"), printed)

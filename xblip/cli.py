@@ -110,7 +110,7 @@ def ask(
         page = explanation.save(explain)
         said["explanation"] = {name: part for name, part in explanation.to_dict().items() if name != "attention"}
         if not as_json:
-            Console(highlight=False).print(explain_page.table(explanation))
+            Console(highlight=False).print(explanation.table())
             print(f"wrote {page}")
     if as_json:
         print(json.dumps(said))

@@ -21,6 +21,8 @@ from xblip.modality import Features, Modality
 from xblip.sample import Media, Sample
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from xblip.model import XBlip
 
 ROWS = 8
@@ -133,6 +135,10 @@ class Explanation:
     def strongest(self) -> InputEffect:
         """Returns the input that the answer owes most to."""
         return max(self.inputs, key=lambda part: part.effect)
+
+    def table(self) -> "Table":
+        """Returns the inputs' effects and shares as a table of `rich`, for a terminal."""
+        return explain_page.table(self)
 
     def save(self, folder: str | Path) -> Path:
         """Writes a page with its pictures and figures into a new or empty folder; returns the page's path.
