@@ -17,6 +17,7 @@ import xblip
 
 heat = xblip.Modality.heat
 HIGH, BAND, AXIS = 128, 14, 18  # pixels of a spectrogram, of the timeline below it, and of the seconds below that
+GAP = 3  # of the timeline's
 WIDE, NARROWEST = 720, 240
 
 
@@ -103,8 +104,8 @@ def _clip(sound: np.ndarray, grid: np.ndarray, cells: Cells, *, seconds: float, 
     picture = heat.lay_over(picture, grid[rows][:, moments[columns]])
     page = PIL.Image.new("RGB", (wide, HIGH + BAND + AXIS), heat.PAPER)
     page.paste(picture, (0, 0))
-    band = PIL.Image.new("RGB", (wide, BAND), heat.GREY)
-    page.paste(heat.lay_over(band, heat.scaled(grid.sum(0))[moments[columns]][None]), (0, HIGH))
+    band = PIL.Image.new("RGB", (wide, BAND - GAP), heat.GREY)
+    page.paste(heat.lay_over(band, heat.scaled(grid.sum(0))[moments[columns]][None]), (0, HIGH + GAP))
     _axis(page, seconds)
     return page
 
