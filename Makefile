@@ -11,7 +11,7 @@ READY := $(VENV)/ready
 .PHONY: demo test test-slow lint numerals
 
 demo: $(READY)
-	$(BIN)/python -m xblip_numerals.demo
+	$(BIN)/python -m xblip_numerals.demo --out build/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not weights"

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices"},
-    {"config", "loading", "media", "contents", "packing"},
+    {"config", "loading", "media", "contents", "packing", "heat"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
     {"runs", "intervals", "metrics", "captions", "answers"},
     {"modality", "qformer", "llm", "sample"},
@@ -28,6 +28,8 @@ LAYERS = [
     {
         "qformer_bridges",
         "retrieval_bridge",
+        "sharing",
+        "explain_page",
         "pooled",
         "resamplers",
         "initial",
@@ -38,7 +40,7 @@ LAYERS = [
     },
     {"plugins", "tables"},
     {"branch", "lavis", "data"},
-    {"bundle", "stored", "mixture", "examples"},
+    {"bundle", "stored", "mixture", "examples", "explain"},
     {"model", "retrieval", "contrast", "encoding", "streaming"},
     {"export", "align", "layers", "resume", "meters", "precompute_ray"},
     {"tasks", "train_config", "precompute"},
