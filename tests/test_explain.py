@@ -81,6 +81,22 @@ class TestInputs:
         assert [part.name for part in explanation.inputs] == ["toy", "beads"] and len(explanation.segments) == 3
         assert explanation.inputs[0].effect == pytest.approx(float((whole - without).sum()), abs=1e-4)
 
+    def test_an_input_with_an_instruction_of_its_own_is_read_in_its_light(self, model):
+        own = [Media("toy", LONG, "describe it"), Media("beads", BEADS)]
+        answer = model.ask("which one ?", media=own, **EXACT)
+        explanation = answer.explain()
+        whole = likelihoods(model, Sample("which one ?", own), answer.token_ids)
+        shorter = Media("toy", LONG[4:], "describe it")
+        without = [
+            likelihoods(model, Sample("which one ?", rest), answer.token_ids) for rest in (own[:1], [shorter, own[1]])
+        ]
+        assert explanation.log_likelihood == pytest.approx(float(whole.sum()), abs=1e-4)
+        assert explanation.inputs[1].effect == pytest.approx(float((whole - without[0]).sum()), abs=1e-4)
+        assert explanation.segments[0].effect == pytest.approx(float((whole - without[1]).sum()), abs=1e-4)
+        plain = model.ask("which one ?", media=[("toy", LONG), ("beads", BEADS)], **EXACT).explain()
+        assert (explanation.attention["toy"] - plain.attention["toy"]).abs().max() > 1e-3
+        assert torch.equal(explanation.attention["beads"], plain.attention["beads"])
+
 
 class TestSegments:
     def test_an_effect_is_what_the_answer_loses_when_the_others_are_read_alone(self, model):

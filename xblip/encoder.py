@@ -115,8 +115,9 @@ class TransformersEncoder(nn.Module):
             torch.tensor(getattr(processor, name) if normalised else plain).reshape(-1, 1, 1)
             for name, plain in (("image_mean", 0.0), ("image_std", 1.0))
         )
-        most = 255 if getattr(processor, "do_rescale", True) else 1
-        pixels = [((part.float().cpu() * std + mean) * most).round().clip(0, 255).byte() for part in values]
+        factor = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
+        least = -1.0 if 1 / 200 < factor < 1 else 0.0  # ViViT's 1 / 127.5 goes with values from -1 on
+        pixels = [((part.float().cpu() * std + mean - least) / factor).round().clip(0, 255).byte() for part in values]
         return [PIL.Image.fromarray(part.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for part in pixels]
 
     @staticmethod

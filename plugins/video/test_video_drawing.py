@@ -68,11 +68,13 @@ def test_frames_read_one_by_one_have_their_own_heat(saved):
     assert tokens.shape == (6, 17) and heated(modality, tensors, tokens, 6) == {(4, 1, 0)}
 
 
-def test_frames_are_drawn_as_the_encoder_sees_them(saved):
-    modality = Video(Video.Config(encoder=str(saved / "videomae")))
+@pytest.mark.parametrize("name", ["videomae", "vivit", "timesformer"])
+def test_frames_are_drawn_as_the_encoder_sees_them(saved, name):
+    count = 64 if name == "timesformer" else 32
+    modality = Video(Video.Config(encoder=str(saved / name)))
     frames = np.zeros((4, 32, 32, 3), np.uint8)
     frames[2] = (10, 200, 60)
-    drawn = np.asarray(modality.draw(modality.load(frames), np.zeros((1, 32))).files[".png"])
+    drawn = np.asarray(modality.draw(modality.load(frames), np.zeros((1, count))).files[".png"])
     assert np.abs(drawn[LINE + 20, 2 * (SIDE + GAP) + 20].astype(int) - (10, 200, 60)).max() <= 3
     assert drawn[LINE + 20, 20].max() <= 3
 
