@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from xblip.branch import BranchConfig
-from xblip.capfilt import CapfiltConfig, CaptionerConfig, capfilt
+from xblip.capfilt import CapfiltConfig, CaptionerConfig, File, _truth, capfilt
 from xblip.data import Manifest
 from xblip.errors import ConfigError, InputError, MediaError
 from xblip.model import XBlip
 from xblip.retrieval import Retriever
 from xblip.runs import read_lines
+from xblip.sample import Media
 from xblip.testing import ToyModality, small_qformer
 from xblip.threshold import best_cut, found, precision_recall
 
@@ -189,3 +190,12 @@ def test_precision_and_recall():
     )
     assert told.average_precision == pytest.approx(1 / 3 + 2 / 9 + 1 / 4)
     assert found([0.1], [True], 0.5).precision is None and precision_recall([0.1], [True]) is None
+
+
+def test_a_file_may_be_named_in_two_ways_by_data_and_truth(config, tmp_path):
+    (tmp_path / "more").mkdir()
+    for name, place in (("noisy.jsonl", "a.txt"), ("more/truth.jsonl", "../a.txt")):
+        (tmp_path / name).write_text(json.dumps({"toy": place, "caption": "red"}) + "\n")
+    config.truth = str(tmp_path / "more" / "truth.jsonl")
+    file = File("0", Media("toy", str(tmp_path / "a.txt")), ("red",), "line 1")
+    assert _truth(config, {"toy": ToyModality()}, [file]) == {"0": {"red"}}

@@ -172,9 +172,9 @@ def _truth(config: CapfiltConfig, modalities: dict[str, Any], files: Sequence[Fi
     if config.truth is None:
         return {}
     known, _ = _files(config.truth, modalities, "truth", config)
-    by_id = {file.id: file for file in known}
+    by_id, here = {file.id: file for file in known}, Path(config.output_dir)
     for file in files:
-        if file.id not in by_id or str(by_id[file.id].media.source) != str(file.media.source):
+        if file.id not in by_id or placed(by_id[file.id].media.source, here) != placed(file.media.source, here):
             raise InputError(
                 f"{file.origin}: the row of `truth` beside it is of another file: give the same rows in order."
             )
