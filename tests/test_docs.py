@@ -61,6 +61,8 @@ def run_as_written(document: str, folder: Path) -> list[str]:
     shell = fresh_shell(folder)
     printed = []
     for block in blocks(document):
+        if not block.file and block.language == "yaml":
+            continue  # shown, not run
         if block.file:
             (shell.folder / block.file).write_text(block.text)
             continue
@@ -92,6 +94,21 @@ def test_write_a_modality_runs_as_written(tmp_path):
     right = int(re.search(r"(\d+) of 100 sums are right", "".join(printed))[1])
     assert right >= 50, f"a fifth modality trained apart gets {right} of 100 sums with the image"
     assert printed[-1].strip() in ("the image", "the point cloud"), printed[-1]
+
+
+@needs_numerals
+@pytest.mark.slow
+def test_augment_runs_as_written(tmp_path):
+    *_, table = run_as_written("docs/augment.md", tmp_path)
+    assert "| answered alike in the round trip | 3 | 3 | 100.0% |" in table and "- row that cannot be read: 1" in table
+
+
+def test_the_page_s_cleaning_has_the_schema(tmp_path):
+    from xblip.capfilt import load_capfilt_config
+
+    [*_, block] = [block for block in blocks("docs/augment.md") if block.language == "yaml"]
+    (tmp_path / "capfilt.yaml").write_text(block.text)
+    assert load_capfilt_config(tmp_path / "capfilt.yaml").filter == "runs/align"
 
 
 def test_the_page_has_blocks_of_every_kind():
