@@ -128,7 +128,7 @@ MODALITIES: dict[str, Modality] = {
             "loudness": ("it is {}", "the voice is {}", "in a {} voice", "the loudness is {}"),
             "sound": ("the sound is {}", "a {} recording", "it sounds {}", "with {} sound"),
             "speed": (*_SPEED, "in {} speech"),
-            "echo": ("it is {}", "in a {} room", "the echo is {}", "the room is {}"),
+            "echo": ("it is {}", "the room sounds {}", "the echo is {}", "the room is {}"),
             "times": ("said {}", "spoken {}", "it says it {}", "heard {}"),
         },
         ("loudness", "sound", "speed", "echo"),
@@ -148,8 +148,8 @@ MODALITIES: dict[str, Modality] = {
             "body": ("it is {}", "the body is {}", "with a {} body", "a {} shape"),
             "holes": ("it is {}", "the body is {}", "{} lines", "the lines are {}"),
         },
-        ("stretch", "thickness", "body", "holes", "color"),
-        {"pose": "{}"},
+        ("pose", "stretch", "thickness", "body", "holes", "color"),
+        {},
         ("color", "pose"),
     ),
 }
@@ -162,17 +162,18 @@ COMPARATIVES = {
     "above": ("more than", "larger than", "above", "greater than", "over"),
     "below": ("less than", "smaller than", "below", "under"),
 }
-# A value as a state, as a verb, as a verb denied, and as a thing; attributes not listed speak like a color.
+# A value as a state, as a verb, as a verb denied, as a verb of several, and as a thing.
 FORMS = {
-    "number": ("{}", "shows {}", "does not show {}", "the one that shows {}"),
-    "color": ("{}", "is {}", "is not {}", "the {} one"),
-    "paper": ("on {} paper", "is on {} paper", "is not on {} paper", "the one on {} paper"),
-    "kind": ("{}", "is {}", "is not {}", "the {}"),
-    "place": ("at the {}", "is at the {}", "is not at the {}", "the one at the {}"),
-    "direction": ("moving {}", "moves {}", "does not move {}", "the one moving {}"),
-    "speaker": ("spoken by {}", "is spoken by {}", "is not spoken by {}", "the one spoken by {}"),
-    "times": ("said {}", "is said {}", "is not said {}", "the one said {}"),
+    "number": ("{}", "shows {}", "does not show {}", "show {}", "the one that shows {}"),
+    "paper": ("on {} paper", "is on {} paper", "is not on {} paper", "are on {} paper", "the one on {} paper"),
+    "kind": ("{}", "is {}", "is not {}", "are {}", "the {}"),
+    "place": ("at the {}", "is at the {}", "is not at the {}", "are at the {}", "the one at the {}"),
+    "direction": ("moving {}", "moves {}", "does not move {}", "move {}", "the one moving {}"),
+    "speaker": ("spoken by {}", "is spoken by {}", "is not spoken by {}", "are spoken by {}", "the one spoken by {}"),
+    "times": ("said {}", "is said {}", "is not said {}", "are said {}", "the one said {}"),
 }
+PLAIN_FORM = ("{}", "is {}", "is not {}", "are {}", "the {} one")
+"""What every other attribute sounds like."""
 OVERTURES = ("please, ", "tell me, ", "can you tell me, ", "now, ", "so, ", "look, ")
 # Words that no table uses, so that a person's own phrasing stays mostly legible.
 SPARE_WORDS = """
