@@ -24,7 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xblip_numerals.contexts import ALL_VALUES, Batch, Context, Sampler, pack
+from xblip_numerals.contexts import ALL_VALUES, FACTS, Batch, Context, Sampler, pack
 from xblip_numerals.kinds import KINDS
 from xblip_numerals.language import vocabulary
 from xblip_numerals.phrases import MAX_THINGS, MODALITIES
@@ -56,12 +56,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 2.3 M parameters with random weights; it reads up to 512 positions."""
+    """A Llama of 2.7 M parameters with random weights; it reads up to 512 positions."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_attention_heads=6,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -76,8 +76,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class Guides(nn.Module):
     """Linear readings of inner layers that teach the links of a look-up; they train the layers below them.
 
-    After layer 2, a token of a description tells whose it is, and a token before an answer tells the modalities that
-    the question is about; after layer 3 it tells the things, and after layer 4 the thing that the answer names.
+    After layer 2, a token of a description tells whose it is, and a token before an answer tells what the question
+    speaks of: modalities, fact and value. After layer 3 it tells the things to look at, and after layer 4 what these
+    hold, and which the answer is about.
     """
 
     def __init__(self, width: int) -> None:
@@ -85,9 +86,11 @@ class Guides(nn.Module):
         self.parts = (MAX_THINGS, len(MODALITIES), MAX_THINGS)
         self.owner = nn.Linear(width, sum(self.parts))
         self.modality = nn.Linear(width, len(MODALITIES))
+        self.fact = nn.Linear(width, len(FACTS))
         self.value = nn.Linear(width, len(ALL_VALUES))
         self.about = nn.Linear(width, MAX_THINGS)
         self.chosen = nn.Linear(width, MAX_THINGS)
+        self.held = nn.Linear(width, MAX_THINGS * len(ALL_VALUES))
 
     def forward(self, hidden: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         """The guides' loss, from the states after each layer (`hidden[0]` are the embeddings)."""
@@ -100,8 +103,11 @@ class Guides(nn.Module):
         loss = 0.2 * sum(functional.cross_entropy(part, batch.owners[:, i]) for i, part in enumerate(owners))
         told = functional.binary_cross_entropy_with_logits
         loss = loss + 0.5 * told(read(2, self.modality, batch.at), batch.modality[batch.question])
+        loss = loss + 0.2 * functional.cross_entropy(read(2, self.fact, batch.at), batch.fact[batch.question])
         loss = loss + 0.2 * functional.cross_entropy(read(2, self.value, batch.at), batch.value[batch.question])
         loss = loss + told(read(3, self.about, batch.at), batch.about[batch.question])
+        held = read(4, self.held, batch.at).unflatten(1, (MAX_THINGS, -1)).transpose(1, 2)
+        loss = loss + 0.5 * functional.cross_entropy(held, batch.held[batch.question])
         return loss + told(read(4, self.chosen, batch.at), batch.chosen[batch.question])
 
 
