@@ -16,7 +16,7 @@ from xblip_numerals.kinds import KINDS
 from xblip_numerals.language import DRAWN_FOR, Thing, ask, describe, possible_kinds, random_things
 from xblip_numerals.phrases import ANSWER_CUE, ATTRIBUTES, MAX_THINGS, MODALITIES, VALUES
 
-ROW_TOKENS = 320
+ROW_TOKENS = 256
 # How often each kind is asked, where it can be: what is learned last is asked for most.
 KIND_WEIGHTS = {
     **dict.fromkeys(ATTRIBUTES, 0.4),
@@ -116,7 +116,7 @@ class Sampler:
     """
 
     def __init__(self, *, tokenizer: PreTrainedTokenizerFast, seed: int, noisy: bool) -> None:
-        self._rng = random.Random(seed)
+        self.rng = random.Random(seed)
         self._noisy = noisy
         self._encode = tokenizer.backend_tokenizer.encode
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -125,7 +125,7 @@ class Sampler:
 
     def context(self, *, count: int, kind: str | None = None, questions: int = 1) -> Context:
         """`count` things drawn for one kind of question (any if None), and `questions` questions on them."""
-        rng = self._rng
+        rng = self.rng
         if kind is None:
             kind = self._pick([kind for kind in KINDS if KINDS[kind].things <= count], 1)[0]
         things, fact = random_things(rng, count, kind)
@@ -152,10 +152,10 @@ class Sampler:
         return Context(prefix, owners, modalities, branches)
 
     def _pick(self, kinds: list[str], k: int) -> list[str]:
-        return self._rng.choices(kinds, [KIND_WEIGHTS[kind] for kind in kinds], k=k)
+        return self.rng.choices(kinds, [KIND_WEIGHTS[kind] for kind in kinds], k=k)
 
     def _branch(self, things: Sequence[Thing], kind: str, fact: str | None) -> Branch:
-        question = ask(things, self._rng, kind, fact)
+        question = ask(things, self.rng, kind, fact)
         asked = self._ids(question.text)
         if self._noisy:
             asked = self._disturbed(asked)
@@ -182,12 +182,12 @@ class Sampler:
         return self._known[text]
 
     def _disturbed(self, ids: list[int]) -> list[int]:
-        chance = self._rng.random()
+        chance = self.rng.random()
         if chance < 0.15:
             return ids[:-1]
         if chance < 0.2:
-            at = self._rng.randrange(len(ids))
-            return [*ids[:at], self._rng.choice(self._words), *ids[at:]]
+            at = self.rng.randrange(len(ids))
+            return [*ids[:at], self.rng.choice(self._words), *ids[at:]]
         return ids
 
 
