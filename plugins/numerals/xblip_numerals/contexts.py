@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from xblip_numerals.kinds import KINDS
-from xblip_numerals.language import DRAWN_FOR, Thing, ask, describe, possible_kinds, random_things
+from xblip_numerals.language import DRAWN_FOR, ask, possible_kinds, random_things
 from xblip_numerals.phrases import ANSWER_CUE, ATTRIBUTES, MAX_THINGS, MODALITIES, VALUES
+from xblip_numerals.things import Thing, describe
 
 ROW_TOKENS = 256
 # How often each kind is asked, where it can be: what is learned last is asked for most.
