@@ -54,7 +54,8 @@ _MOST = _kind(
 _THAN = _kind(
     1,
     0.6,
-    "is it {more} {v}? is the number {more} {v}? is this {more} {v}? does it show {more} {v}? would you say it is {more} {v}?",
+    "is it {more} {v}? is the number {more} {v}? is this {more} {v}? does it show {more} {v}? "
+    "would you say it is {more} {v}?",
     "is {a} {more} {v}? is the number in {a} {more} {v}? does {a} show {more} {v}? is it true that {a} is {more} {v}? "
     "does {a} say {more} {v}?",
 )
@@ -67,7 +68,8 @@ _WORDED = {
     ),
     "paper": (
         "what is the paper like? how dark is the paper? what paper is it on? is the paper light or dark?",
-        "what is the paper of {a} like? how dark is the paper of {a}? what paper is {a} on? is the paper of {a} dark or light?",
+        "what is the paper of {a} like? how dark is the paper of {a}? what paper is {a} on? "
+        "is the paper of {a} dark or light?",
     ),
     "kind": (
         "what kind is it? what is the kind?",
@@ -104,7 +106,8 @@ _WORDED = {
     ),
     "speaker": (
         "who speaks? who says it? whose voice is it? who is the speaker? who do you hear?",
-        "who speaks in {a}? who says the number in {a}? whose voice is in {a}? who is the speaker of {a}? who do you hear in {a}?",
+        "who speaks in {a}? who says the number in {a}? whose voice is in {a}? who is the speaker of {a}? "
+        "who do you hear in {a}?",
     ),
     "loudness": (
         "how loud is it? what is the loudness?",
@@ -283,7 +286,8 @@ KINDS: dict[str, Kind] = {
     "count": _kind(
         2,
         1 / 3,
-        "how many of them {do}? how many {do}? how many inputs {do}? count those that {do}. what is the count of those that {do}?",
+        "how many of them {do}? how many {do}? how many inputs {do}? count those that {do}. "
+        "what is the count of those that {do}?",
     ),
     "largest": _MOST,
     "smallest": _MOST,

@@ -129,19 +129,18 @@ def ask(things: Sequence[Thing], rng: random.Random, kind: str | None = None, fa
         kind = rng.choice(possible_kinds(things))
     elif kind not in KINDS:
         raise ValueError(f"Unknown kind of question {kind!r}; known: {', '.join(KINDS)}.")
-    candidates = list(candidates(things, kind, rng, fact))
-    if not candidates:
-        possible = ", ".join(possible_kinds(things))
-        raise ValueError(f"{kind!r} cannot be asked about these things; possible: {possible}.")
+    possible = list(candidates(things, kind, rng, fact))
+    if not possible:
+        raise ValueError(f"{kind!r} cannot be asked about these things; possible: {', '.join(possible_kinds(things))}.")
     # First what is asked of, then the answer: else the one would often give the other away.
-    spoken_of = rng.choice(sorted({(candidate.fact, candidate.told) for candidate in candidates}))
-    candidates = [candidate for candidate in candidates if (candidate.fact, candidate.told) == spoken_of]
-    answers = sorted({candidate.answer for candidate in candidates})
+    spoken_of = rng.choice(sorted({(candidate.fact, candidate.told) for candidate in possible}))
+    possible = [candidate for candidate in possible if (candidate.fact, candidate.told) == spoken_of]
+    answers = sorted({candidate.answer for candidate in possible})
     if set(answers) <= {"yes", "no"}:
         answers = [rng.choice(answers)]
     elif "neither" in answers and len(answers) > 1 and rng.random() < 0.95:
         answers.remove("neither")
-    chosen = rng.choice([candidate for candidate in candidates if candidate.answer in answers])
+    chosen = rng.choice([candidate for candidate in possible if candidate.answer in answers])
     return Question(
         kind,
         _wording(things, kind, chosen, rng),
