@@ -28,6 +28,7 @@ from xblip_numerals.phrases import (
 )
 from xblip_numerals.things import Thing, describe, name_of, partly_told, random_thing, with_article
 
+MOST_TRIES = 5_000
 _SEVERAL = ("same_attribute", "different_attribute", "which_is", "which_is_not", "number_of", "attribute_of")
 """Kinds that need two things with the attribute."""
 # Which things share a value: with two of three equal, `ask` has both answers.
@@ -68,28 +69,41 @@ class Question:
     chosen: tuple[int, ...]
 
 
-def random_things(rng: random.Random, count: int, kind: str | None = None) -> tuple[tuple[Thing, ...], str | None]:
-    """Things of any modalities, partly told, about which `kind` can be asked, with balanced answers.
+def random_things(
+    rng: random.Random, count: int, kind: str | None = None, modalities: Sequence[str] | None = None
+) -> tuple[tuple[Thing, ...], str | None]:
+    """Things, partly told, about which `kind` can be asked, with balanced answers.
+
+    Args:
+        rng: all randomness.
+        count: how many things.
+        kind: of question; any if None.
+        modalities: of the things, in order; any if None.
 
     Returns:
         The things, and the fact that they were drawn for: what `ask` is to ask of, if answers are to be balanced.
+
+    Raises:
+        ValueError: `kind` cannot be asked about things of these modalities, or about so few.
     """
-    fact = None
-    while True:
-        names_of = list(MODALITIES)
-        modalities = [rng.choice(names_of) for _ in range(count)]
+    for _ in range(MOST_TRIES):
+        fact = None
+        drawn = list(modalities or rng.choices(list(MODALITIES), k=count))
         if kind is not None:
             # What several modalities share is asked of more.
             weighed = WEIGHED.get(kind, ("number",))
             fact = rng.choices(weighed, [2 if name in SHARED else 1 for name in weighed])[0]
-            having = [name for name in names_of if not fact or fact in MODALITIES[name].clauses]
-            those = range(count)
-            if kind != "count":
-                those = rng.sample(those, rng.randint(min(2, count), count) if kind in _SEVERAL else 1)
-            for i in those:
-                modalities[i] = rng.choice(having)
+            if not modalities:
+                having = [name for name in MODALITIES if not fact or fact in MODALITIES[name].clauses]
+                those = range(count)
+                if kind != "count":
+                    those = rng.sample(those, rng.randint(min(2, count), count) if kind in _SEVERAL else 1)
+                for i in those:
+                    drawn[i] = rng.choice(having)
         keep = (fact, "number") if kind in ("number_of", "attribute_of") else (fact,)
-        things = [partly_told(rng, random_thing(rng, modality), keep) for modality in modalities]
+        things = [partly_told(rng, random_thing(rng, modality), keep) for modality in drawn]
+        if kind == "attribute_of":
+            fact = "number"
         if kind in _PATTERNS:
             holders = [i for i, thing in enumerate(things) if fact in thing.facts]
             values = rng.sample(VALUES[fact], min(len(VALUES[fact]), MAX_THINGS))
@@ -99,7 +113,8 @@ def random_things(rng: random.Random, count: int, kind: str | None = None) -> tu
             if len({thing.facts.get("number") for thing in things}) == 1:
                 continue  # "neither" stays rare
         if kind is None or any(candidates(things, kind, rng, fact)):
-            return tuple(things), "number" if kind == "attribute_of" else fact
+            return tuple(things), fact
+    raise ValueError(f"{kind!r} cannot be asked about {' and '.join(modalities) if modalities else f'{count} things'}.")
 
 
 def possible_kinds(things: Sequence[Thing]) -> list[str]:

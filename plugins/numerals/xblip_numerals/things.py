@@ -55,6 +55,13 @@ def short_caption(thing: Thing) -> str:
     return caption(thing, MODALITIES[thing.modality].usual)
 
 
+def ordinary_caption(thing: Thing, rng: random.Random) -> str:
+    """A caption as people write them, in one of many wordings: the number and one or two attributes."""
+    attributes = [name for name in thing.facts if name != "number"]
+    named = ("number", *rng.sample(attributes, min(rng.choice((1, 2)), len(attributes))))
+    return describe(Thing(thing.modality, {name: thing.facts[name] for name in named if name in thing.facts}), rng)
+
+
 def describe(thing: Thing, rng: random.Random) -> str:
     """Every fact of `thing` in one of many wordings: bare values, labels, the caption, or clauses.
 
