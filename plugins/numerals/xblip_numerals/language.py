@@ -14,6 +14,7 @@ from xblip_numerals.phrases import (
     ANSWER_CUE,
     COMPARATIVES,
     FORMS,
+    LABELS,
     MAX_THINGS,
     MODALITIES,
     NUMBERS,
@@ -187,7 +188,7 @@ def words_of(text: str) -> list[str]:
 def vocabulary() -> list[str]:
     """Every word that this language can say, sorted, and some spare ones for a person's own phrasing."""
     text = [ANSWER_CUE, "yes no neither twenty input the a an and 's", *TEENS, *ORDINALS]
-    text += [*OVERTURES, *OPENINGS, *SPARE_WORDS, *VALUES, *THE_ONE, *PLAIN_FORM]
+    text += [*OVERTURES, *OPENINGS, *SPARE_WORDS, *VALUES, *LABELS.values(), *THE_ONE, *PLAIN_FORM]
     for modality in MODALITIES.values():
         text += [modality.cue, modality.noun, *modality.aliases, *modality.after.values()]
         text += [clause for clauses in modality.clauses.values() for clause in clauses]

@@ -153,6 +153,8 @@ MODALITIES: dict[str, Modality] = {
         ("color", "pose"),
     ),
 }
+LABELS = {"turning": "turn"}
+"""What a description calls a fact, where its name is one of its values too."""
 OPENINGS = ("here", "look", "in this {}", "this {} can be described like so", "there is something in the {}")
 COMPARATIVES = {
     "larger": ("larger", "bigger", "greater", "higher"),

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from xblip_numerals.phrases import MODALITIES, NO_SIGN_HAS, NUMBERS, OPENINGS, ORDINALS, TEENS, VALUES
+from xblip_numerals.phrases import LABELS, MODALITIES, NO_SIGN_HAS, NUMBERS, OPENINGS, ORDINALS, TEENS, VALUES
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def describe(thing: Thing, rng: random.Random) -> str:
     if style < 0.25:
         return rng.choice((" ", ", ")).join(value for _, value in facts)
     if style < 0.4:
-        return rng.choice((", ", ". ")).join(f"{name} {value}" for name, value in facts)
+        return rng.choice((", ", ". ")).join(f"{LABELS.get(name, name)} {value}" for name, value in facts)
     if style < 0.6:
         return rng.choice(("", "here, ", "look, ")) + caption(thing)
     clauses = [rng.choice(modality.clauses[name]).format(with_article(value)) for name, value in facts]
