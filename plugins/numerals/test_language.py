@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 from xblip_numerals.kinds import KINDS
@@ -287,6 +288,14 @@ def test_every_attribute_can_be_looked_for_and_told():
         things, fact = random_things(rng, 2, "attribute_of")
         told.add(ask(things, rng, "attribute_of", fact).told)
     assert looked_for == told == set(ATTRIBUTES)
+
+
+def test_the_readme_names_every_kind():
+    readme = (Path(__file__).parent / "README.md").read_text()
+    table = readme[readme.index("## What is asked") : readme.index("Answers are balanced")]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named <= set(KINDS) and set(KINDS) - set(ATTRIBUTES) <= named
+    assert f"There are {len(KINDS)} kinds" in readme
 
 
 def test_the_vocabulary_is_small():
