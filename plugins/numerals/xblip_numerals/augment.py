@@ -56,7 +56,7 @@ def _warps(count: int, side: int) -> Tensor:
 
 
 def vary_spectrograms(input_values: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives recordings another voice, speed, microphone and background, and hides parts of them.
+    """Gives recordings a slightly other voice, speed, microphone and background, and hides parts of them.
 
     The vocal tract's length is varied by stretching the frequency axis in hertz (Jaitly and Hinton, 2013), the
     microphone by a smooth curve over the mel bins; hiding is SpecAugment's (arXiv 1904.08779).
@@ -69,11 +69,11 @@ def vary_spectrograms(input_values: Tensor, num_frames: Tensor) -> tuple[Tensor,
       The same, varied: spectrograms and how many of their frames are real.
     """
     count, length, bins = input_values.shape
-    start, speed = uniform(-20, 8, count, 1), torch.exp(uniform(-0.22, 0.22, count, 1))
+    start, speed = uniform(-20, 0, count, 1), torch.exp(uniform(-0.1, 0.1, count, 1))
     time = torch.arange(length) * speed + start
     real = time <= num_frames[:, None] - 0.5
     rows = (2 * time / (length - 1) - 1)[:, :, None].expand(count, length, bins)
-    columns = _stretched_bins(torch.exp(uniform(-0.15, 0.15, count, 1)))[:, None].expand(count, length, bins)
+    columns = _stretched_bins(torch.exp(uniform(-0.05, 0.05, count, 1)))[:, None].expand(count, length, bins)
     varied = F.grid_sample(input_values[:, None], torch.stack([columns, rows], 3), align_corners=True)[:, 0]
     energies = varied * 2 * AUDIO_STD + AUDIO_MEAN
     energies = energies + _smooth_curves(count, bins)[:, None]
@@ -120,27 +120,27 @@ def _stretched_bins(factor: Tensor) -> Tensor:
 
 
 def _smooth_curves(count: int, bins: int) -> Tensor:
-    """Random sums of the first four cosines over the bins: (count, bins), about 3 dB."""
+    """Random sums of the first four cosines over the bins: (count, bins), about 2 dB."""
     order = torch.arange(1, 5)[:, None]
     cosines = torch.cos(order * torch.linspace(0, math.pi, bins)) / order
-    return 0.4 * torch.randn(count, 4) @ cosines
+    return 0.25 * torch.randn(count, 4) @ cosines
 
 
 def _hiss(energies: Tensor) -> Tensor:
-    """Background 22 to 45 dB below the loudest part of each recording, its spectrum slanted: (M, T, bins)."""
+    """Background 28 to 50 dB below the loudest part of each recording, its spectrum slanted: (M, T, bins)."""
     count, _, bins = energies.shape
     loudest = energies.flatten(1).topk(energies[0].numel() // 12).values.mean(1)
-    level = loudest - uniform(22, 45, count) * _NATURAL_PER_DB
+    level = loudest - uniform(28, 50, count) * _NATURAL_PER_DB
     slant = torch.randn(count, 1, 1) * torch.linspace(1, -1, bins)
     # The logarithm of noise's energy varies from bin to bin like that of an exponential variable, smoothed by the filters.
     return level[:, None, None] + slant + 0.5 * torch.empty_like(energies).exponential_().clamp(min=0.01).log()
 
 
 def _hide(spectrograms: Tensor, num_frames: Tensor) -> Tensor:
-    """Replaces two stretches of time (at most 12 frames) and two of frequency (at most 4 bins) by the mean."""
+    """Replaces two stretches of time (at most 6 frames) and two of frequency (at most 4 bins) by the mean."""
     count, length, bins = spectrograms.shape
     mean = spectrograms.mean((1, 2), keepdim=True)
-    for size, longest, axis in ((num_frames, 12, 1), (num_frames, 12, 1), (bins, 4, 2), (bins, 4, 2)):
+    for size, longest, axis in ((num_frames, 6, 1), (num_frames, 6, 1), (bins, 4, 2), (bins, 4, 2)):
         width = uniform(0, longest, count)
         first = uniform(0, 1, count) * (size - width)
         place = torch.arange(length if axis == 1 else bins)

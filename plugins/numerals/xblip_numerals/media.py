@@ -103,7 +103,7 @@ _SUFFIXES = {
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What one row is to be, decided before any file is rendered."""
 
     modality: str
@@ -134,7 +134,7 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
     """
     out = Path(out)
     sources = read_sources(data, split)
-    plans = [plan for modality, count in counts.items() for plan in _plan(modality, count, split, sources, seed)]
+    plans = [part for modality, count in counts.items() for part in plan(modality, count, split, sources, seed)]
     for modality in counts:
         (out / modality).mkdir(parents=True, exist_ok=True)
     work = partial(_write, out=out, babble=sources["speech"])
@@ -148,12 +148,12 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
     return manifest
 
 
-def _plan(modality: str, count: int, split: str, sources: dict[str, list[Source]], seed: int) -> list[_Plan]:
+def plan(modality: str, count: int, split: str, sources: dict[str, list[Source]], seed: int) -> list[Plan]:
     """Decides facts, maker and source of every file of a modality, all in equal shares."""
     stream = (seed, SPLITS.index(split), MODALITIES.index(modality))
     rng = np.random.default_rng(stream)
     choices = {**FACTS[modality], **_SHARES.get(modality, {}), "suffix": _SUFFIXES[modality]}
-    drawn = {name: _equal_shares(values, count, rng) for name, values in choices.items()}
+    drawn = {name: equal_shares(values, count, rng) for name, values in choices.items()}
     decks: dict[tuple[str, str, str], list[Source]] = {}
     plans = []
     for index in range(count):
@@ -169,16 +169,16 @@ def _plan(modality: str, count: int, split: str, sources: dict[str, list[Source]
                 decks[key] = [of_key[place] for place in rng.permutation(len(of_key))]
             source = decks[key].pop()
         path = f"{modality}/{index:05d}{suffix}"
-        plans.append(_Plan(modality, path, facts, source, split, (*stream, index)))
+        plans.append(Plan(modality, path, facts, source, split, (*stream, index)))
     return plans
 
 
-def _equal_shares(values: Sequence, count: int, rng: np.random.Generator) -> list:
+def equal_shares(values: Sequence, count: int, rng: np.random.Generator) -> list:
     """`count` values in random order, each as often as any other."""
     return [values[place % len(values)] for place in rng.permutation(-(-count // len(values)) * len(values))[:count]]
 
 
-def _write(plan: _Plan, *, out: Path, babble: list[Source]) -> dict:
+def _write(plan: Plan, *, out: Path, babble: list[Source]) -> dict:
     """Renders and writes one file; returns its row."""
     rng = np.random.default_rng(plan.seed)
     path, facts, source = out / plan.path, plan.facts, plan.source

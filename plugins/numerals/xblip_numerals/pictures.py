@@ -50,9 +50,9 @@ def render_handwriting(source: Source, facts: dict[str, str], rng: np.random.Gen
     scale = rng.uniform(*SIZES[facts["size"]])
     ink = _ink_mask(source, scale * min(size), rng.uniform(*LEANS[facts["lean"]]), rng)
     color, paper = ink_and_paper(facts["color"], facts["paper"], size, rng)
+    center = _center(facts["place"], np.array(ink.shape[::-1]) / size, rng)
     if facts["frame"] == "framed":
         _add_frame(paper, rng)
-    center = _center(facts["place"], np.array(ink.shape[::-1]) / size, rng)
     return Image.fromarray(stain(paper, ink, color, center * size))
 
 
@@ -80,9 +80,9 @@ def render_sign(source: Source, facts: dict[str, str], rng: np.random.Generator)
     sides = np.round(min(size) * rng.uniform(*SIGN_SIZES[facts["size"]]) * rng.uniform(0.94, 1.0, 2)).astype(int)
     lit = np.asarray(photo.resize(tuple(sides.tolist()), Image.Resampling.LANCZOS)) / 255 * rng.uniform(0.8, 1.1)
     page = textured(size, shade(facts["color"], rng), rng)
+    center = _center(facts["place"], sides / size, rng)
     if facts["frame"] == "framed":
         _add_frame(page, rng)
-    center = _center(facts["place"], sides / size, rng)
     left, top = np.round(center * size - sides / 2).astype(int)
     page[top : top + sides[1], left : left + sides[0]] = lit
     return Image.fromarray(to_bytes(page))

@@ -102,7 +102,7 @@ def write_points(path: Path, points: np.ndarray) -> None:
     elif path.suffix == ".obj":
         corners = places[:, None] + 0.005 * np.ptp(places, axis=0).max() * np.eye(3)
         painted = np.concatenate([corners, np.broadcast_to(paint[:, None], corners.shape)], axis=2).reshape(-1, 6)
-        vertices = "".join("v " + " ".join(f"{value:.5g}" for value in row) + "\n" for row in painted.tolist())
+        vertices = "".join("v " + " ".join(f"{value:.4g}" for value in row) + "\n" for row in painted.tolist())
         path.write_text(vertices + "".join(f"f {3 * n + 1} {3 * n + 2} {3 * n + 3}\n" for n in range(len(points))))
     else:
         path.write_text("".join(" ".join(f"{value:.5g}" for value in row) + "\n" for row in points.tolist()))

@@ -21,7 +21,7 @@ ECHOES = ("echoing", "dry")
 TIMES = ("once", "twice")
 LONGEST_SECONDS = 2.24
 
-_NOISY_SNR_DB = (7.0, 14.0)
+_NOISY_SNR_DB = (8.0, 15.0)
 _HISS_DBFS = (-85.0, -65.0)
 # Median lengths of the words as five speakers say them.
 _USUAL_SECONDS = dict(zip(NUMBERS, (0.46, 0.35, 0.34, 0.37, 0.38, 0.4, 0.34, 0.4, 0.37, 0.43), strict=True))
@@ -44,7 +44,7 @@ def render_speech(
 
     Args:
         voice: Samples (T,) in -1 to 1 and their rate in Hz, from `read_take` or `voices.synthesize`.
-        facts: `number`; `loudness` ("loud": -20 to -14 dBFS, "quiet": -42 to -34); `sound` ("noisy": 7 to 14 dB SNR);
+        facts: `number`; `loudness` ("loud": -20 to -14 dBFS, "quiet": -42 to -34); `sound` ("noisy": 8 to 15 dB SNR);
             `speed`; `echo` ("echoing": in a hall that falls silent in about a second); `times`.
         others: Takes whose reverse makes babble.
         rng: Chooses everything the facts leave open.
