@@ -287,7 +287,7 @@ class FileToy(ToyModality):
 @contextlib.contextmanager
 def written_by_another(folder: Path, command: str) -> Iterator[None]:
     """Lets another process hold the lock of a folder: a lock is a process' own."""
-    script = "import pathlib, sys; from xblip.resume import the_only_run\n"
+    script = "import pathlib, sys; from xblip.runs import the_only_run\n"
     script += "with the_only_run(pathlib.Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); sys.stdin.read()"
     call = [sys.executable, "-c", script, str(folder), command]
     with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

@@ -20,8 +20,9 @@ LAYERS = [
     {"errors", "hookspecs", "gather", "devices"},
     {"config", "loading", "media", "contents", "packing"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
+    {"runs", "intervals", "metrics", "captions", "answers"},
     {"modality", "qformer", "llm", "sample"},
-    {"bridge", "router", "forms", "shards"},
+    {"bridge", "router", "forms", "shards", "eval_task"},
     {
         "qformer_bridges",
         "retrieval_bridge",
@@ -39,13 +40,15 @@ LAYERS = [
     {"model", "retrieval", "contrast", "encoding", "streaming"},
     {"export", "align", "layers", "resume", "meters", "precompute_ray"},
     {"tasks", "train_config", "precompute"},
-    {"trainer", "train_data"},
+    {"trainer", "train_data", "eval_model"},
+    {"eval_data"},
+    {"eval_kinds", "discrn", "evaluate"},
     {"train", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
     {"convert", "testing", "scaffold", "blueprint"},
     {"dryrun"},
     {"doctor"},
-    {"cli_train", "cli_retrieve"},
+    {"cli_train", "cli_retrieve", "cli_eval"},
     {"cli"},
 ]
 MODALITIES = {"image", "video", "audio", "point_cloud"}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from xblip.errors import BundleError, ConfigError
-from xblip.resume import FACTS, check_facts, clear_unfinished, last_checkpoint, replacing, write_facts, writing
+from xblip.resume import check_facts, clear_unfinished, last_checkpoint, replacing, write_facts, writing
+from xblip.runs import FACTS
 
 FACTS_OF_A_RUN = {"seed": 0, "data": {"train.jsonl": "ab"}, "bridge": {"num_query_tokens": 4}}
 

@@ -196,7 +196,7 @@ class Manifest(Dataset):
         sample = self.sample(index)
         try:
             return with_media(
-                sample, lambda media: Media(media.modality, self.modalities[media.modality].load(media.source))
+                sample, lambda media: media.with_source(self.modalities[media.modality].load(media.source))
             )
         except XBlipError as error:
             raise type(error)(f"{sample.origin}: {error}") from error

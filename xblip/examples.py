@@ -239,10 +239,10 @@ class Examples(Dataset):
         """An input as tensors, or as the features kept of it; changed at random if there is something to draw by."""
         store, modality = self.features.get(media.modality), manifest.modalities[media.modality]
         if store is not None:
-            return Media(media.modality, store.view(media.source, draw) if draw else store.features(media.source))
+            return media.with_source(store.view(media.source, draw) if draw else store.features(media.source))
         try:
             tensors = modality.augmented(media.source, draw) if draw else modality.load(media.source)
-            return Media(media.modality, tensors)
+            return media.with_source(tensors)
         except MediaError as error:
             if isinstance(media.source, (str, Path, bytes, FilePart)):
                 raise

@@ -51,12 +51,14 @@ class Row:
       answers: each answer that counts as right, with the share of visits in which it is to be learnt.
       task: "caption", "question" or "classification", for which templates give instructions; "" if it has its own.
       origin: file and line.
+      num_answers: how many answers it lists, equal ones counted each; 0 where `weights` say how often each was given.
     """
 
     sample: Sample
     answers: dict[str, float]
     task: str
     origin: str
+    num_answers: int = 1
 
     def answered(self) -> Sample:
         """Returns the sample with its likeliest answer, the first among equals; None if it has none."""
@@ -119,7 +121,11 @@ def read_row(
         )
     sample = Sample(instruction, media_of(values, modalities=modalities, root=root), origin=origin)
     _check_sources(sample)
-    return Row(sample, _weighted(values[keys[0]], values.get("weights")) if keys else {}, task, origin)
+    if not keys:
+        return Row(sample, {}, task, origin, 0)
+    given = values[keys[0]]
+    listed = 0 if "weights" in values else len(given) if isinstance(given, list) else 1
+    return Row(sample, _weighted(given, values.get("weights")), task, origin, listed)
 
 
 def _check_sources(sample: Sample) -> None:

@@ -13,6 +13,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from xblip.bridge import Bridge
+    from xblip.eval_task import EvalTask
     from xblip.modality import Modality
 
 hookspec = pluggy.HookspecMarker("xblip")
@@ -32,3 +33,8 @@ def register_bridges(register: "Callable[[type[Bridge]], None]") -> None:
 @hookspec
 def register_models(register: Callable[[str, Path], None]) -> None:
     """Offer saved models: call `register(name, folder)` with the folder of a bundle."""
+
+
+@hookspec
+def register_tasks(register: "Callable[[type[EvalTask]], None]") -> None:
+    """Offer kinds of evaluation tasks: call `register(MyTask)` with a subclass of `xblip.evaluate.EvalTask`."""

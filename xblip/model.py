@@ -159,7 +159,7 @@ class XBlip(nn.Module):
         prompts: list[list[Tensor]] = [[None] * len(items) for items in media]
         for name, at in places.items():
             sources = [media[row][column].source for row, column in at]
-            instructions = [samples[row].instruction or "" for row, _ in at]
+            instructions = [media[row][column].instruction or samples[row].instruction or "" for row, column in at]
             for (row, column), prompt in zip(at, self.branches[name](sources, instructions), strict=True):
                 prompts[row][column] = prompt
         return prompts

@@ -19,9 +19,11 @@ from xblip.errors import PluginError, suggest
 
 GROUP = "xblip"
 RESTRICT = "XBLIP_PLUGINS"
-KINDS = ("modality", "bridge", "model")
+KINDS = ("modality", "bridge", "model", "task")
 CORE = "xblip"
 BUILT_IN = ("xblip.bridge", "xblip.qformer_bridges", "xblip.pooled", "xblip.resamplers")
+BUILT_IN_TASKS = ("xblip.eval_kinds", "xblip.discrn")
+"""Apart, since they import what evaluation needs."""
 BY_HAND = "registered by hand"
 
 
@@ -113,23 +115,31 @@ def survey() -> list[Plugin]:
 
 
 def register(*things: type) -> None:
-    """Registers modality or bridge classes by hand, for notebooks and tests.
+    """Registers modality, bridge or task classes by hand, for notebooks and tests.
 
     A class of the same module and qualified name replaces the earlier one, as when a notebook's cell runs again.
 
     Raises:
-      PluginError: the name is taken by another class, or a thing is neither a modality nor a bridge.
+      PluginError: the name is taken by another class, or a thing is none of these.
     """
     from xblip.bridge import Bridge
+    from xblip.eval_task import EvalTask
     from xblip.modality import Modality
 
-    _load_built_in()
-    bases = {Modality: ("modality", "register_modalities"), Bridge: ("bridge", "register_bridges")}
+    bases = {
+        Modality: ("modality", "register_modalities"),
+        Bridge: ("bridge", "register_bridges"),
+        EvalTask: ("task", "register_tasks"),
+    }
     for thing in things:
         base = next((base for base in bases if isinstance(thing, type) and issubclass(thing, base)), None)
         if base is None:
-            raise PluginError(f"{thing!r} is neither an xblip.Modality nor an xblip.Bridge: register such a class.")
+            raise PluginError(
+                f"{thing!r} is neither an xblip.Modality nor an xblip.Bridge nor an xblip.evaluate.EvalTask: register "
+                "such a class."
+            )
         kind, hook_name = bases[base]
+        _load_built_in(kind)
         name = getattr(thing, "name", "")
         clash = installed().get(name)
         if clash:
@@ -158,12 +168,12 @@ def unregister(name: str) -> None:
 
 
 def get(kind: str, name: str):
-    """Returns the modality class, bridge class or bundle folder of that name, loading its plugin if need be.
+    """Returns the modality, bridge or task class, or the bundle's folder, of that name, loading its plugin if need be.
 
     Raises:
       PluginError: nothing of that kind has that name (the nearest is suggested), or its plugin is broken.
     """
-    _load_built_in()
+    _load_built_in(kind)
     if name not in _registry.items[kind]:
         if name not in installed():
             raise PluginError(_unknown(kind, name))
@@ -175,7 +185,7 @@ def get(kind: str, name: str):
 
 def names(kind: str) -> list[str]:
     """Returns the names of all that can be had of a kind, which loads every plugin; broken ones are left out."""
-    _load_built_in()
+    _load_built_in(kind)
     survey()
     return sorted(_registry.items[kind])
 
@@ -191,9 +201,13 @@ def _calls_register(thing):
     return hook
 
 
+def _load_built_in(kind: str = "bridge") -> None:
+    _load_modules(BUILT_IN_TASKS if kind == "task" else BUILT_IN)
+
+
 @functools.cache
-def _load_built_in() -> None:
-    for module in BUILT_IN:
+def _load_modules(modules: tuple[str, ...]) -> None:
+    for module in modules:
         plugin = Plugin(module, CORE)
         _run_hooks(__import__(module, fromlist=["_"]), plugin, only=None)
 
@@ -202,7 +216,11 @@ def _unknown(kind: str, name: str) -> str:
     broken_ones = {plugin.name for plugin in survey() if plugin.error}
     known = set(installed()) if kind == "plugin" else broken_ones | set(_registry.items[kind])
     restricted = f" ({RESTRICT} restricts what may load.)" if _allowed() is not None else ""
-    advice = "" if kind == "bridge" else f" If it is a plugin of its own: pip install xblip-{name.replace('_', '-')}."
+    advice = (
+        ""
+        if kind in ("bridge", "task")
+        else f" If it is a plugin of its own: pip install xblip-{name.replace('_', '-')}."
+    )
     return f'No {kind} is called "{name}".{suggest(name, known)}{advice}{restricted}'
 
 
@@ -241,6 +259,7 @@ def _run_hooks(module: object, plugin: Plugin, *, only: str | None) -> None:
         manager.hook.register_modalities(register=register_class("modality"))
         manager.hook.register_bridges(register=register_class("bridge"))
         manager.hook.register_models(register=register_model)
+        manager.hook.register_tasks(register=register_class("task"))
     except PluginError:
         raise
     except pluggy.PluginValidationError as cause:

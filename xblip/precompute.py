@@ -10,14 +10,14 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from rich.console import Console
 from tqdm.auto import tqdm
 
@@ -26,9 +26,9 @@ from xblip.branch import made_folder
 from xblip.contents import View, describe, is_file
 from xblip.data import Manifest
 from xblip.encoding import Encoding, Job, best_device
-from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError, in_units, some_of, suggest
+from xblip.errors import BundleError, ConfigError, InputError, MediaError, in_units, some_of, suggest
 from xblip.modality import Features
-from xblip.resume import LOCK, the_only_run
+from xblip.runs import LOCK, the_only_run, together
 from xblip.shards import NAMED, PARTIAL, replacing, shards_in
 from xblip.store import FILE, SKIPPED, Skip, StoreWriter, read_skipped
 from xblip.stored import check_views, stored_encoder
@@ -118,14 +118,14 @@ def precompute(
     show = state.is_main_process and sys.stderr.isatty()
     encoding = Encoding(job, state.device)
     with contextlib.ExitStack() as until_the_end:
-        _together(state, lambda: _prepare(encoding, until_the_end))
+        together(state, lambda: _prepare(encoding, until_the_end))
         store = encoding.open(create=False)
         missing = [source for source in sources if not store.holds(source)]
         mine = [source for source in missing if zlib.crc32(describe(source).encode()) % count == rank]
         with encoding.writer(rank) as writer:
             step = max(1, len(mine) // NUM_PROBES) if state.is_main_process else len(mine) + 1
             skipped = encoding.write(mine[step - 1 :: step], writer, max_skipped=limit)
-            _together(
+            together(
                 state, lambda: _check_space(writer, len(sources), len(missing), len(mine[step - 1 :: step]), console)
             )
             del mine[step - 1 :: step]
@@ -141,7 +141,7 @@ def precompute(
                 _check_skipped(skipped, job.folder, sources, max_skipped)
     skipped = gather_object(skipped)
     written = sum(gather_object([written + writer.num_written]))
-    _together(state, lambda: _check_skipped(skipped, job.folder, sources, max_skipped))
+    together(state, lambda: _check_skipped(skipped, job.folder, sources, max_skipped))
     size = sum(path.stat().st_size for path in shards_in(Path(job.folder)))
     return Summary(len(sources), len(sources) - written - len(skipped), written, skipped, size)
 
@@ -196,19 +196,6 @@ def _difference(stored: Features, fresh: Features) -> float:
         return float("inf")
     left, right = stored.values[stored.mask].float(), fresh.values[fresh.mask].float()
     return ((left - right).norm() / right.norm().clamp_min(1e-30)).item()
-
-
-def _together(state: PartialState, work: Callable[[], None]) -> None:
-    """Lets the main process work while the others wait; all raise what it raises."""
-    outcome: list[XBlipError | None] = [None]
-    if state.is_main_process:
-        try:
-            work()
-        except XBlipError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if outcome[0]:
-        raise outcome[0]
 
 
 def _prepare(encoding: Encoding, until_the_end: contextlib.ExitStack) -> None:

@@ -5,8 +5,6 @@ name is whole, however the run died.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,18 +15,13 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from xblip import config as configs
 from xblip.contents import flush
 from xblip.errors import BundleError, ConfigError, some_of
 from xblip.loading import first_line
+from xblip.runs import FACTS, differences, unwritable
 
-FACTS = "run.json"
 STATE = "trainer_state.json"
-LOCK = ".lock"
 UNFINISHED = "unfinished-"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What the system says of a disk that takes no more."""
-
 
 LEFT = ("runs", "skipped.jsonl", "curves.png", "lost+found")
 """What a run that ended before its first checkpoint leaves, and the next one may write over; and a new disk."""
@@ -52,24 +45,6 @@ def check_output(folder: Path) -> None:
             f"{folder} is not empty, and a run would write over what it holds, such as {some_of(held)}: choose another "
             "training.output_dir, or delete that."
         )
-
-
-@contextlib.contextmanager
-def the_only_run(folder: Path, command: str) -> Iterator[None]:
-    """Keeps other runs of a command out of a folder; a lock of this process alone, which ends with it however it ends.
-
-    Raises:
-      BundleError: another run is writing there.
-    """
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as cause:
-            raise BundleError(
-                f"Another {command} is writing into {folder}: wait for it, or give another folder. To use more "
-                "processes, start one run with torchrun or accelerate launch."
-            ) from cause
-        yield
 
 
 def last_checkpoint(folder: str | Path) -> Path:
@@ -160,29 +135,11 @@ def _staging(target: Path) -> Iterator[Path]:
         if not _is_of_the_disk(cause):
             raise
         shutil.rmtree(staging, ignore_errors=True)
-        raise _unwritable(target, cause) from cause
+        raise unwritable(target, cause) from cause
 
 
 def _staging_of(target: Path) -> Path:
     return target.with_name(f"{UNFINISHED}{target.name}")
-
-
-@contextlib.contextmanager
-def naming_full_disks(folder: Path) -> Iterator[None]:
-    """Turns what a full disk raises, whatever a run was writing into its folder, into one clear error."""
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno not in FULL:
-            raise
-        raise _unwritable(folder, cause) from cause
-
-
-def _unwritable(target: Path, cause: Exception) -> BundleError:
-    return BundleError(
-        f"Cannot write {target}: {first_line(cause)} What was written before is whole: make room or mend it, and go on with "
-        "--resume."
-    )
 
 
 def _is_of_the_disk(cause: Exception) -> bool:
@@ -216,13 +173,8 @@ def check_facts(checkpoint: Path, facts: Mapping[str, Any]) -> None:
       BundleError: the checkpoint is damaged.
     """
     with reading(checkpoint):
-        before = configs.flat(json.loads((checkpoint / FACTS).read_text()))
-    now = configs.flat(json.loads(json.dumps(facts)))
-    differing = [
-        f"{name} was {before.get(name, 'absent')!r:.60}, is {now.get(name, 'absent')!r:.60}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
+        before = json.loads((checkpoint / FACTS).read_text())
+        differing = differences(before, facts)
     if differing:
         shown = some_of(differing, 5, between="; ")
         raise ConfigError(

@@ -6,7 +6,7 @@ are three ways of writing one. The instruction always comes last, as in Instruct
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,22 @@ from xblip.media import is_url
 
 @dataclass(frozen=True)
 class Media:
-    """One input: which modality reads it, and its source (whatever that modality's `load` accepts)."""
+    """One input.
+
+    Attributes:
+      modality: what reads it.
+      source: whatever that modality's `load` accepts.
+      instruction: what its Q-Former reads in the place of the sample's instruction, where a question about several inputs
+        asks something else of each; None for the sample's own.
+    """
 
     modality: str
     source: Any
+    instruction: str | None = None
+
+    def with_source(self, source: Any) -> "Media":
+        """Returns the same input with another source, such as what was read of it."""
+        return replace(self, source=source)
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,7 @@ def media_of(row: Mapping[str, Any], *, modalities: Collection[str], root: Path 
     for part in media:
         if isinstance(part, Media) and part.modality not in modalities:
             raise InputError(f'Unknown modality "{part.modality}" in a sample.{suggest(part.modality, modalities)}')
-    return [Media(part.modality, _at(part.source, root)) if isinstance(part, Media) else part for part in media]
+    return [part.with_source(_at(part.source, root)) if isinstance(part, Media) else part for part in media]
 
 
 def from_messages(

@@ -24,15 +24,8 @@ from xblip.initial import begin_alike, initialise
 from xblip.layers import WISHES, apply_wishes, shard_llm
 from xblip.llm import FrozenLLM
 from xblip.model import XBlip
-from xblip.resume import (
-    check_output,
-    clear_unfinished,
-    last_checkpoint,
-    naming_full_disks,
-    read_state,
-    replacing,
-    the_only_run,
-)
+from xblip.resume import check_output, clear_unfinished, last_checkpoint, read_state, replacing
+from xblip.runs import naming_full_disks, the_only_run
 from xblip.store import FeatureStore
 from xblip.stored import stored_encoder
 from xblip.tasks import AlignTask, AnswerTask, Task
