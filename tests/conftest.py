@@ -85,6 +85,14 @@ def model(llm):
     return make_model(llm)
 
 
+@pytest.fixture(scope="session")
+def bundle(model, tmp_path_factory):
+    """That model, saved; tests must not change it."""
+    folder = tmp_path_factory.mktemp("bundle")
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder to install fake distributions into; nothing else that is installed may load."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from kit import registered
 
-from xblip import cli, plugins
+from xblip import cli, eval_model, plugins
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, PluginError
 from xblip.eval_model import open_system
 from xblip.evaluate import EvalConfig, EvalRow, EvalTask, Figure, build_task, evaluate, load_eval_config
@@ -19,13 +20,6 @@ from xblip.runs import read_lines
 from xblip.sample import Media, Sample
 
 ROWS = 10
-
-
-@pytest.fixture(scope="module")
-def bundle(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bundle")
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -111,7 +105,7 @@ def test_what_was_answered_is_not_asked_again(config, asked, monkeypatch):
 
 def test_a_run_that_has_all_answers_loads_no_model(config, asked, monkeypatch):
     first = evaluate(config)
-    monkeypatch.setattr(XBlip, "compose", None)
+    monkeypatch.setattr(eval_model, "FrozenLLM", None)
     assert evaluate(config) == first
 
 
@@ -204,12 +198,14 @@ def test_what_is_wrong_with_a_row_names_the_row(config):
         ({"batch_size": 0}, ConfigError, "batch_size must be at least 1"),
         ({"limit": 0}, ConfigError, "limit must be at least 1"),
         ({"max_skipped": 2.0}, ConfigError, "max_skipped is a share"),
+        ({"media": {"toys": {}}}, ConfigError, 'media has settings of "toys".*toy'),
+        ({"media": {"toy": {"wide": 1}}}, ConfigError, 'Unknown key "toy.config.wide"'),
         ({"model": 3}, ConfigError, "model must be a bundle's name"),
         ({"model": "no/such"}, BundleError, 'There is no bundle "no/such"'),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(config, changes, error, message, monkeypatch):
-    monkeypatch.setattr(XBlip, "compose", None)
+    monkeypatch.setattr(eval_model, "FrozenLLM", None)
     for name, value in changes.items():
         setattr(config, name, value)
     with pytest.raises(error, match=message):
@@ -220,16 +216,24 @@ def test_a_model_may_be_composed_in_the_config(config, bundle, asked):
     parts = yaml.safe_load((bundle / "config.yaml").read_text())
     parts["llm"]["source"] = str(bundle / "llm")
     parts["branches"] = {name: str(bundle / name) for name in parts["branches"]}
-    named = open_system(config.model, {})
-    composed = open_system(parts, {})
+    named = open_system(config.model, {}, {})
+    composed = open_system(parts, {}, {})
     assert composed.facts == named.facts and composed.name == "llm + toy + beads"
     config.model = parts
     assert evaluate(config)["questions"].figures["normalised"].value == 1.0
     with pytest.raises(ConfigError, match=r"say these options in model\.llm"):
-        open_system(parts, {"dtype": "float32"})
+        open_system(parts, {"dtype": "float32"}, {})
     parts["branches"] = {"toy": {"config": {}}}
     with pytest.raises(ConfigError, match=r"branches\.toy"):
-        open_system(parts, {})
+        open_system(parts, {}, {})
+
+
+def test_media_may_be_read_otherwise_than_was_saved(config, asked, toys):
+    system = open_system(config.model, {}, {"beads": {"span": 24}})
+    assert system.facts["media"] == {"beads": {"span": 24}} and system.modalities["beads"].config.span == 24
+    other = open_system(config.model, {}, {"beads": {"seed": 5}})
+    with pytest.raises(BundleError, match="was trained on an encoder with fingerprint"):
+        other.load(torch.device("cpu"))
 
 
 class Loudness(EvalTask):

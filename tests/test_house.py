@@ -43,7 +43,7 @@ LAYERS = [
     {"trainer", "train_data", "eval_model"},
     {"eval_data"},
     {"eval_kinds", "discrn", "evaluate"},
-    {"train", "convert_qformer", "convert_transformers"},
+    {"train", "compare", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
     {"convert", "testing", "scaffold", "blueprint"},
     {"dryrun"},

@@ -6,7 +6,7 @@ and the LLM it was trained for by fingerprint, and refuses others: a soft prompt
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,14 +195,28 @@ class Branch(nn.Module):
         }
 
     @classmethod
-    def load(cls, folder: str | Path, *, llm: FrozenLLM, encoders: Encoders | None = None) -> "Branch":
-        """Loads a branch for an LLM; `encoders` are those of the model's other branches, to share.
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        llm: FrozenLLM,
+        encoders: Encoders | None = None,
+        media: Mapping[str, Any] | None = None,
+    ) -> "Branch":
+        """Loads a branch for an LLM.
+
+        Args:
+          folder: that it was saved in.
+          llm: that it was trained for.
+          encoders: those of the model's other branches, to share.
+          media: settings of the modality in the place of saved ones, such as how many frames are read.
 
         Raises:
           BundleError: no branch there, damaged weights, or a branch trained for another LLM or encoder.
         """
         folder = Path(folder)
         config, facts = read_saved(folder)
+        config.config.update(media or {})
         trained = facts["llm"]
         if trained["fingerprint"] != llm.fingerprint:
             raise BundleError(

@@ -160,8 +160,15 @@ def read(source: str | Path, llm_options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[str, Branch]:
+def load_branches(
+    folders: Mapping[str, str | Path], *, llm: FrozenLLM, media: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Branch]:
     """Loads branches for one LLM; encoders with equal weights and settings are held once.
+
+    Args:
+      folders: by modality.
+      llm: that they were trained for.
+      media: settings of modalities in the place of saved ones, by modality.
 
     Raises:
       BundleError: see `Branch.load`; or a branch of another modality than its key says.
@@ -169,7 +176,7 @@ def load_branches(folders: Mapping[str, str | Path], *, llm: FrozenLLM) -> dict[
     branches: dict[str, Branch] = {}
     encoders = Encoders()
     for name, folder in folders.items():
-        branch = Branch.load(folder, llm=llm, encoders=encoders)
+        branch = Branch.load(folder, llm=llm, encoders=encoders, media=(media or {}).get(name))
         if branch.modality.name != name:
             raise BundleError(f'{folder} holds a branch of "{branch.modality.name}", not of "{name}".')
         branches[name] = branch.to(llm.device)

@@ -129,6 +129,7 @@ def chat(ctx: typer.Context, model: Model = "numerals") -> None:
 for command in (cli_train.train, cli_train.precompute, cli_retrieve.retrieve):
     app.command()(command)
 app.command("eval")(cli_eval.evaluate)
+app.command()(cli_eval.compare)
 
 
 @app.command()

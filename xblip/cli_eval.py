@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -44,3 +45,22 @@ def show(table: Sequence[Sequence[str]]) -> None:
     for row in body:
         shown.add_row(*map(escape, row))
     Console(highlight=False).print(shown)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Output folder of a run of xblip eval.")],
+    second: Annotated[Path, typer.Argument(help="Of another one, with the same tasks.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+) -> None:
+    """Compare two runs on the rows that both have: what the second has more, its interval, and an exact p."""
+    from xblip.compare import as_table, told_apart
+    from xblip.compare import compare as run
+
+    compared = run(first, second)
+    apart = told_apart(first, second)
+    if as_json:
+        tasks = {task: {name: got._asdict() for name, got in figures.items()} for task, figures in compared.items()}
+        print(json.dumps({"tasks": tasks, "differ_in": apart}, indent=2))
+    else:
+        show(as_table(compared))
+        print("the runs differ in:" if apart else "the runs differ in nothing", *apart, sep="\n  ")

@@ -46,6 +46,7 @@ class EvalConfig:
       limit: ask so many rows of each task, drawn by the seed; all if None.
       seed: of that sample, of bootstrap intervals, and of what chance tasks take.
       max_skipped: share of a task's rows whose files may be broken.
+      media: by modality, settings in the place of those it was saved with, such as {"num_frames": 2}.
       llm: loading options of the LLM, such as {"dtype": "bfloat16"}.
       use_cpu: leave accelerators alone.
     """
@@ -57,6 +58,7 @@ class EvalConfig:
     limit: int | None = None
     seed: int = 42
     max_skipped: float = 0.01
+    media: dict[str, dict[str, Any]] = field(default_factory=dict)
     llm: dict[str, Any] = field(default_factory=dict)
     use_cpu: bool = False
 
@@ -123,7 +125,7 @@ def evaluate(config: EvalConfig) -> dict[str, Result]:
         configs.at_least(config, limit=1)
     configs.check_share("max_skipped", config.max_skipped, whole="a task's rows")
     tasks = build_tasks(config)
-    system = open_system(config.model, config.llm)
+    system = open_system(config.model, config.llm, config.media)
     rows = {name: _rows_of(name, task, system) for name, task in tasks.items()}
     chosen = {name: _sample(name, all_rows, config) for name, all_rows in rows.items()}
     facts = {
