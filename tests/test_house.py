@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import xblip
 from xblip import hookspecs, plugins
+from xblip.testing import ToyModality
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
@@ -173,6 +175,8 @@ def test_help_answers_quickly():
     assert min(seconds) < 1.5
 
 
+CAPTIONS = {f"captions{kind}": ["a", "b"] for kind in ("", "_pred_image", "_pred_pc", "_pred_audio", "_pred_video")}
+"""What DisCRn's published files have of captions."""
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -195,6 +199,34 @@ def test_a_training_config_builds_with_toy_parts(path, llm_folder, tmp_path):
     config.branch.config = settings
     branch = Branch.build(config.branch, llm_width=32)
     assert branch.bridge.name == config.branch.bridge["kind"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_evaluation_config_builds_with_toy_parts(path, tmp_path):
+    from xblip import config as configs
+    from xblip.bundle import BundleConfig
+    from xblip.evaluate import build_tasks, load_eval_config
+
+    config = load_eval_config(path)
+    if not isinstance(config.model, str):
+        configs.build(BundleConfig, config.model, where="model")
+    rows = {
+        "caption": [{"toy": [1, 2, 3, 4], "captions": ["a toy"]}],
+        "qa": [{"toy": [1, 2, 3, 4], "question": "what ?", "answer": "a toy"}],
+        "classification": [{"toy": [number] * 4, "label": name} for number, name in enumerate(("one", "two"))],
+        "discrn": [{"sample_ids": ["a", "b"], "start_seconds": [1, 2], "label": 0, "question": "which ?", **CAPTIONS}],
+    }
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    for name, settings in config.tasks.items():
+        settings["data"] = str(tmp_path / f"{name}.jsonl")
+        settings |= {"names": str(tmp_path / "names.txt")} if isinstance(settings.get("names"), str) else {}
+        Path(settings["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows[settings["kind"]]))
+    toys = dict.fromkeys([*MODALITIES, "toy"], ToyModality())
+    for task in build_tasks(config).values() if config.tasks else ():
+        assert task.rows(toys)
+    for name, settings in config.media.items():
+        kind = plugins.get("modality", name)
+        configs.build(kind.Config, {**kind.example(tmp_path).config, **settings}, where=name)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/model").glob("*.yaml")), ids=lambda path: path.stem)

@@ -83,6 +83,7 @@ def test_a_batch_tells_whose_tokens_are_and_what_an_answer_hangs_on(tokenizer):
             if value != NO_VALUE:
                 assert ALL_VALUES[value] in tokenizer.convert_ids_to_tokens(described)
         if looks_for:
+            assert about == batch.having[i].nonzero().flatten().tolist()
             assert batch.held[i][about[0]] == batch.value[i]
 
 
@@ -139,6 +140,6 @@ def test_a_short_run_saves_a_model_that_speaks(tmp_path):
     # Teacher forcing calls an answer right exactly when greedy decoding would say it.
     *prefix, cue = prompt.input_ids[0].tolist()
     wrong = [*told[:-1].tolist(), (told[-1].item() + 1) % len(tokenizer)]
-    branches = [Branch("number", [cue], answer, 1, NO_VALUE, (0,), (0,), (0,)) for answer in (told.tolist(), wrong)]
+    branches = [Branch("number", [cue], answer, 1, NO_VALUE, (0,), (0,), (0,), ()) for answer in (told.tolist(), wrong)]
     batch = pack([Context(prefix, [0] * (len(prefix) - 1), [0], branches)], tokenizer.pad_token_id)
     assert train_llm.right_answers(train_llm.read_answers(model, batch)[0], batch) == [True, False]

@@ -75,6 +75,7 @@ class Branch:
         about: indices of the things to look at; where the question is what goes with a value, those that have it.
         chosen: indices of the things that the answer is about.
         held: for each thing, the index of its value of the fact that decides the question, if it is asked about.
+        having: indices of all things that have the value that the question speaks of, asked about or not.
     """
 
     kind: str
@@ -85,6 +86,7 @@ class Branch:
     about: tuple[int, ...]
     chosen: tuple[int, ...]
     held: tuple[int, ...]
+    having: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,11 @@ class Sampler:
             about,
             question.chosen,
             tuple(_VALUE_INDEX.get(value, NO_VALUE) for value in held),
+            tuple(
+                i
+                for i, thing in enumerate(things)
+                if question.value and thing.facts.get(question.fact) == question.value
+            ),
         )
 
     def _ids(self, text: str) -> list[int]:
@@ -203,7 +210,7 @@ class Batch:
         question: for each of them, the index of its question.
         kinds: the kind of each question.
         fact, value: what each question speaks of, as in `Branch`. held: (questions, MAX_THINGS), likewise.
-        about, chosen: (questions, MAX_THINGS), 1.0 for the things that `Branch` lists; modality: likewise
+        about, chosen, having: (questions, MAX_THINGS), 1.0 for the things that `Branch` lists; modality: likewise
             (questions, modalities) for the modalities of `about`.
         owned: tokens that describe a thing. owners: (tokens, 3), its index, its modality, and its index among the
             things of that modality.
@@ -221,6 +228,7 @@ class Batch:
     held: torch.Tensor
     about: torch.Tensor
     chosen: torch.Tensor
+    having: torch.Tensor
     modality: torch.Tensor
     owned: torch.Tensor
     owners: torch.Tensor
@@ -240,7 +248,7 @@ def pack(contexts: Sequence[Context], pad: int) -> Batch:
     ids, positions = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)
     block, branch_of = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
     at, targets, question, kinds, owned, owners = [], [], [], [], [], []
-    fact, value, held, about, chosen, modality = [], [], [], [], [], []
+    fact, value, held, about, chosen, having, modality = [], [], [], [], [], [], []
     for r, row in enumerate(rows):
         cursor = 0
 
@@ -269,6 +277,7 @@ def pack(contexts: Sequence[Context], pad: int) -> Batch:
                 held.append([*branch.held, *[NO_VALUE] * (MAX_THINGS - len(branch.held))])
                 about.append(_one_hot(branch.about, MAX_THINGS))
                 chosen.append(_one_hot(branch.chosen, MAX_THINGS))
+                having.append(_one_hot(branch.having, MAX_THINGS))
                 modality.append(_one_hot([context.modalities[i] for i in branch.about], len(MODALITIES)))
     causal = torch.ones(ROW_TOKENS, ROW_TOKENS, dtype=torch.bool).tril()
     seen = (block[:, :, None] == block[:, None, :]) & causal
@@ -286,6 +295,7 @@ def pack(contexts: Sequence[Context], pad: int) -> Batch:
         held=torch.tensor(held),
         about=torch.tensor(about),
         chosen=torch.tensor(chosen),
+        having=torch.tensor(having),
         modality=torch.tensor(modality),
         owned=torch.tensor(owned),
         owners=torch.tensor(owners),

@@ -21,7 +21,7 @@ from xblip_numerals.language import Question, ask, random_things
 from xblip_numerals.phrases import MODALITIES, SHARED
 from xblip_numerals.things import Thing, describe
 
-MOST_TRIES = 20_000
+MOST_TRIES = 5_000
 SEARCHES = ("which_shows", "which_is", "which_is_not", "number_of", "attribute_of")
 """Kinds of question that look for the input with a given value."""
 EASY_SHARE = 0.2

@@ -52,6 +52,8 @@ def train(name: str, *, world: Path, out: Path, epochs: int | None = None, seed:
         for split in ("train", "val")
     )
     encoder = modality_of(name, out).build_encoder().float().train()
+    if recipe.convolves:
+        encoder = encoder.to(memory_format=torch.channels_last)
     readouts = nn.ModuleDict(
         {modality: Readout(encoder.width, FACTS[modality], part.segments) for modality, part in learnt.items()}
     )
@@ -140,7 +142,7 @@ def _fit(encoder: nn.Module, readouts: nn.ModuleDict, examples: dict[str, Exampl
                 for name, part in examples.items():
                     tensors, labels = part.batch(orders[name][step])
                     tensors = recipe.vary(tensors, labels, epoch / epochs)
-                    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.convolves):
                         logits = _read(encoder, readouts[name], tensors)
                     loss = loss + sum(_loss(logits[fact], labels[fact], fact) for fact in labels)
                 loss.backward()

@@ -25,13 +25,13 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xblip_numerals.contexts import ALL_VALUES, FACTS, Batch, Context, Sampler, pack
+from xblip_numerals.contexts import ALL_VALUES, FACTS, NO_VALUE, Batch, Context, Sampler, pack
 from xblip_numerals.kinds import KINDS
 from xblip_numerals.language import vocabulary
 from xblip_numerals.phrases import MAX_THINGS, MODALITIES
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
-STEPS = 4200
+STEPS = 4600
 TOKENS_PER_STEP = 3800  # about 16 rows
 QUESTIONS_PER_CONTEXT = 8
 LEARNING_RATE = 2e-3
@@ -78,8 +78,8 @@ class Guides(nn.Module):
     """Linear readings of inner layers that teach the links of a look-up; they train the layers below them.
 
     After layer 2, a token of a description tells whose it is, and a token before an answer tells what the question
-    speaks of: modalities, fact and value. After layer 3 it tells the things to look at, and after layer 4 what these
-    hold, and which the answer is about.
+    speaks of: modalities, fact and value. After layer 3 it tells the things to look at and those that have the value,
+    and after layer 4 what the former hold, and which the answer is about.
     """
 
     def __init__(self, width: int) -> None:
@@ -92,6 +92,7 @@ class Guides(nn.Module):
         self.about = nn.Linear(width, MAX_THINGS)
         self.chosen = nn.Linear(width, MAX_THINGS)
         self.held = nn.Linear(width, MAX_THINGS * len(ALL_VALUES))
+        self.having = nn.Linear(width, MAX_THINGS)
 
     def forward(self, hidden: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         """The guides' loss, from the states after each layer (`hidden[0]` are the embeddings)."""
@@ -107,6 +108,8 @@ class Guides(nn.Module):
         loss = loss + 0.2 * functional.cross_entropy(read(2, self.fact, batch.at), batch.fact[batch.question])
         loss = loss + 0.2 * functional.cross_entropy(read(2, self.value, batch.at), batch.value[batch.question])
         loss = loss + told(read(3, self.about, batch.at), batch.about[batch.question])
+        speaks = (batch.value != NO_VALUE).float()[batch.question, None]
+        loss = loss + told(read(3, self.having, batch.at), batch.having[batch.question], weight=speaks)
         held = read(4, self.held, batch.at).unflatten(1, (MAX_THINGS, -1)).transpose(1, 2)
         loss = loss + 0.5 * functional.cross_entropy(held, batch.held[batch.question])
         return loss + told(read(4, self.chosen, batch.at), batch.chosen[batch.question])
