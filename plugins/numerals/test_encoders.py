@@ -80,7 +80,7 @@ def test_examples_are_what_the_plugin_loads(world, name, tmp_path):
 def test_encoder_trains_and_loads_in_its_plugin(world, name, tmp_path):
     accuracy = train(name, world=world, out=tmp_path, epochs=1)
     report = json.loads((tmp_path / "accuracy.json").read_text())
-    assert report["val"] == accuracy and set(FACTS[name]) <= set(accuracy) and set(report["train"]) == set(accuracy)
+    assert report["val"] == accuracy and set(FACTS[name]) <= set(accuracy) <= set(report["train"])
     assert ("video speed" in accuracy) == (name == "image")
     assert 100_000 < report["parameters"] < 1_000_000
     kind = xblip.plugins.get("modality", name)
