@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import xblip
-from xblip_numerals.encoders import RECIPES, Readout, Recipe
-from xblip_numerals.examples import UNKNOWN, Examples, modality_of, read_examples
+from xblip_numerals.encoders import RECIPES, UNKNOWN, Readout, Recipe
+from xblip_numerals.examples import Examples, modality_of, read_examples
 from xblip_numerals.media import FACTS
 
 NUMBER_WEIGHT = 2.0
@@ -140,11 +140,12 @@ def _fit(encoder: nn.Module, readouts: nn.ModuleDict, examples: dict[str, Exampl
             for step in range(steps):
                 drawn = {name: part.batch(orders[name][step]) for name, part in examples.items()}
                 varied = {name: recipe.vary(*batch, epoch / epochs) for name, batch in drawn.items()}
+                tensors = {name: batch for name, (batch, _) in varied.items()}
                 with torch.autocast("cpu", torch.bfloat16, enabled=recipe.convolves):
-                    logits = _read(encoder, readouts, varied)
+                    logits = _read(encoder, readouts, tensors)
                 loss = sum(
                     _loss(logits[name][fact], labels[fact], fact)
-                    for name, (_, labels) in drawn.items()
+                    for name, (_, labels) in varied.items()
                     for fact in labels
                 )
                 loss.backward()
