@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import xblip
 from xblip_numerals.kinds import KINDS
-from xblip_numerals.language import MODALITIES, Question, Thing, caption, chance, words_of
-from xblip_numerals.phrases import ATTRIBUTES, VALUES
+from xblip_numerals.language import Question, ask, chance, words_of
+from xblip_numerals.phrases import MODALITIES, SHARED, VALUES
 from xblip_numerals.questions import Item, Shelf, holders, question_about
+from xblip_numerals.things import Thing, caption
 
 BATCH = 128
 NAMES = list(MODALITIES)
@@ -46,8 +47,9 @@ READ_ALONE = {
 }
 """What the single-input table tells apart, and how the README calls it."""
 PAIR_KINDS = [kind for kind, form in KINDS.items() if form.things == 2]
-TRIPLE_KINDS = [kind for kind, form in KINDS.items() if form.things == 3] + ["which_shows", "which_is"]
-BY_ATTRIBUTE = ("same_color", "which_is", "number_of")
+TRIPLE_KINDS = [kind for kind, form in KINDS.items() if form.things == 3]
+TRIPLE_KINDS += ["which_shows", "which_is", "number_of", "attribute_of", "count"]
+BY_ATTRIBUTE = ("same_attribute", "different_attribute", "which_is", "which_is_not", "number_of")
 """Kinds that hang on an attribute; at least two of the inputs asked about must have it, or its name tells which is meant."""
 
 
@@ -149,8 +151,6 @@ def source_of(item: Item) -> str:
 
 def single_cases(shelf: Shelf, rng: random.Random) -> dict[tuple[str, str], list[Case]]:
     """One question for every fact of every file."""
-    from xblip_numerals.language import ask
-
     cases = defaultdict(list)
     for items in shelf.items.values():
         for item in items:
@@ -166,34 +166,25 @@ def several_cases(
     cases = {}
     for modalities in combinations(NAMES, size):
         for kind in kinds:
-            shared = [fact for fact in ATTRIBUTES if sum(fact in MODALITIES[name].clauses for name in modalities) > 1]
+            shared = [fact for fact in SHARED if sum(fact in MODALITIES[name].clauses for name in modalities) > 1]
             if kind in BY_ATTRIBUTE and not shared:
                 continue
             made: list[Case] = []
             while len(made) < count:
                 case = Case(*question_about(rng, shelf, kind=kind, modalities=rng.sample(modalities, size)))
-                if kind not in BY_ATTRIBUTE or len(holders(case.things, case.question, asked_fact(case))) > 1:
+                if kind not in BY_ATTRIBUTE or len(holders(case.things, case.question, case.question.fact)) > 1:
                     made.append(case)
             cases[" + ".join(modalities), kind] = made
     return cases
 
 
-def asked_fact(case: Case) -> str:
-    """The fact that the inputs must be read for."""
-    if case.question.kind == "same_color":
-        return "color"
-    return case.question.fact[0] if case.question.kind in BY_ATTRIBUTE else "number"
-
-
 def expected_share(case: Case, singles: dict[tuple[str, str], Tally], truth: float) -> float:
     """What the parts reach together: each input asked about read alone, times the LLM on true descriptions."""
-    share, fact = truth, asked_fact(case)
-    readers = holders(case.things, case.question, fact)
-    for i in readers:
-        share *= singles[source_of(case.items[i]), fact].share
-    if case.question.kind == "number_of":
-        [named] = [i for i in readers if case.things[i].facts[fact] == case.question.fact[1]]
-        share *= singles[source_of(case.items[named]), "number"].share
+    question, share = case.question, truth
+    for i in holders(case.things, question, question.fact):
+        share *= singles[source_of(case.items[i]), question.fact].share
+    if question.told not in ("", question.fact):  # then of the one thing found, another fact is told
+        share *= singles[source_of(case.items[question.chosen[0]]), question.told].share
     return share
 
 
@@ -304,7 +295,7 @@ def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, coun
 
     facts = list(VALUES)
     sources = sorted({source for source, _ in singles})
-    single_rows = [[source, *(_counted(singles.get((source, fact))) for fact in facts)] for source in sources]
+    single_rows = [[fact, *(_counted(singles.get((source, fact))) for source in sources)] for fact in facts]
     place_rows = [[name, *(_counted(places[name, place]) for place in range(3))] for name in NAMES]
     text = (
         Path(__file__)
@@ -312,7 +303,7 @@ def write_report(model: xblip.XBlip, world: Path, out: Path, *, split: str, coun
         .read_text()
         .format(
             split=split,
-            singles=markdown_table(["input", *facts], single_rows),
+            singles=markdown_table(["fact", *sources], single_rows),
             pairs=_several_table(pairs[0], floor=0.90, first="question"),
             pair_names=_several_table(pairs[1], floor=0.90, first="inputs"),
             triples=_several_table(triples[0], floor=0.75, first="question"),
