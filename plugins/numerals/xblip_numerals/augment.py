@@ -104,10 +104,10 @@ def vary_points(points: Tensor, widest: float) -> Tensor:
     """
     count = len(points)
     places, paint = points[..., :3], points[..., 3:]
-    places = places @ (torch.eye(3) + 0.05 * torch.randn(count, 3, 3).clamp(-2, 2))
+    places = places @ (torch.eye(3) + 0.06 * torch.randn(count, 3, 3).clamp(-2, 2))
     for frequency in (2.0, 3.0, 4.0):
         waves, phase = frequency * torch.randn(count, 3, 3), uniform(0, 2 * math.pi, count, 1, 3)
-        places = places + 0.075 / frequency * torch.sin(places @ waves + phase)
+        places = places + 0.095 / frequency * torch.sin(places @ waves + phase)
     varied = turn_points(places, uniform(-widest, widest, count)) + torch.randn_like(places) * 0.008
     varied = varied - varied.mean(1, keepdim=True)
     varied = varied / varied.norm(dim=2).amax(1)[:, None, None]

@@ -86,10 +86,10 @@ class Recipe:
 def _fresh_image_encoder(folder: Path) -> None:
     from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[40, 80, 112], depths=[2, 2, 2], layer_type="basic")
+    config = ResNetConfig(embedding_size=24, hidden_sizes=[32, 64, 112], depths=[1, 2, 2], layer_type="basic")
     ResNetModel(config).save_pretrained(folder)
     half = [0.5, 0.5, 0.5]
-    ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=half, image_std=half).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 80, "width": 80}, image_mean=half, image_std=half).save_pretrained(folder)
 
 
 def _fresh_audio_encoder(folder: Path) -> None:
@@ -114,8 +114,8 @@ def _fresh_point_cloud_encoder(folder: Path) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=256,
-        num_groups=40,
-        group_size=24,
+        num_groups=56,
+        group_size=20,
         num_points=640,
         pointnet_sizes=[16, 32, 64],
         group_embedding_size=96,
@@ -160,5 +160,5 @@ def _vary_points(tensors: Batch, labels: Batch, progress: float) -> tuple[Batch,
 RECIPES = {
     "image": Recipe(_fresh_image_encoder, _vary_images, 30, 64, 2e-3, ("image", "video"), convolves=True),
     "audio": Recipe(_fresh_audio_encoder, _vary_spectrograms, 40, 64, 1.5e-3, ("audio",), convolves=True),
-    "point_cloud": Recipe(_fresh_point_cloud_encoder, _vary_points, 20, 64, 2e-3, ("point_cloud",)),
+    "point_cloud": Recipe(_fresh_point_cloud_encoder, _vary_points, 14, 64, 2e-3, ("point_cloud",)),
 }
