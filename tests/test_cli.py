@@ -168,7 +168,7 @@ class TestAsk:
             (["what ?", "--touch", "--depth-map", "a.txt"], '"--touch" needs a file after it'),
             (
                 ["what ?", "--zzz", "1"],
-                r'No such option "--zzz"\. Known: --depth-map, --help, --json, --model, --touch, -m\.',
+                r'No such option "--zzz"\. Known: --depth-map, --explain, --help, --json, --model, --touch, -m\.',
             ),
             (["a\udcff b"], "The instruction holds a character that is not valid Unicode"),
             (["--", "--json?", "--more"], 'No such option "--more"|Do not know what to do with "--more"'),

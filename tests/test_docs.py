@@ -87,6 +87,23 @@ def test_train_runs_as_written(tmp_path):
 
 @pytest.mark.slow
 @needs_numerals
+def test_explain_runs_as_written(tmp_path):
+    _, asked, explained = run_as_written("docs/explain.md", tmp_path)
+    answer, *table, wrote = asked.splitlines()
+    shown = [
+        line.strip() for line in (ROOT / "docs" / "explain.md").read_text().splitlines() if line.startswith("    ")
+    ]
+    start = shown.index(answer)
+    assert [line.strip() for line in table] == shown[
+        start + 1 : start + 1 + len(table)
+    ] and wrote == "wrote page/index.html"
+    assert "owes most to" in explained and "attention: 3 4 8 6 16" in explained
+    for page in ("page", "larger"):
+        assert (tmp_path / "work" / page / "index.html").is_file()
+
+
+@pytest.mark.slow
+@needs_numerals
 def test_write_a_modality_runs_as_written(tmp_path):
     printed = run_as_written("docs/write-a-modality.md", tmp_path)
     right = int(re.search(r"(\d+) of 100 sums are right", "".join(printed))[1])

@@ -9,12 +9,12 @@ from kit import Beads
 from torch import nn
 
 from xblip.branch import Branch, BranchConfig
-from xblip.bridge import share
 from xblip.bundle import load_branches
 from xblip.errors import BundleError, ConfigError
 from xblip.model import XBlip
 from xblip.qformer_bridges import is_text_part
 from xblip.sample import Sample
+from xblip.sharing import share
 from xblip.tasks import AnswerTask
 from xblip.testing import ToyModality, small_qformer
 from xblip.train import parts_table

@@ -5,7 +5,7 @@ per item, unpadded, since items differ in their number of segments and only the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ class Bridge(nn.Module, ABC):
     Class attributes:
       name: what configs call it.
       Config: dataclass of its settings.
-      shared: parts that the branches of one model hold once where they are equal, see `share`.
+      shared: parts that the branches of one model hold once where they are equal, see `xblip.sharing`.
     """
 
     name: ClassVar[str]
@@ -68,6 +68,18 @@ class Bridge(nn.Module, ABC):
         Returns:
           B tensors (L, D_llm); L may differ from item to item.
         """
+
+    def attention(self, features: Features, instructions: Sequence[str]) -> list[Tensor] | None:
+        """Tells what queries look at, for `xblip.explain`; a bridge without cross-attention has nothing to tell.
+
+        Args:
+          features, instructions: as for `forward`.
+
+        Returns:
+          B tensors (layers, heads, Q, S, N) on the CPU, shares of each query's attention that the encoder's tokens get: they
+          sum to 1 over N where segments are read one by one, over S and N where they are read together; or None.
+        """
+        return None
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         """Writes what the bridge needs beside its weights (a tokenizer) into the branch's folder.
@@ -110,6 +122,15 @@ def join_segments(values: Tensor, mask: Tensor, segments: list[int]) -> tuple[Te
     joined = [part.flatten(0, 1) for part in values.split(segments)]
     masks = [part.flatten() for part in mask.split(segments)]
     return nn.utils.rnn.pad_sequence(joined, batch_first=True), nn.utils.rnn.pad_sequence(masks, batch_first=True)
+
+
+def split_attention(weights: Tensor, features: Features) -> list[Tensor]:
+    """Makes what `Bridge.attention` returns of weights by row, (M or B, layers, heads, Q, tokens of a row, padded)."""
+    if len(weights) == len(features.values):
+        return [part.permute(1, 2, 3, 0, 4).cpu() for part in weights.split(features.segments)]
+    counts = zip(weights, features.segments, strict=True)
+    tokens = features.values.shape[1]
+    return [row[..., : count * tokens].unflatten(-1, (count, tokens)).cpu() for row, count in counts]
 
 
 class QFormerBridge(Bridge):
@@ -239,16 +260,21 @@ class QFormerBridge(Bridge):
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
     def read_queries(
-        self, media: MediaRead, text: Mapping[str, Tensor] | None = None, *, kept: KeysValues | None = None
+        self,
+        media: MediaRead,
+        text: Mapping[str, Tensor] | None = None,
+        *,
+        kept: KeysValues | None = None,
+        attention: list[Tensor] | None = None,
     ) -> Tensor:
         """Lets the query tokens read media, (M, Q, D_q), in the light of B texts from `tokenize` where there are some.
 
-        `kept` is that of `QFormer.forward`.
+        `kept` and `attention` are those of `QFormer.forward`.
         """
         keys_values, mask, rows = media
         counts = torch.tensor(rows, device=mask.device)
         text = {name: part.repeat_interleave(counts, 0, output_size=sum(rows)) for name, part in (text or {}).items()}
-        queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, kept=kept, **text)
+        queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, kept=kept, attention=attention, **text)
         return queries[:, : self.config.num_query_tokens]
 
     def read_instructions(self, media: MediaRead, instructions: Sequence[str]) -> list[Tensor]:
@@ -258,6 +284,12 @@ class QFormerBridge(Bridge):
 
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
         return self.read_instructions(self.read_media(features), instructions)
+
+    def attention(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        layers: list[Tensor] = []
+        media = self.read_media(features)
+        self.read_queries(media, None if self.tokenizer is None else self.tokenize(instructions), attention=layers)
+        return split_attention(torch.stack(layers, 1), features)
 
     def save_assets(self, folder: Path) -> dict[str, Any]:
         if self.tokenizer is None:
@@ -317,36 +349,6 @@ class MLPBridge(_TokenwiseBridge):
         at_least(self.config, hidden_size=0)
         hidden = self.config.hidden_size or self.llm_width
         return nn.Sequential(nn.Linear(self.encoder_width, hidden), nn.GELU(), nn.Linear(hidden, self.llm_width))
-
-
-def share(bridges: Iterable[Bridge]) -> None:
-    """Lets bridges of one kind hold their `shared` parts once in memory, where all of their weights are equal.
-
-    Those of skeletons count as equal, since they have no values.
-    """
-    kept: list[Bridge] = []
-    for bridge in bridges:
-        same = next((other for other in kept if other.name == bridge.name and _share_weights(bridge, other)), None)
-        if same is None:
-            kept.append(bridge)
-        else:
-            for name in bridge.shared:
-                setattr(bridge, name, getattr(same, name))
-
-
-def _share_weights(left: Bridge, right: Bridge) -> bool:
-    ours, theirs = (
-        {name: weight for name, weight in bridge.named_parameters() if name.split(".")[0] in bridge.shared}
-        for bridge in (left, right)
-    )
-    configs = [[getattr(getattr(bridge, name), "config", None) for name in bridge.shared] for bridge in (left, right)]
-    alike = ours.keys() == theirs.keys() and configs[0] == configs[1]
-    return alike and all(_are_equal(ours[name], theirs[name]) for name in ours)
-
-
-def _are_equal(left: Tensor, right: Tensor) -> bool:
-    facts = [(weight.dtype, weight.device, weight.requires_grad) for weight in (left, right)]
-    return facts[0] == facts[1] and (left.is_meta or torch.equal(left, right))
 
 
 def load_bridge(

@@ -86,17 +86,34 @@ def ask(
     question: Annotated[str, typer.Argument(help="The question or instruction.")],
     model: Model = "numerals",
     as_json: AsJson = False,
+    explain: Annotated[
+        Path | None, typer.Option(help="A new or empty folder for a page that shows what the answer came from.")
+    ] = None,
 ) -> None:
     """Ask one question about files. Generation options may follow, e.g. max_new_tokens=20."""
     media, options = _parse_inputs(ctx.args)
     import xblip
+    from xblip import explain_page
 
+    if explain:
+        explain_page.check_folder(explain)
     answer = xblip.load(model).ask(question, media=media, **options)
+    said = {
+        "answer": answer.text,
+        "num_prompt_tokens": answer.num_prompt_tokens,
+        "num_new_tokens": answer.num_new_tokens,
+    }
+    if not as_json:
+        print(answer.text, flush=True)
+    if explain:
+        explanation = answer.explain()
+        page = explanation.save(explain)
+        said["explanation"] = {name: part for name, part in explanation.to_dict().items() if name != "attention"}
+        if not as_json:
+            Console(highlight=False).print(explanation.table())
+            print(f"wrote {page}")
     if as_json:
-        prompt, new = answer.num_prompt_tokens, answer.num_new_tokens
-        print(json.dumps({"answer": answer.text, "num_prompt_tokens": prompt, "num_new_tokens": new}))
-    else:
-        print(answer.text)
+        print(json.dumps(said))
 
 
 @app.command(cls=MediaCommand, context_settings=EXTRA)

@@ -1,8 +1,9 @@
 """Encoders that come from `transformers`, as modalities use them, with the processors beside them."""
 
 import inspect
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class TransformersEncoder(nn.Module):
 
         Returns:
           A function from an RGB picture (PIL) to what the encoder takes: `pixel_values` (1, 3, H, W), or, of an encoder
-          for any size, patches (1, P, C) with `pixel_attention_mask` and `spatial_shapes`.
+          for any size, patches (1, P, C) with `pixel_attention_mask` and `spatial_shapes`. Its method `seen` gives the
+          pictures (PIL) that an encoder sees in such tensors.
 
         Raises:
           BundleError: there is none; the function raises it if the processor gives another shape.
@@ -102,6 +104,21 @@ class TransformersEncoder(nn.Module):
             expected="preprocessor_config.json beside the encoder's weights: put it there by save_pretrained.",
         )
         return _PictureToTensors(processor, source)
+
+    @staticmethod
+    def seen(values: Sequence[Tensor], processor: Any) -> list[Any]:
+        """Makes pictures (PIL) of what a processor of transformers made of them, each (3, H, W) or grey (1, H, W)."""
+        import PIL.Image
+
+        normalised = getattr(processor, "do_normalize", False)
+        mean, std = (
+            torch.tensor(getattr(processor, name) if normalised else plain).reshape(-1, 1, 1)
+            for name, plain in (("image_mean", 0.0), ("image_std", 1.0))
+        )
+        factor = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
+        least = -1.0 if 1 / 200 < factor < 1 else 0.0  # ViViT's 1 / 127.5 goes with values from -1 on
+        pixels = [((part.float().cpu() * std + mean - least) / factor).round().clip(0, 255).byte() for part in values]
+        return [PIL.Image.fromarray(part.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for part in pixels]
 
     @staticmethod
     def read_beside(auto_class: Any, source: str, *, failure: str, expected: str) -> Any:
@@ -151,6 +168,17 @@ class _PictureToTensors:
                 "(1, 3, H, W). Choose an encoder that takes one RGB picture."
             )
         return {"pixel_values": values}
+
+    def seen(self, tensors: dict[str, Tensor]) -> list[Any]:
+        """Gives the S pictures (PIL) that an encoder sees in what this made: resized and cropped, normalisation undone."""
+        values = tensors["pixel_values"].float()
+        if "spatial_shapes" in tensors:
+            side = math.isqrt(values.shape[-1] // 3)
+            grids = zip(values, tensors["spatial_shapes"].tolist(), strict=True)
+            parts = [patches[: rows * columns].unflatten(0, (rows, columns)) for patches, (rows, columns) in grids]
+            squares = [part.unflatten(-1, (side, side, 3)) for part in parts]
+            values = [part.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2) for part in squares]
+        return TransformersEncoder.seen(list(values), self.processor)
 
 
 def _load(source: str) -> nn.Module:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xblip import media, pictures
+from xblip import heat, media, pictures
 from xblip.errors import ConfigError, MediaError, PluginError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Modality(ABC):
     """One kind of input. Subclass it, name it, and register the class by `register_modalities`.
 
     Helpers for `load`: `as_picture`, `check_picture_size` (both of `xblip.pictures`) and `as_array` (of `xblip.media`);
-    for `augmented`: `RandomCrop` (of `xblip.pictures`).
+    for `augmented`: `RandomCrop` (of `xblip.pictures`); for `draw`: `heat` (the module `xblip.heat`).
 
     Class attributes:
       name: identifier used everywhere (Python, configs, command line); equals the entry point's name.
@@ -120,6 +120,21 @@ class Modality(ABC):
         if type(self).augmented is Modality.augmented:
             self.augmented(None, np.random.default_rng(0))
 
+    def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> heat.Drawing:
+        """Shows where in a medium the encoder's tokens lie, for `xblip.explain`; by default bars, which tell of no places.
+
+        Args:
+          tensors: what `load` gave of one source with S segments.
+          weights: (S, N) float, 0 or more, one for each token of the encoder; how they are scaled does not matter. All 0
+            shows the medium alone.
+
+        Returns:
+          A picture of the medium with more heat where weights are larger, and what else may be kept of it; tokens that lie
+          nowhere in it, such as [CLS], by name.
+        """
+        return heat.bars(weights)
+
+    heat = heat
     RandomCrop = pictures.RandomCrop
     as_array = staticmethod(media.as_array)
     as_picture = staticmethod(pictures.as_picture)

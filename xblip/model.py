@@ -6,7 +6,7 @@ per sample by the router, and run through the LLM together; a sample gets in a b
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from xblip import bundle, plugins
 from xblip import config as configs
 from xblip.branch import Branch
-from xblip.bridge import share
 from xblip.errors import ConfigError, InputError, PluginError, nearest, suggest
+from xblip.explain import Asked, Explanation, explain
 from xblip.llm import FrozenLLM, LLMConfig, check_generation_options, generation_option_names
 from xblip.router import Router, RouterConfig
 from xblip.sample import Media, Sample, as_parts, check_text, from_messages, from_row
+from xblip.sharing import share
 
 DEFAULT_GENERATION = {"max_new_tokens": 64}
 
@@ -33,14 +34,35 @@ class Answer:
       text: the answer.
       num_prompt_tokens: positions of the prompt, soft ones included.
       num_new_tokens: tokens generated, the end of sequence not counted.
+      token_ids: these tokens.
     """
 
     text: str
     num_prompt_tokens: int
     num_new_tokens: int
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+
+    # How it was asked for; no field, since comparing, printing and copying an answer is about what it says.
+    _asked = None
 
     def __str__(self) -> str:
         return self.text
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def explain(self) -> Explanation:
+        """Measures what the answer came from: its inputs, their segments, and where in them queries looked.
+
+        Raises:
+          InputError: it is not what `ask` or `chat` returned, is empty, or came without inputs.
+        """
+        if self._asked is None:
+            raise InputError(
+                "This answer does not hold what it came from, so that it can be small: ask again by `ask` or `chat`, and "
+                "explain what that returns, not a copy of it nor an answer of `generate`."
+            )
+        return explain(self._asked, self.text, self.token_ids)
 
 
 class XBlip(nn.Module):
@@ -216,11 +238,10 @@ class XBlip(nn.Module):
         rows = self.llm.generate(batch, **options)
         lengths = batch.attention_mask.sum(1).tolist()
         repeats = len(rows) // len(samples)
+        texts = [self.llm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
         return [
-            Answer(
-                self.llm.tokenizer.decode(ids, skip_special_tokens=True).strip(), lengths[index // repeats], len(ids)
-            )
-            for index, ids in enumerate(rows)
+            Answer(text, lengths[index // repeats], len(ids), tuple(ids))
+            for index, (text, ids) in enumerate(zip(texts, rows, strict=True))
         ]
 
     def ask(
@@ -246,7 +267,10 @@ class XBlip(nn.Module):
     def _answer(self, sample: Sample, options: Mapping[str, Any]) -> Answer:
         if {**self.generation, **options}.get("num_return_sequences", 1) != 1:
             raise ConfigError("num_return_sequences: one question has one answer here; for several use `generate`.")
-        return self.generate([sample], **options)[0]
+        asked = Asked.read(self, self.sample(sample))
+        [answer] = self.generate([asked.sample], **options)
+        object.__setattr__(answer, "_asked", asked)
+        return answer
 
     def _is_option(self, name: str) -> bool:
         """Tells options, misspelt ones too, from modalities."""

@@ -91,6 +91,7 @@ class QFormer(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         kept: KeysValues | None = None,
+        attention: list[Tensor] | None = None,
     ) -> Tensor:
         """Reads the media.
 
@@ -102,6 +103,8 @@ class QFormer(nn.Module):
           attention_mask: (M, T), 1 for real tokens; None when all are.
           kept: an empty list, to which the query tokens' own keys and values (M, heads, Q, D_head) of every layer are
             added, for `write_text`.
+          attention: an empty list, to which what the query tokens look at, (M, heads, Q, N), is added by every layer that
+            reads the features.
 
         Returns:
           (M, Q + T, D_q), the query positions first.
@@ -128,6 +131,7 @@ class QFormer(nn.Module):
                 self_mask=self_mask,
                 media=next(reads) if layer.crossattention is not None else None,
                 media_mask=media_mask,
+                attention=attention,
             )
         return hidden
 
@@ -183,6 +187,12 @@ class QFormer(nn.Module):
         return hidden
 
 
+def attention_weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    """What `scaled_dot_product_attention` multiplies values with, (..., Q, K), float32."""
+    scores = queries.float() @ keys.float().transpose(-1, -2) / queries.shape[-1] ** 0.5
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+
+
 def _to_attention_mask(mask: Tensor | None) -> Tensor | None:
     """(M, K) with 1 or True for what may be attended to, as the boolean (M, 1, 1, K) that SDPA takes."""
     return None if mask is None else mask.bool()[:, None, None, :]
@@ -228,6 +238,10 @@ class _Attention(nn.Module):
             self._heads(self.query(hidden)), keys, values, attn_mask=mask, dropout_p=dropout
         )
         return read.transpose(1, 2).flatten(2)
+
+    def weights(self, hidden: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention (M, heads, Q, K) that `forward` pays, float32, which SDPA keeps to itself."""
+        return attention_weights(self._heads(self.query(hidden)), keys, mask)
 
 
 class _Output(nn.Module):
@@ -284,10 +298,13 @@ class _Layer(nn.Module):
         self_mask: Tensor | None,
         media: tuple[Tensor, Tensor] | None,
         media_mask: Tensor | None,
+        attention: list[Tensor] | None,
     ) -> Tensor:
         hidden = self.attention(hidden, own, self_mask)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
         if self.crossattention is not None:
+            if attention is not None:
+                attention.append(self.crossattention.attention.weights(queries, media[0], media_mask))
             queries = self.crossattention(queries, media, media_mask)
         queries = self.output_query(self.intermediate_query(queries), queries)
         if text.shape[1] == 0:

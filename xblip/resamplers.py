@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xblip.bridge import Bridge, SegmentPositions, join_segments
+from xblip.bridge import Bridge, SegmentPositions, join_segments, split_attention
 from xblip.config import at_least
 from xblip.errors import ConfigError, InputError
 from xblip.hookspecs import hookimpl
 from xblip.modality import Features
+from xblip.qformer import attention_weights
 
 
 class PerceiverBridge(Bridge):
@@ -62,15 +63,27 @@ class PerceiverBridge(Bridge):
         self.projector = nn.Linear(encoder_width, llm_width)
 
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        return list(self.projector(self.norm(self._read(features))))
+
+    def attention(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        """Sums to less than 1: latents attend to each other in the same softmax, and that share is not here."""
+        layers: list[Tensor] = []
+        self._read(features, layers)
+        return split_attention(torch.stack(layers, 1), features)
+
+    def _read(self, features: Features, weights: list[Tensor] | None = None) -> Tensor:
+        """Returns the latents (B, Q, width); adds to `weights` what each layer's attend to, (B, heads, Q, K)."""
         values = features.values.to(self.latents.dtype)
         if self.config.max_segments:
             values = self.segment_positions(values, features.segments)
         values, mask = join_segments(values, features.mask, features.segments)
         latents = self.latents.expand(len(values), -1, -1)
         for attention, feed_forward in self.layers:
+            if weights is not None:
+                weights.append(attention.weights(values, mask, latents))
             latents = latents + attention(values, mask, latents)
             latents = latents + feed_forward(latents)
-        return list(self.projector(self.norm(latents)))
+        return latents
 
 
 class _PerceiverAttention(nn.Module):
@@ -90,13 +103,21 @@ class _PerceiverAttention(nn.Module):
 
     def forward(self, media: Tensor, mask: Tensor, latents: Tensor) -> Tensor:
         """Reads media (B, K, width), of which mask (B, K) says what is real, into latents (B, Q, width)."""
+        queries, keys, values, mask = self._parts(media, mask, latents)
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.to_out(read.transpose(1, 2).flatten(2))
+
+    def weights(self, media: Tensor, mask: Tensor, latents: Tensor) -> Tensor:
+        """The attention (B, heads, Q, K) that `forward` pays to media."""
+        queries, keys, _, mask = self._parts(media, mask, latents)
+        return attention_weights(queries, keys, mask)[..., : media.shape[1]]
+
+    def _parts(self, media: Tensor, mask: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, and what may be attended to."""
         latents = self.norm_latents(latents)
         keys, values = self.to_kv(torch.cat([self.norm_media(media), latents], 1)).chunk(2, -1)
         mask = F.pad(mask, (0, latents.shape[1]), value=True)[:, None, None, :]
-        read = F.scaled_dot_product_attention(
-            self._heads(self.to_q(latents)), self._heads(keys), self._heads(values), attn_mask=mask
-        )
-        return self.to_out(read.transpose(1, 2).flatten(2))
+        return self._heads(self.to_q(latents)), self._heads(keys), self._heads(values), mask
 
 
 def _feed_forward(width: int, inner_width: int) -> nn.Module:
@@ -152,6 +173,17 @@ class Resampler2DBridge(Bridge):
         nn.init.normal_(self.projector.weight, std=llm_width**-0.5)
 
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        read, _ = self._read(features, need_weights=False)
+        soft = self.projector(self.ln_post(read))
+        return [part.flatten(0, 1) for part in soft.split(features.segments)]
+
+    def attention(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
+        _, weights = self._read(features, need_weights=True)
+        weights = F.pad(weights.float(), (int(self.config.drop_cls), 0))
+        return split_attention(weights[:, None], features)
+
+    def _read(self, features: Features, *, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Returns what the queries read, (M, Q, D_llm), and what they attend to, (M, heads, Q, N) without [CLS]."""
         first = int(self.config.drop_cls)
         values, mask = features.values[:, first:].to(self.query.dtype), features.mask[:, first:]
         side = math.isqrt(values.shape[1])
@@ -163,9 +195,9 @@ class Resampler2DBridge(Bridge):
         values = self.ln_kv(self.kv_proj(values))
         queries = (self.ln_q(self.query) + self.positions).expand(len(values), -1, -1)
         keys = values + _resized(self.positions, side)
-        read, _ = self.attn(queries, keys, values, key_padding_mask=~mask, need_weights=False)
-        soft = self.projector(self.ln_post(read))
-        return [part.flatten(0, 1) for part in soft.split(features.segments)]
+        return self.attn(
+            queries, keys, values, key_padding_mask=~mask, need_weights=need_weights, average_attn_weights=False
+        )
 
 
 def grid_positions(side: int, width: int) -> Tensor:

@@ -170,7 +170,7 @@ class Router:
         samples: Sequence[Sequence[Piece]],
         soft_prompts: Sequence[Sequence[Tensor]],
         *,
-        answers: Sequence[str] | None = None,
+        answers: Sequence[str | Sequence[int]] | None = None,
         room: int = 0,
     ) -> PromptBatch:
         """Turns pieces into what the LLM takes.
@@ -179,7 +179,7 @@ class Router:
           samples: the pieces of each sample.
           soft_prompts: of each sample, one (L, D_llm) per input in the order of its pieces.
           answers: to learn or score; then the batch is right-padded and labelled. Without, it is left-padded, and for
-            an encoder-decoder right-padded too.
+            an encoder-decoder right-padded too. A text is followed by the end of sequence; token ids are all there is.
           room: positions that generation will add, which must fit the LLM's context too.
 
         Raises:
@@ -187,7 +187,10 @@ class Router:
         """
         rows, ids = [], []
         apart = self.llm.is_encoder_decoder
-        spoken = [[*self._tokenize(answer), self.llm.tokenizer.eos_token_id] for answer in answers or ()]
+        end = self.llm.tokenizer.eos_token_id
+        spoken = [
+            [*self._tokenize(answer), end] if isinstance(answer, str) else list(answer) for answer in answers or ()
+        ]
         for index, (pieces, softs) in enumerate(zip(samples, soft_prompts, strict=True)):
             row = self._lay_out(pieces, softs, [] if apart or answers is None else spoken[index], ids)
             self._check_length(row, 0 if apart else room, index)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from xblip import config as configs
 from xblip.align import AlignModel
 from xblip.branch import Branch, without_half_precision
-from xblip.bridge import QFormerBridge, load_bridge, share
+from xblip.bridge import QFormerBridge, load_bridge
 from xblip.costs import Costs, costs_of, step_flops, total
 from xblip.layers import is_sharded
 from xblip.modality import Features
@@ -26,6 +26,7 @@ from xblip.model import XBlip
 from xblip.resume import reading
 from xblip.retrieval import Retriever
 from xblip.sample import Sample
+from xblip.sharing import share
 from xblip.stored import StoredEncoder
 
 STATE = "task.safetensors"

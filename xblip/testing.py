@@ -264,6 +264,30 @@ class ModalityContract:
         first, second = subject.soft_prompts(subject.example.sources[:1] * 2, ["what is this ?", "describe it"])
         assert (first - second).abs().max() > 1e-6, "the instruction does not reach the bridge"
 
+    def test_tokens_are_drawn_where_they_are(self):
+        subject = type(self)._subject()
+        modality = subject.branch.modality
+        for source in subject.example.sources:
+            tensors = modality.load(source)
+            mask = subject.branch.encode([tensors]).mask.numpy()
+
+            def drawn(weights: np.ndarray, tensors: dict[str, Tensor] = tensors) -> tuple[Any, np.ndarray]:
+                drawing = modality.draw(tensors, weights)
+                assert all(drawing.files.values()) and ".png" in drawing.files, f"no picture in {list(drawing.files)}"
+                return drawing, np.asarray(drawing.files[".png"].convert("RGB")).astype(int)
+
+            drawing, _ = drawn(mask / mask.sum())
+            assert set(drawing.placeless) <= set(range(mask.shape[1])), f"there are no tokens {drawing.placeless}"
+            plain = drawn(np.zeros(mask.shape))[1]
+            places = [place for place in np.argwhere(mask) if place[1] not in drawing.placeless]
+            alone = [(mask * 0.0, place) for place in places[:: max(1, len(places) // 3)]]
+            for weights, place in alone:
+                weights[tuple(place)] = 0.5
+            changed = [drawn(weights)[1] != plain for weights, _ in alone]
+            assert all(where.any() for where in changed), "a token with all the weight does not show"
+            same = [i for i in range(1, len(changed)) if (changed[i] == changed[i - 1]).all()]
+            assert not same, "two tokens with all the weight show at the same place"
+
     def test_only_the_bridge_trains(self):
         subject = type(self)._subject()
         model, branch = subject.model, subject.branch

@@ -102,6 +102,12 @@ class Audio(xblip.Modality):
         loaded = xblip.TransformersEncoder.from_pretrained(self.config.encoder, input_name="input_values")
         return self._family.encoder(loaded.model, self.config.encoder)
 
+    def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> Any:
+        """Lays heat over the spectrogram of each clip, or over its wave, with a timeline below."""
+        from xblip_audio_drawing import draw
+
+        return draw(self._family, tensors, weights)
+
     @classmethod
     def convert_encoder(cls, checkpoint: Any, folder: Path) -> bool:
         """Writes a published BEATs as a folder."""

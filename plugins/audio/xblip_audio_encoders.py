@@ -80,7 +80,7 @@ class Family(ABC):
 
     def __init__(self, extractor: Any, config: Any):
         """Takes the feature extractor and the model's config."""
-        self.extractor = extractor
+        self.extractor, self.config = extractor, config
 
     @property
     def sampling_rate_hz(self) -> int:

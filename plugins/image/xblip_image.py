@@ -104,6 +104,14 @@ class Image(xblip.Modality):
             )
         return encoder
 
+    def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> Any:
+        """Lays heat over the picture as the encoder sees it, cropped and small as that may be."""
+        rows_columns = tensors.get(
+            "spatial_shapes"
+        )  # of an encoder for any size, whose tokens may be padding at the end
+        grid = None if rows_columns is None else (0, *rows_columns[0].tolist())
+        return self.heat.over_pictures(self._processor.seen(tensors), weights, grid=grid)
+
     @classmethod
     def convert_encoder(cls, checkpoint: Any, folder: Path) -> bool:
         """Converts EVA-CLIP-g, of its own file or a LAVIS checkpoint; use it with `layer: -1`, as it has no final norm.

@@ -258,6 +258,8 @@ def test_an_absent_fact_is_not_asked_for():
         ask(bare, random.Random(0), "color")
     with pytest.raises(ValueError, match="Unknown kind of question 'colour'; known: number"):
         ask(bare, random.Random(0), "colour")
+    with pytest.raises(ValueError, match="Unknown kind of question 'colour'; known: number"):
+        random_things(random.Random(0), 1, "colour")
     with pytest.raises(ValueError, match="4 things given; the language speaks of 1 to 3"):
         ask(bare * 2, random.Random(0))
     with pytest.raises(ValueError, match="'pose' cannot be asked about image and audio"):

@@ -153,6 +153,12 @@ class PointCloud(xblip.Modality):
         encoder.width = width
         return encoder
 
+    def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> Any:
+        """Colours the points of each group, seen from three sides and as a .ply."""
+        from xblip_point_drawing import draw
+
+        return draw(self._encoder_config, tensors, weights)
+
     @classmethod
     def convert_encoder(cls, checkpoint, folder: Path) -> bool:
         """Writes the PointBERT of a checkpoint of ULIP or ULIP-2."""

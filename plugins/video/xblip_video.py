@@ -129,6 +129,34 @@ class Video(xblip.Modality):
             )
         return encoder
 
+    def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> Any:
+        """Lays heat over the frames as the encoder sees them, side by side; a tubelet's is on each of its frames."""
+        if not self._frames_of_encoder:
+            frames = self._processor.seen(tensors)
+            return self.heat.over_pictures(frames, weights, labels=_numbered(len(frames)))
+        frames = xblip.TransformersEncoder.seen(list(tensors["pixel_values"][0]), self._video_processor)
+        found = self._tubelets(weights.shape[1], frames)
+        if found is None:
+            return self.heat.bars(weights)
+        special, moments = found
+        patches = weights[0, special:]
+        last = self._encoder_config.model_type == "timesformer"  # the one whose tokens go through the moments first
+        patches = patches.reshape(-1, moments).T if last else patches.reshape(moments, -1)
+        patches = patches[np.arange(len(frames)) * moments // len(frames)]
+        drawing = self.heat.over_pictures(frames, patches, labels=_numbered(len(frames)))
+        drawing.placeless = self.heat.named(special)
+        return drawing
+
+    def _tubelets(self, count: int, frames: list[Any]) -> tuple[int, int] | None:
+        """How many of so many tokens are special, and for how many moments the rest stand; None if that is not known."""
+        tubelet = getattr(self._encoder_config, "tubelet_size", 1)
+        moments = len(frames) // (tubelet if isinstance(tubelet, int) else tubelet[0])
+        for special in (0, 1):
+            grid = self.heat.grid_of((count - special) // moments, *frames[0].size)
+            if (count - special) % moments == 0 and grid and not grid[0]:
+                return special, moments
+        return None
+
     @classmethod
     def diagnose(cls) -> dict[str, Callable[[], str]]:
         """Needs PyAV, which brings FFmpeg, or decord."""
@@ -171,18 +199,21 @@ class Video(xblip.Modality):
     def _processor(self):
         return xblip.TransformersEncoder.image_processor(self.config.encoder)
 
-    @functools.cached_property
+    @property
     def _frames_of_encoder(self) -> int | None:
         """How many frames an encoder of whole videos takes; None for one of pictures."""
+        return getattr(self._encoder_config, "num_frames", None)
+
+    @functools.cached_property
+    def _encoder_config(self) -> Any:
         from transformers import AutoConfig
 
-        config = xblip.TransformersEncoder.read_beside(
+        return xblip.TransformersEncoder.read_beside(
             AutoConfig,
             self.config.encoder,
             failure=f'Cannot read what the video encoder "{self.config.encoder}" is',
             expected="the folder of a transformers model, or a hub id that is reachable or already downloaded.",
         )
-        return getattr(config, "num_frames", None)
 
     @functools.cached_property
     def _video_processor(self):
@@ -266,6 +297,10 @@ def middles(total: int, wanted: int) -> list[int]:
 def spread(total: int, wanted: int) -> list[int]:
     """Returns the places in the middles of `wanted` equal parts of `total`; some several times if they are fewer."""
     return [(2 * part + 1) * total // (2 * wanted) for part in range(wanted)]
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"frame {number + 1}" for number in range(count)]
 
 
 def _write_video(path: Path, frames: np.ndarray) -> None:

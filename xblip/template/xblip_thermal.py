@@ -47,6 +47,14 @@ class Thermal(xblip.Modality):
     def build_encoder(self) -> nn.Module:
         return PatchEncoder(self.config.width)
 
+    def draw(self, tensors: dict[str, Tensor], weights: np.ndarray) -> Any:
+        """Shows where the tokens lie, for `xblip ask --explain`: patches of the picture, in which warm is bright."""
+        from PIL import Image
+
+        celsius = tensors["celsius"][0].numpy()
+        brightness = (255 * self.heat.scaled(celsius - celsius.min())).astype(np.uint8)
+        return self.heat.over_pictures([Image.fromarray(brightness)], weights)
+
     @classmethod
     def example(cls, folder: Path) -> xblip.Example:
         """Two pictures that differ, and what must be refused: text, half a file, colour, no pixels, NaN."""

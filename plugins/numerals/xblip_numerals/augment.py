@@ -22,13 +22,14 @@ def uniform(low: float, high: float, *shape: int) -> Tensor:
     return torch.empty(shape).uniform_(low, high)
 
 
-def vary_images(pixel_values: Tensor, is_sign: Tensor) -> Tensor:
-    """Turns, scales, shifts, warps, lights and blurs pictures; hands more so; all frames of a video alike.
+def vary_images(pixel_values: Tensor, is_sign: Tensor, is_mirrored: Tensor) -> Tensor:
+    """Turns, scales, shifts, warps and lights pictures; hands more so; all frames of a video alike.
 
     Args:
       pixel_values: (M, S, 3, H, W) in -1 to 1.
       is_sign: (M,) boolean, hands, which are turned farther. None is shifted by more than .025 of the picture, so that its
-        place stays true, and none is mirrored as a whole: the renderer mirrors hands.
+        place stays true.
+      is_mirrored: (M,) boolean, which are to be mirrored.
 
     Returns:
       (M, S, 3, H, W).
@@ -39,7 +40,8 @@ def vary_images(pixel_values: Tensor, is_sign: Tensor) -> Tensor:
     scale = torch.exp(uniform(-1, 1, count) * 0.06)
     shift = uniform(-1, 1, count, 2) * 0.05
     cosine, sine = angle.cos() * scale, angle.sin() * scale
-    affine = torch.stack([cosine, -sine, shift[:, 0], sine, cosine, shift[:, 1]], 1).view(count, 2, 3)
+    flip = torch.where(is_mirrored, -1.0, 1.0)
+    affine = torch.stack([cosine * flip, -sine, shift[:, 0], sine * flip, cosine, shift[:, 1]], 1).view(count, 2, 3)
     grid = F.affine_grid(affine, [count, 3, *pixel_values.shape[3:]], align_corners=False)
     grid = (grid + _warps(count, pixel_values.shape[3])).repeat_interleave(segments, 0)
     varied = F.grid_sample(pixel_values.flatten(0, 1), grid, padding_mode="border", align_corners=False)
@@ -55,8 +57,8 @@ def _warps(count: int, side: int) -> Tensor:
     return F.interpolate(coarse, (side, side), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 
 
-def vary_spectrograms(input_values: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives recordings a slightly other voice, speed, microphone and background, and hides parts of them.
+def vary_spectrograms(input_values: Tensor, num_frames: Tensor, is_other: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives recordings a slightly other speed, microphone and background, some another voice, and hides parts of them.
 
     The vocal tract's length is varied by stretching the frequency axis in hertz (Jaitly and Hinton, 2013), the
     microphone by a smooth curve over the mel bins; hiding is SpecAugment's (arXiv 1904.08779).
@@ -64,6 +66,7 @@ def vary_spectrograms(input_values: Tensor, num_frames: Tensor) -> tuple[Tensor,
     Args:
       input_values: (M, T, MEL_BINS), as `AUDIO_MEAN` and `AUDIO_STD` normalise them, padded at the end.
       num_frames: (M,) how many frames are real.
+      is_other: (M,) boolean, who is to sound like somebody else.
 
     Returns:
       The same, varied: spectrograms and how many of their frames are real.
@@ -73,7 +76,8 @@ def vary_spectrograms(input_values: Tensor, num_frames: Tensor) -> tuple[Tensor,
     time = torch.arange(length) * speed + start
     real = time <= num_frames[:, None] - 0.5
     rows = (2 * time / (length - 1) - 1)[:, :, None].expand(count, length, bins)
-    columns = _stretched_bins(torch.exp(uniform(-0.05, 0.05, count, 1)))[:, None].expand(count, length, bins)
+    tract = torch.exp(uniform(-1, 1, count, 1) * torch.where(is_other, 0.17, 0.03)[:, None])
+    columns = _stretched_bins(tract)[:, None].expand(count, length, bins)
     varied = F.grid_sample(input_values[:, None], torch.stack([columns, rows], 3), align_corners=True)[:, 0]
     energies = varied * 2 * AUDIO_STD + AUDIO_MEAN
     energies = energies + _smooth_curves(count, bins)[:, None]
@@ -100,10 +104,10 @@ def vary_points(points: Tensor, widest: float) -> Tensor:
     """
     count = len(points)
     places, paint = points[..., :3], points[..., 3:]
-    places = places @ (torch.eye(3) + 0.05 * torch.randn(count, 3, 3).clamp(-2, 2))
+    places = places @ (torch.eye(3) + 0.06 * torch.randn(count, 3, 3).clamp(-2, 2))
     for frequency in (2.0, 3.0, 4.0):
         waves, phase = frequency * torch.randn(count, 3, 3), uniform(0, 2 * math.pi, count, 1, 3)
-        places = places + 0.075 / frequency * torch.sin(places @ waves + phase)
+        places = places + 0.095 / frequency * torch.sin(places @ waves + phase)
     varied = turn_points(places, uniform(-widest, widest, count)) + torch.randn_like(places) * 0.008
     varied = varied - varied.mean(1, keepdim=True)
     varied = varied / varied.norm(dim=2).amax(1)[:, None, None]

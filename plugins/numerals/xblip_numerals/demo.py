@@ -3,23 +3,32 @@
 The files come with the plugin, which made them (`demo_files`): pen strokes of our own, which no part of the model was
 trained on, and new recordings of the synthetic voices it has heard. Nothing is chosen by whether the answer is right.
 
-    python -m xblip_numerals.demo
+    python -m xblip_numerals.demo --out build/demo
 """
 
+import argparse
 import json
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import xblip
 
 FOLDER = Path(__file__).parent / "demo"
+EXPLAINED = 10
+"""The question whose answer is explained: about three inputs, each of which counts."""
 
 
-def main() -> None:
-    """Asks every question of `demo/questions.json` and prints a table."""
+def main(arguments: list[str] | None = None) -> None:
+    """Asks every question of `demo/questions.json`, prints a table, and explains one of the answers."""
+    parser = argparse.ArgumentParser(description="Fourteen questions about files of four kinds.")
+    parser.add_argument("--out", type=Path, help="write a page that explains one of the answers into this folder, anew")
+    out = parser.parse_args(arguments).out
     console = Console()
     started = time.monotonic()
     model = xblip.load("numerals")
@@ -43,12 +52,28 @@ def main() -> None:
     asked = time.monotonic() - loaded
     console.print(
         f"{right} of {len(questions)} answers equal the truth; loading took {loaded - started:.1f} s, "
-        f"{len(questions)} answers {asked:.1f} s.\n"
-        "What it answers to thousands of questions about unseen files: plugins/numerals/REPORT.md.\n\n"
+        f"{len(questions)} answers {asked:.1f} s."
+    )
+    _explain(console, model, questions[EXPLAINED], out)
+    console.print(
+        "\nWhat it answers to thousands of questions about unseen files: plugins/numerals/REPORT.md.\n\n"
         "Ask about your own files (a drawn digit, a recording of one, ...):\n"
         '  .venv/bin/xblip ask "Which number is in the image?" --image your.png\n'
         '  .venv/bin/xblip ask "Which number is larger, the image or the audio?" --image your.png --audio your.wav'
     )
+
+
+def _explain(console: Console, model: xblip.XBlip, row: dict[str, Any], out: Path | None) -> None:
+    """Prints what an answer came from; writes its page into a folder of `out`, in the place of that of an earlier demo."""
+    answer = model.ask(row["question"], media=[(name, FOLDER / file) for name, file in row["media"]], do_sample=False)
+    explanation = answer.explain()
+    console.print(f'\nWhat "{escape(answer.text)}" to "{escape(row["question"])}" came from:')
+    console.print(explanation.table())
+    if out:
+        folder = out / "explanation"
+        if (folder / "explanation.json").is_file():
+            shutil.rmtree(folder)
+        console.print(f"With pictures: {explanation.save(folder)}", soft_wrap=True)
 
 
 def _plain(text: str) -> str:

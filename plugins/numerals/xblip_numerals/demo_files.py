@@ -43,13 +43,13 @@ QUESTIONS = [  # kind, modalities of the inputs
     ("larger", ["image", "audio"]),
     ("sum", ["video", "point_cloud"]),
     ("same", ["audio", "point_cloud"]),
-    ("same_color", ["image", "video"]),
+    ("same_attribute", ["image", "video"]),
     ("difference", ["image", "point_cloud"]),
-    ("which_shows", ["video", "audio"]),
+    ("which_is", ["video", "point_cloud"]),
+    ("attribute_of", ["image", "audio"]),
     ("largest", ["image", "video", "audio"]),
     ("sum_all", ["audio", "video", "point_cloud"]),
-    ("smallest", ["point_cloud", "image", "audio"]),
-    ("same_all", ["video", "image", "point_cloud"]),
+    ("count", ["image", "video", "point_cloud"]),
 ]
 
 

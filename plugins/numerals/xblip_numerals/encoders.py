@@ -12,9 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from xblip_numerals.augment import AUDIO_MEAN, AUDIO_STD, MEL_BINS, vary_images, vary_points, vary_spectrograms
-from xblip_numerals.media import FACTS
+from xblip_numerals.media import FACTS, ROBOT
+from xblip_numerals.pictures import PLACES
 from xblip_numerals.solids import WIDEST_TURN
 from xblip_numerals.sounds import LONGEST_SECONDS
+
+Batch = dict[str, Tensor]
+UNKNOWN = -100
+"""The label of a fact that a file does not have."""
+_OPPOSITE = {"left": "right", "right": "left"}
 
 
 class Readout(nn.Module):
@@ -59,8 +65,8 @@ class Recipe:
 
     Attributes:
       save_fresh: writes an untrained encoder and its processor to a folder, as `save_pretrained` does.
-      vary: changes a batch of tensors (M, S, ...) at random; given its labels too, and how much of the training is done
-        (0 to 1).
+      vary: changes a batch of tensors (M, S, ...) at random, and what its labels no longer say truly; told how much of the
+        training is done (0 to 1).
       epochs: passes over the training examples.
       batch_size: examples of a step, of the modality that the encoder is named after.
       peak_rate: highest learning rate, reached after 15 % of the steps.
@@ -69,7 +75,7 @@ class Recipe:
     """
 
     save_fresh: Callable[[Path], None]
-    vary: Callable[[dict[str, Tensor], dict[str, Tensor], float], dict[str, Tensor]]
+    vary: Callable[[Batch, Batch, float], tuple[Batch, Batch]]
     epochs: int
     batch_size: int
     peak_rate: float
@@ -80,10 +86,10 @@ class Recipe:
 def _fresh_image_encoder(folder: Path) -> None:
     from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
-    config = ResNetConfig(embedding_size=32, hidden_sizes=[40, 80, 112], depths=[2, 2, 2], layer_type="basic")
+    config = ResNetConfig(embedding_size=24, hidden_sizes=[32, 64, 112], depths=[1, 2, 2], layer_type="basic")
     ResNetModel(config).save_pretrained(folder)
     half = [0.5, 0.5, 0.5]
-    ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=half, image_std=half).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 80, "width": 80}, image_mean=half, image_std=half).save_pretrained(folder)
 
 
 def _fresh_audio_encoder(folder: Path) -> None:
@@ -108,8 +114,8 @@ def _fresh_point_cloud_encoder(folder: Path) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=256,
-        num_groups=40,
-        group_size=24,
+        num_groups=56,
+        group_size=20,
         num_points=640,
         pointnet_sizes=[16, 32, 64],
         group_embedding_size=96,
@@ -122,26 +128,37 @@ def _fresh_point_cloud_encoder(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _vary_images(tensors: dict[str, Tensor], labels: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+def _vary_images(tensors: Batch, labels: Batch, progress: float) -> tuple[Batch, Batch]:
+    """Mirrors half of the hands, and with them their places; writing cannot be mirrored."""
     pixel_values = tensors["pixel_values"]
     is_sign = torch.zeros(len(pixel_values), dtype=torch.bool)
     if "kind" in labels:
         is_sign = labels["kind"] == FACTS["image"]["kind"].index("sign")
-    return {"pixel_values": vary_images(pixel_values, is_sign)}
+    is_mirrored = is_sign & (torch.rand(len(is_sign)) < 0.5)
+    if "place" in labels:
+        opposite = torch.tensor([PLACES.index(_OPPOSITE.get(place, place)) for place in PLACES])
+        labels = {**labels, "place": torch.where(is_mirrored, opposite[labels["place"]], labels["place"])}
+    return {"pixel_values": vary_images(pixel_values, is_sign, is_mirrored)}, labels
 
 
-def _vary_spectrograms(tensors: dict[str, Tensor], labels: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
-    varied = vary_spectrograms(tensors["input_values"][:, 0], tensors["num_frames"][:, 0])
-    return {name: part[:, None] for name, part in zip(("input_values", "num_frames"), varied, strict=True)}
+def _vary_spectrograms(tensors: Batch, labels: Batch, progress: float) -> tuple[Batch, Batch]:
+    """Lets a third of the recordings sound like somebody whom no fact names, so that strangers are understood too."""
+    is_other = torch.rand(len(labels["speaker"])) < 0.33
+    varied = vary_spectrograms(tensors["input_values"][:, 0], tensors["num_frames"][:, 0], is_other)
+    is_robot = labels["speaker"] == FACTS["audio"]["speaker"].index(ROBOT)
+    speaker = torch.where(is_other & ~is_robot, UNKNOWN, labels["speaker"])
+    tensors = {name: part[:, None] for name, part in zip(("input_values", "num_frames"), varied, strict=True)}
+    return tensors, {**labels, "speaker": speaker}
 
 
-def _vary_points(tensors: dict[str, Tensor], labels: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+def _vary_points(tensors: Batch, labels: Batch, progress: float) -> tuple[Batch, Batch]:
     """Turns clouds ever farther, from a tenth of what they may be turned to a little more than that."""
-    return {"points": vary_points(tensors["points"][:, 0], 1.1 * WIDEST_TURN * min(1.0, 0.1 + 2 * progress))[:, None]}
+    widest = 1.1 * WIDEST_TURN * min(1.0, 0.1 + 2 * progress)
+    return {"points": vary_points(tensors["points"][:, 0], widest)[:, None]}, labels
 
 
 RECIPES = {
     "image": Recipe(_fresh_image_encoder, _vary_images, 30, 64, 2e-3, ("image", "video"), convolves=True),
     "audio": Recipe(_fresh_audio_encoder, _vary_spectrograms, 40, 64, 1.5e-3, ("audio",), convolves=True),
-    "point_cloud": Recipe(_fresh_point_cloud_encoder, _vary_points, 20, 64, 2e-3, ("point_cloud",)),
+    "point_cloud": Recipe(_fresh_point_cloud_encoder, _vary_points, 14, 64, 2e-3, ("point_cloud",)),
 }

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 import xblip
 from xblip_numerals.augment import turn_points
+from xblip_numerals.encoders import UNKNOWN
 from xblip_numerals.media import FACTS
 from xblip_numerals.sources import SourcesError
 
-UNKNOWN = -100
 FRAMES_OF_A_VIDEO = 4
 
 

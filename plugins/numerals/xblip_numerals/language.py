@@ -85,37 +85,46 @@ def random_things(
         The things, and the fact that they were drawn for: what `ask` is to ask of, if answers are to be balanced.
 
     Raises:
-        ValueError: `kind` cannot be asked about things of these modalities, or about so few.
+        ValueError: `kind` is unknown, or cannot be asked about things of these modalities, or about so few.
     """
+    _check(kind)
+    # What several modalities share is asked of more.
+    weighed = {name: 2 if name in SHARED else 1 for name in WEIGHED.get(kind, ("number",))}
     for _ in range(MOST_TRIES):
-        fact = None
-        drawn = list(modalities or rng.choices(list(MODALITIES), k=count))
-        if kind is not None:
-            # What several modalities share is asked of more.
-            weighed = WEIGHED.get(kind, ("number",))
-            fact = rng.choices(weighed, [2 if name in SHARED else 1 for name in weighed])[0]
-            if not modalities:
-                having = [name for name in MODALITIES if not fact or fact in MODALITIES[name].clauses]
-                those = range(count)
-                if kind != "count":
-                    those = rng.sample(those, rng.randint(min(2, count), count) if kind in _SEVERAL else 1)
-                for i in those:
-                    drawn[i] = rng.choice(having)
+        fact = None if kind is None else rng.choices(list(weighed), list(weighed.values()))[0]
+        drawn = modalities or _modalities(rng, count, kind, fact)
         keep = (fact, "number") if kind in ("number_of", "attribute_of") else (fact,)
         things = [partly_told(rng, random_thing(rng, modality), keep) for modality in drawn]
         if kind == "attribute_of":
-            fact = "number"
+            fact = "number"  # it finds the thing whose attribute is told
         if kind in _PATTERNS:
-            holders = [i for i, thing in enumerate(things) if fact in thing.facts]
-            values = rng.sample(VALUES[fact], min(len(VALUES[fact]), MAX_THINGS))
-            for i, letter in zip(holders, rng.choice(_PATTERNS[kind].get(len(holders), ("",))), strict=False):
-                things[i] = Thing(things[i].modality, {**things[i].facts, fact: values["abc".index(letter)]})
+            things = _patterned(rng, things, kind, fact)
         if kind in ("larger", "smaller") and rng.random() < 0.5:
             if len({thing.facts.get("number") for thing in things}) == 1:
                 continue  # "neither" stays rare
         if kind is None or any(candidates(things, kind, rng, fact)):
             return tuple(things), fact
     raise ValueError(f"{kind!r} cannot be asked about {' and '.join(modalities) if modalities else f'{count} things'}.")
+
+
+def _modalities(rng: random.Random, count: int, kind: str | None, fact: str | None) -> list[str]:
+    """Any modalities, but as many as the kind of question needs are of such that have the fact."""
+    drawn = rng.choices(list(MODALITIES), k=count)
+    having = [name for name, modality in MODALITIES.items() if not fact or fact in modality.clauses]
+    needed = count if kind == "count" else rng.randint(min(2, count), count) if kind in _SEVERAL else 1
+    for i in rng.sample(range(count), needed):
+        drawn[i] = rng.choice(having)
+    return drawn
+
+
+def _patterned(rng: random.Random, things: Sequence[Thing], kind: str, fact: str) -> list[Thing]:
+    """The things, with equal and unequal values of the fact in one of the patterns of this kind."""
+    patterned = list(things)
+    holders = [i for i, thing in enumerate(things) if fact in thing.facts]
+    values = rng.sample(VALUES[fact], min(len(VALUES[fact]), MAX_THINGS))
+    for i, letter in zip(holders, rng.choice(_PATTERNS[kind].get(len(holders), ("",))), strict=False):
+        patterned[i] = Thing(things[i].modality, {**things[i].facts, fact: values["abc".index(letter)]})
+    return patterned
 
 
 def possible_kinds(things: Sequence[Thing]) -> list[str]:
@@ -143,8 +152,7 @@ def ask(things: Sequence[Thing], rng: random.Random, kind: str | None = None, fa
         raise ValueError(f"{len(things)} things given; the language speaks of 1 to {MAX_THINGS}.")
     if kind is None:
         kind = rng.choice(possible_kinds(things))
-    elif kind not in KINDS:
-        raise ValueError(f"Unknown kind of question {kind!r}; known: {', '.join(KINDS)}.")
+    _check(kind)
     possible = list(candidates(things, kind, rng, fact))
     if not possible:
         raise ValueError(f"{kind!r} cannot be asked about these things; possible: {', '.join(possible_kinds(things))}.")
@@ -197,6 +205,11 @@ def vocabulary() -> list[str]:
     for words in (*VALUES.values(), *COMPARATIVES.values(), *FORMS.values()):
         text += words
     return sorted({word for line in text for word in words_of(re.sub(r"{.*?}", " ", line))})
+
+
+def _check(kind: str | None) -> None:
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"Unknown kind of question {kind!r}; known: {', '.join(KINDS)}.")
 
 
 def _wording(things: Sequence[Thing], kind: str, chosen: Candidate, rng: random.Random) -> str:

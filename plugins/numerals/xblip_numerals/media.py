@@ -88,11 +88,8 @@ FACTS = {
     },
 }
 NO_SIGN_HAS = ("paper", "lean")
-# Shares other than equal ones, and what a solid is cut after, which is not a fact of it.
-_SHARES = {
-    "image": {"kind": ("handwriting",) * 3 + ("sign",) * 2},
-    "point_cloud": {"made": ("handwriting",) * 3 + ("glyph",)},
-}
+# What a solid is cut after, which is not a fact of it.
+_MADE = {"point_cloud": {"made": ("handwriting",) * 3 + ("glyph",)}}
 _SOURCE_KINDS = {"video": "handwriting", "audio": "speech", "point_cloud": "handwriting"}
 _SUFFIXES = {
     "image": (".png", ".jpg"),
@@ -152,7 +149,7 @@ def plan(modality: str, count: int, split: str, sources: dict[str, list[Source]]
     """Decides facts, maker and source of every file of a modality, all in equal shares."""
     stream = (seed, SPLITS.index(split), MODALITIES.index(modality))
     rng = np.random.default_rng(stream)
-    choices = {**FACTS[modality], **_SHARES.get(modality, {}), "suffix": _SUFFIXES[modality]}
+    choices = {**FACTS[modality], **_MADE.get(modality, {}), "suffix": _SUFFIXES[modality]}
     drawn = {name: equal_shares(values, count, rng) for name, values in choices.items()}
     decks: dict[tuple[str, str, str], list[Source]] = {}
     plans = []

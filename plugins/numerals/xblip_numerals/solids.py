@@ -123,9 +123,19 @@ def _outline(digit: Image.Image, number: str, stretch: tuple[float, float], rng:
     digit = straightened(digit, rng.uniform(-0.1, 0.15))
     width = (digit.width / digit.height * _USUAL_WIDTHS[number]) ** 0.5
     size = (max(8, round(width * stretch[0] * _PIXELS)), round(stretch[1] * _PIXELS))
-    level = np.pad(np.asarray(digit.resize(size, Image.Resampling.BICUBIC)) / 255.0, _MARGIN)
+    level = np.pad(_evened(np.asarray(digit.resize(size, Image.Resampling.BICUBIC)) / 255.0), _MARGIN)
     # Soft enough for each pixel of the rim to know how far the level set is.
     return ndimage.gaussian_filter(level, 1.0)
+
+
+def _evened(level: np.ndarray) -> np.ndarray:
+    """Grey levels moved so that one half is between the lightest and the darkest nearby.
+
+    At one threshold for all, faint strokes would break and loops of a few grey pixels would close.
+    """
+    window = _PIXELS // 6
+    middle = (ndimage.maximum_filter(level, window) + ndimage.minimum_filter(level, window)) / 2
+    return level - ndimage.gaussian_filter(middle, window / 6).clip(0.22, 0.86) + 0.5
 
 
 def _thickened(level: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import xblip
-from xblip_numerals.encoders import RECIPES, Readout, Recipe
-from xblip_numerals.examples import UNKNOWN, Examples, modality_of, read_examples
+from xblip_numerals.encoders import RECIPES, UNKNOWN, Readout, Recipe
+from xblip_numerals.examples import Examples, modality_of, read_examples
 from xblip_numerals.media import FACTS
 
 NUMBER_WEIGHT = 2.0
@@ -86,19 +86,19 @@ def _measure_all(
     encoder.eval(), readouts.eval()
     accuracy = {}
     for modality, part in examples.items():
-        for fact, share in measure(encoder, readouts[modality], part).items():
+        for fact, share in measure(encoder, readouts, modality, part).items():
             accuracy[fact if modality == name else f"{modality} {fact}"] = share
     encoder.train(modes), readouts.train(modes)
     return accuracy
 
 
 @torch.no_grad()
-def measure(encoder: nn.Module, readout: nn.Module, examples: Examples) -> dict[str, float]:
-    """Accuracy of each fact over the examples that have it, and of the number by what examples were made from."""
+def measure(encoder: nn.Module, readouts: nn.ModuleDict, modality: str, examples: Examples) -> dict[str, float]:
+    """Accuracy of each fact over the files that have it, and of the number by what files were made from."""
     told: dict[str, list[Tensor]] = {fact: [] for fact in examples.labels}
     for rows in torch.arange(len(examples)).split(128):
         tensors, _ = examples.batch(rows)
-        for fact, logits in _read(encoder, readout, tensors).items():
+        for fact, logits in _read(encoder, readouts, {modality: tensors})[modality].items():
             told[fact].append(logits.argmax(1))
     accuracy = {}
     for fact, labels in examples.labels.items():
@@ -138,13 +138,16 @@ def _fit(encoder: nn.Module, readouts: nn.ModuleDict, examples: dict[str, Exampl
         for epoch in range(epochs):
             orders = {name: torch.randperm(len(part)).tensor_split(steps) for name, part in examples.items()}
             for step in range(steps):
-                loss = torch.zeros(())
-                for name, part in examples.items():
-                    tensors, labels = part.batch(orders[name][step])
-                    tensors = recipe.vary(tensors, labels, epoch / epochs)
-                    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.convolves):
-                        logits = _read(encoder, readouts[name], tensors)
-                    loss = loss + sum(_loss(logits[fact], labels[fact], fact) for fact in labels)
+                drawn = {name: part.batch(orders[name][step]) for name, part in examples.items()}
+                varied = {name: recipe.vary(*batch, epoch / epochs) for name, batch in drawn.items()}
+                tensors = {name: batch for name, (batch, _) in varied.items()}
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.convolves):
+                    logits = _read(encoder, readouts, tensors)
+                loss = sum(
+                    _loss(logits[name][fact], labels[fact], fact)
+                    for name, (_, labels) in varied.items()
+                    for fact in labels
+                )
                 loss.backward()
                 nn.utils.clip_grad_norm_(weights, 1.0)
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -156,13 +159,22 @@ def _fit(encoder: nn.Module, readouts: nn.ModuleDict, examples: dict[str, Exampl
             yield epoch + 1
 
 
-def _read(encoder: nn.Module, readout: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fact to logits, of tensors (M, S, ...); encoders give tokens, or tokens and their mask."""
-    segments = {name: part.flatten(0, 1) for name, part in tensors.items()}
-    if "pixel_values" in segments:
-        segments["pixel_values"] = segments["pixel_values"].contiguous(memory_format=torch.channels_last)
-    tokens = encoder(**segments)
-    return readout(*tokens) if isinstance(tokens, tuple) else readout(tokens)
+def _read(
+    encoder: nn.Module, readouts: nn.ModuleDict, batches: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Modality to fact to logits, of tensors (M, S, ...) of each modality; encoders give tokens, or tokens and a mask.
+
+    The encoder reads all modalities at once: batch norm has to see in training the mixture that its averages are of.
+    """
+    segments = [{key: part.flatten(0, 1) for key, part in tensors.items()} for tensors in batches.values()]
+    counts = [len(next(iter(part.values()))) for part in segments]
+    joined = {key: torch.cat([part[key] for part in segments]) for key in segments[0]}
+    if "pixel_values" in joined:
+        joined["pixel_values"] = joined["pixel_values"].contiguous(memory_format=torch.channels_last)
+    tokens = encoder(**joined)
+    told = tokens if isinstance(tokens, tuple) else (tokens,)
+    parts = zip(*(part.split(counts) for part in told), strict=True)
+    return {name: readouts[name](*part) for name, part in zip(batches, parts, strict=True)}
 
 
 def _loss(logits: Tensor, labels: Tensor, fact: str) -> Tensor:

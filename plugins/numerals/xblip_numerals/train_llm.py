@@ -31,7 +31,7 @@ from xblip_numerals.language import vocabulary
 from xblip_numerals.phrases import MAX_THINGS, MODALITIES
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
-STEPS = 4600
+STEPS = 4200
 TOKENS_PER_STEP = 3800  # about 16 rows
 QUESTIONS_PER_CONTEXT = 8
 LEARNING_RATE = 2e-3
