@@ -93,5 +93,8 @@ class EvalTask(ABC):
         """Returns what a resumed run must share beside the config, such as hashes of files; called after `rows`."""
         return {}
 
-    def report(self, folder: Path, lines: Sequence[Line], measured: Mapping[str, Measured]) -> None:  # noqa: B027
-        """Writes pages of its own into the run's folder; called once all is scored, by the first process."""
+    def report(self, place: Path, lines: Sequence[Line], measured: Mapping[str, Measured]) -> None:  # noqa: B027
+        """Writes pages of its own, called as `place`, the run's folder and the task's name, with endings.
+
+        Called once all is scored, by the first process.
+        """

@@ -261,7 +261,7 @@ def _finish(
         for line in answered:
             line["scores"] = {figure: own[line["id"]] for figure, own in scores.items() if line["id"] in own}
         if type(task).report is not EvalTask.report:
-            task.report(lines.run.folder, answered, measured)
+            task.report(lines.run.folder / name, answered, measured)
         return ordered
 
     lines.finish(make)
