@@ -261,8 +261,8 @@ class Loudness(EvalTask):
     def score(self, lines):
         return {"right": Figure.of(lines, [line["answer"] == line["truth"] for line in lines])}
 
-    def report(self, folder, lines, measured):
-        (folder / "loud.md").write_text(f"{measured['right'].value} of {len(lines)}")
+    def report(self, place, lines, measured):
+        place.with_suffix(".md").write_text(f"{measured['right'].value} of {len(lines)}")
 
 
 def test_a_task_of_one_s_own(config, tmp_path):

@@ -60,7 +60,8 @@ def heat(cells: Mapping[str, Mapping[str, Mapping[str, float]]], way: str) -> st
     marks = ""
     for number, column in enumerate(columns):
         x = LEFT + wide * (number + 0.5)
-        marks += f'<text transform="translate({x + 4},{top - 8}) rotate(-40)" font-size="12" fill="{INK}">{escape(column)}</text>'
+        turned = f'transform="translate({x + 4},{top - 8}) rotate(-40)"'
+        marks += f'<text {turned} font-size="12" fill="{INK}">{escape(column)}</text>'
     for row, (name, found) in enumerate(cells.items()):
         y = top + high * row
         marks += _text(LEFT - 12, y + high / 2 + 4, name, anchor="end")
