@@ -15,7 +15,7 @@ from xblip_numerals.things import Thing, name_of, names
 @pytest.fixture(scope="module")
 def rows(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("asked")
-    write_rows(Shelf.read(world, "test"), folder / "rows" / "all.jsonl", count=1, seed=0)
+    write_rows(Shelf.read(world, "test"), folder / "rows" / "all.jsonl", count=1, seed=0, blocks=1)
     found = [json.loads(line) for line in (folder / "rows" / "all.jsonl").read_text().splitlines()]
     assert all((folder / "rows" / path).is_file() for row in found for _, path in row["media"])
     return found
@@ -75,6 +75,16 @@ def test_names_of_places_follow_their_inputs():
     assert new["answer"] == "the first image"
     pair = replace(question, kind="which_pair", answer="the first image and the audio")
     assert swapped(things, pair, (2, 1, 0))["answer"] == "the audio and the second image", "named in their order"
+
+
+def test_questions_of_two_units_share_no_file(world, tmp_path):
+    write_rows(Shelf.read(world, "test"), tmp_path / "rows.jsonl", count=2, seed=0, blocks=2)
+    units = {}
+    for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()):
+        for media in (row["media"], row.get("replaced", {}).get("media", [])):
+            for _, path in media:
+                units.setdefault(path, set()).add(row["unit"])
+    assert len(units) == 80 and all(len(found) == 1 for found in units.values())
 
 
 def test_other_files_have_another_answer(rows):

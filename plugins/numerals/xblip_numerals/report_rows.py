@@ -1,7 +1,8 @@
 """What the report asks: rows of the cross-modal evaluation over files of the numerals world.
 
 Numbers and attributes of single files give the parts. Questions across inputs are drawn for every kind
-and every set of modalities, each with its inputs in another order and with other files in their places.
+and every set of modalities, each with its inputs in another order and with other files in their places. Files are dealt to
+blocks first, and a question takes all of its files from one block: blocks share none, so they are the units of intervals.
 
     python -m xblip_numerals.report_rows --world FOLDER --split test --out rows.jsonl
 """
@@ -35,6 +36,7 @@ BY_ATTRIBUTE = ("same_attribute", "different_attribute", "which_is", "which_is_n
 """Kinds that hang on an attribute; two of the inputs must have it, or its name would tell which is meant."""
 ATTRIBUTES_ASKED = 3
 """Of each file, beside its number."""
+BLOCKS = 50
 TRIES = 200
 """Draws of other files until the answer is another one."""
 
@@ -54,6 +56,15 @@ def part_of(item: Item, fact: str) -> str:
     return f"{source_of(item)}: {fact}"
 
 
+def deal(shelf: Shelf, rng: random.Random, blocks: int) -> list[Shelf]:
+    """Deals the files to shelves that share none, each modality's evenly."""
+    dealt = [Shelf() for _ in range(blocks)]
+    for items in shelf.items.values():
+        for place, item in enumerate(rng.sample(items, len(items))):
+            dealt[place % blocks].add(item)
+    return dealt
+
+
 def single_rows(shelf: Shelf, rng: random.Random, root: Path) -> Iterator[Row]:
     """Questions about every file: its number, and `ATTRIBUTES_ASKED` of its attributes."""
     for items in shelf.items.values():
@@ -61,14 +72,16 @@ def single_rows(shelf: Shelf, rng: random.Random, root: Path) -> Iterator[Row]:
             attributes = [fact for fact in item.thing.facts if fact != "number"]
             for fact in ("number", *rng.sample(attributes, ATTRIBUTES_ASKED)):
                 question = ask([item.thing], rng, fact)
-                row = _row(f"{item.path.stem}-{item.thing.modality}-{fact}", [item], question, rng, root)
+                row = _row(f"{item.thing.modality}-{item.path.stem}-{fact}", [item], question, rng, root)
                 yield {**row, "part": part_of(item, fact)}
 
 
-def several_rows(shelf: Shelf, rng: random.Random, root: Path, *, size: int, count: int) -> Iterator[Row]:
-    """`count` questions of each kind for each multiset of `size` modalities, inputs in random order.
+def several_rows(
+    dealt: Sequence[Shelf], rng: random.Random, root: Path, *, size: int, count: int
+) -> Iterator[tuple[int, Row]]:
+    """`count` questions of each kind for each multiset of `size` modalities, inputs in random order; each with its block.
 
-    Of three modalities all differ, or two are the same.
+    Of three modalities all differ, or two are the same. Each question is of another block, as far as there are any.
     """
     for modalities in combinations_with_replacement(MODALITIES, size):
         if size > 2 and len(set(modalities)) == 1:
@@ -77,13 +90,16 @@ def several_rows(shelf: Shelf, rng: random.Random, root: Path, *, size: int, cou
             if not _can_ask(kind, modalities):
                 continue
             for number in range(count):
-                things, items, question = _question(shelf, rng, kind, modalities)
+                if number % len(dealt) == 0:
+                    order_of_blocks = rng.sample(range(len(dealt)), len(dealt))
+                block = order_of_blocks[number % len(dealt)]
+                things, items, question = _question(dealt[block], rng, kind, modalities)
                 row = _row(f"{'-'.join(modalities)}-{kind}-{number}", items, question, rng, root)
                 row["parts"] = parts_of(things, items, question)
                 order = rng.choice(list(permutations(range(size)))[1:])
                 row["swapped"] = swapped(things, question, order)
-                replaced = _replaced(shelf, rng, things, question, root)
-                yield row | ({"replaced": replaced} if replaced else {})
+                replaced = _replaced(dealt[block], rng, things, question, root)
+                yield block, row | ({"replaced": replaced} if replaced else {})
 
 
 def parts_of(things: Sequence[Thing], items: Sequence[Item], question: Question) -> list[str]:
@@ -185,7 +201,7 @@ def _media(items: Sequence[Item], root: Path) -> list[list[str]]:
     return [[item.thing.modality, os.path.relpath(item.path, root)] for item in items]
 
 
-def write_rows(shelf: Shelf, out: Path, *, count: int, seed: int) -> None:
+def write_rows(shelf: Shelf, out: Path, *, count: int, seed: int, blocks: int = BLOCKS) -> None:
     """Writes all rows of the report.
 
     Args:
@@ -193,17 +209,18 @@ def write_rows(shelf: Shelf, out: Path, *, count: int, seed: int) -> None:
       out: JSONL to write.
       count: questions of each kind for each set of modalities.
       seed: of all draws.
+      blocks: how many shelves the files are dealt to.
     """
-    rng = random.Random(seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    rng, root = random.Random(seed), out.parent
+    dealt = deal(shelf, rng, blocks)
+    root.mkdir(parents=True, exist_ok=True)
     with out.open("w") as file:
-        for rows in (
-            single_rows(shelf, rng, out.parent),
-            several_rows(shelf, rng, out.parent, size=2, count=count),
-            several_rows(shelf, rng, out.parent, size=3, count=count),
-        ):
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
+        for block, own in enumerate(dealt):
+            for row in single_rows(own, rng, root):
+                file.write(json.dumps({**row, "unit": str(block)}) + "\n")
+        for size in (2, 3):
+            for block, row in several_rows(dealt, rng, root, size=size, count=count):
+                file.write(json.dumps({**row, "unit": str(block)}) + "\n")
 
 
 def main() -> None:
