@@ -111,6 +111,20 @@ def test_write_a_modality_runs_as_written(tmp_path):
     assert printed[-1].strip() in ("the image", "the point cloud"), printed[-1]
 
 
+@pytest.mark.slow
+@needs_numerals
+def test_evaluate_runs_as_written(tmp_path):
+    *_, first, two, compared, _, across, steady = run_as_written("docs/evaluate.md", tmp_path)
+    assert re.search(r"questions +normalised +78\.6", first) and "| pictures | top-1 |" in first
+    assert two.rstrip().endswith("the same")
+    assert (
+        re.search(r"questions +exact +78\.6 .* p? *14$", compared, re.MULTILINE)
+        and "model.router.cues was True" in compared
+    )
+    assert "two inputs: soft prompts" in across and "two inputs: alike in both orders" in across
+    assert re.search(r"right in both: 0\.\d+ \(.*\), 14 questions", steady)
+
+
 def test_the_page_has_blocks_of_every_kind():
     found = blocks("docs/write-a-modality.md")
     text = (ROOT / "docs" / "write-a-modality.md").read_text(encoding="utf-8")

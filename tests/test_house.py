@@ -47,7 +47,7 @@ LAYERS = [
     {"tasks", "train_config", "precompute"},
     {"trainer", "train_data", "eval_model"},
     {"eval_data"},
-    {"eval_kinds", "discrn", "crossmodal", "evaluate"},
+    {"eval_kinds", "eval_retrieval", "discrn", "crossmodal", "evaluate"},
     {"train", "compare", "convert_qformer", "convert_transformers"},
     {"convert_retrieval"},
     {"convert", "testing", "scaffold", "blueprint"},

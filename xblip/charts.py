@@ -41,10 +41,10 @@ def grouped(cuts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     top = 26
     height = top + ROW * len(cuts) + 34
     marks = _axis(height, top)
-    x = LEFT
+    x = LEFT - 150
     for name in names:
         marks += f'<circle cx="{x + 5}" cy="12" r="4.5" fill="{COLORS[name]}"/>' + _text(x + 14, 16, name, size=12)
-        x += 24 + 7 * len(name)
+        x += 34 + 6.6 * len(name)
     for number, (cut, found) in enumerate(cuts.items()):
         y = top + ROW * (number + 0.5)
         marks += _text(LEFT - 12, y + 4, cut, anchor="end")
@@ -54,21 +54,21 @@ def grouped(cuts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 
 
 def heat(cells: Mapping[str, Mapping[str, Mapping[str, float]]], way: str) -> str:
-    """Draws a share for each row and column as a coloured field with its number; empty where there are none."""
-    columns = sorted({column for found in cells.values() for column in found})
-    wide, high, top = 58, 28, 120
+    """Draws the share of each column and row, in this order, as a coloured field with its number."""
+    rows = sorted({row for found in cells.values() for row in found})
+    wide, high, top = 58, 28, 40 + 5 * max(map(len, cells), default=0)
     marks = ""
-    for number, column in enumerate(columns):
+    for number, column in enumerate(cells):
         x = LEFT + wide * (number + 0.5)
         turned = f'transform="translate({x + 4},{top - 8}) rotate(-40)"'
         marks += f'<text {turned} font-size="12" fill="{INK}">{escape(column)}</text>'
-    for row, (name, found) in enumerate(cells.items()):
-        y = top + high * row
-        marks += _text(LEFT - 12, y + high / 2 + 4, name, anchor="end")
-        for number, column in enumerate(columns):
-            if column in found:
-                marks += _field(LEFT + wide * number, y, wide - 2, high - 2, found[column], way)
-    return _svg(marks, top + high * len(cells) + 8, width=LEFT + wide * len(columns) + 90)
+    for place, row in enumerate(rows):
+        y = top + high * place
+        marks += _text(LEFT - 12, y + high / 2 + 4, row, anchor="end")
+        for number, found in enumerate(cells.values()):
+            if row in found:
+                marks += _field(LEFT + wide * number, y, wide - 2, high - 2, found[row], way)
+    return _svg(marks, top + high * len(rows) + 8, width=LEFT + wide * len(cells) + 160)
 
 
 def _field(x: float, y: float, wide: float, high: float, got: Mapping[str, Any], way: str) -> str:

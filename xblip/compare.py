@@ -33,7 +33,8 @@ def compare(first: str | Path, second: str | Path) -> dict[str, dict[str, Differ
     for folder, told in zip(folders, facts, strict=True):
         if "tasks" not in told or not (folder / RESULTS).is_file():
             raise BundleError(f"{folder} holds no run of xblip eval that has ended: run xblip eval there first.")
-    common = [name for name in facts[0]["tasks"] if name in facts[1]["tasks"]]
+    in_order = json.loads((folders[0] / RESULTS).read_text())["tasks"]
+    common = [name for name in in_order if name in facts[1]["tasks"]]
     if not common:
         raise ConfigError(
             f"The runs have no task in common: {some_of(list(facts[0]['tasks']))} in {folders[0]}, "

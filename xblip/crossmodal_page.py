@@ -52,14 +52,17 @@ def findings(told: Mapping[str, Any]) -> list[str]:
         if "ratio" in found:
             text += f", {shown(found['ratio'], scale=1, digits=2)} of the product of the parts"
         text += "."
-        for way in ("people's captions", "own captions", "question alone"):
-            if way in ways:
-                more = ways[way]["soft_prompts_more"]
-                text += f" {_signed(more)} points against {way} ({_p(more['p'])})."
+        against = [way for way in ("people's captions", "own captions", "question alone") if way in ways]
+        told_against = [
+            f"{_signed(more)} points against {way}, {_p(more['p'])}"
+            for way in against
+            for more in [ways[way]["soft_prompts_more"]]
+        ]
+        text += f" That is {'; '.join(told_against)}." if told_against else ""
         if BOTH_ORDERS in ways:
-            text += f" {shown(ways[BOTH_ORDERS])} % are alike in both orders."
+            text += f" In both orders of inputs {shown(ways[BOTH_ORDERS])} % are answered alike."
         if REPLACED in ways:
-            text += f" With other inputs {shown(ways[REPLACED])} % of answers follow them."
+            text += f" Where inputs are replaced, {shown(ways[REPLACED])} % of answers are right for the new ones."
         said.append(text)
     return said
 
@@ -80,7 +83,7 @@ def ways_table(found: Mapping[str, Any]) -> Rows:
         rows = {name: got for way in SHOWN if way in rows for name, got in _with_product(way, found)} | rows
     for way, got in rows.items():
         interval = f"{100 * got['low']:.1f} to {100 * got['high']:.1f}"
-        row = [way, f"{100 * got['value']:.1f}", interval if got["low"] < got["high"] else "", str(got["n"])]
+        row = [way, f"{100 * got['value']:.1f}", interval, str(got["n"])]
         more = got.get("soft_prompts_more")
         if more and way != BEFORE:
             row += [f"{100 * more['difference']:+.1f}", f"{100 * more['low']:+.1f} to {100 * more['high']:+.1f}"]
@@ -177,7 +180,8 @@ def method(told: Mapping[str, Any]) -> str:
         "one of the row's answers, both normalised as VQA does (capitals, articles, punctuation, number words). Intervals "
         f"are percentiles of {told['resamples']} bootstrap resamples of the units (seed {told['seed']}), 95 %; those of the "
         "product of the parts have the parts' own uncertainty in them. p is exact and two-sided, over units that change for "
-        f"the better and the worse (McNemar's where a unit is one question).{shared}"
+        f"the better and the worse (McNemar's where a unit is one question). Where all rows are right, or none, a bootstrap "
+        f"cannot tell an interval: its ends are the same.{shared}"
     )
 
 
@@ -200,12 +204,12 @@ def _markdown(rows: Rows) -> str:
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #23262d; max-width: 76rem; margin: 2.5rem auto; padding: 0 1.5rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #23262d; max-width: 80rem; margin: 2.5rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.3rem; margin-top: 3rem; border-top: 1px solid #dfe2e8;
 padding-top: 1.2rem; } h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; } .quiet { color: #667; max-width: 62rem; }
 li { margin: .35rem 0; max-width: 66rem; } table { border-collapse: collapse; margin: .6rem 0; font-size: 13.5px; }
 th { text-align: right; font-weight: 600; border-bottom: 1.5px solid #23262d; vertical-align: bottom; }
-td, th { padding: .22rem .7rem; } td { text-align: right; font-variant-numeric: tabular-nums;
+td, th { padding: .22rem .5rem; } td { text-align: right; font-variant-numeric: tabular-nums;
 border-bottom: 1px solid #eceef2; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; }
 tr.own td { font-weight: 600; background: #eef4fb; } svg { display: block; margin: .4rem 0; max-width: 100%; height: auto; }

@@ -154,9 +154,7 @@ def _check_keys(values: Any, known: Sequence[str], what: str) -> None:
 
 
 def _form(values: Mapping[str, Any], modalities: Collection[str], root: Path) -> Form:
-    accepted = values.get("accepted", [])
-    if not isinstance(accepted, list):
-        raise InputError(f"`accepted` must be a list of answers that are right too, not {accepted!r:.80}.")
+    accepted = _accepted(values)
     row = read_row(
         {
             "media": values["media"],
@@ -172,6 +170,13 @@ def _form(values: Mapping[str, Any], modalities: Collection[str], root: Path) ->
             f"{values['media']!r:.80}, {values['answer']!r:.80}."
         )
     return Form(row.sample.all_media, row.sample.instruction, list(row.answers))
+
+
+def _accepted(values: Mapping[str, Any]) -> list[str]:
+    accepted = values.get("accepted", [])
+    if not isinstance(accepted, list):
+        raise InputError(f"`accepted` must be a list of answers that are right too, not {accepted!r:.80}.")
+    return accepted
 
 
 def _swapped(values: Mapping[str, Any], asked: Form) -> Form:
@@ -212,7 +217,7 @@ def _replaced(values: Mapping[str, Any], asked: Form, modalities: Collection[str
 def _truths(given: Mapping[str, Any], asked: Form) -> list[str]:
     if "answer" not in given:
         return asked.truths
-    truths = [given["answer"], *given.get("accepted", [])]
+    truths = [given["answer"], *_accepted(given)]
     for truth in truths:
         check_text(truth, "`swapped`: an answer")
     return truths

@@ -20,14 +20,14 @@ from xblip import config as configs
 from xblip import plugins
 from xblip.contents import describe
 from xblip.errors import ConfigError, MediaError, XBlipError
-from xblip.eval_data import ManifestTask
+from xblip.eval_data import ManifestTask, read_rows
 from xblip.eval_model import System, open_system
 from xblip.eval_task import EvalRow, EvalTask, Line
 from xblip.intervals import RESAMPLES, Figure, Measured, measure
 from xblip.runs import Lines, Run, open_run
 from xblip.sample import Media
 
-__all__ = ["EvalConfig", "EvalRow", "EvalTask", "Figure", "Line", "ManifestTask", "Measured", "evaluate"]
+__all__ = ["EvalConfig", "EvalRow", "EvalTask", "Figure", "Line", "ManifestTask", "Measured", "evaluate", "read_rows"]
 
 RESULTS = "results.json"
 TABLE = "RESULTS.md"

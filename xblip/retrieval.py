@@ -167,58 +167,81 @@ class Retriever(nn.Module):
         Raises:
           InputError, MediaError: as `similarity`; or one of both numbers is too small.
         """
-        features, similarity = self._compared(sources, texts, top_k, rerank)
-        return self._ranked(features, texts, similarity, top_k, rerank, of_texts=True)
+        return Gallery(self, sources, texts).texts_for(None, top_k=top_k, rerank=rerank)
 
     @torch.no_grad()
     def rank_sources(
         self, sources: Sequence[Any], texts: Sequence[str], *, top_k: int = 10, rerank: int = 128
     ) -> list[list[Ranked]]:
         """Finds for each text the sources that it describes best; otherwise as `rank_texts`."""
-        features, similarity = self._compared(sources, texts, top_k, rerank)
-        return self._ranked(features, texts, similarity, top_k, rerank, of_texts=False)
+        return Gallery(self, sources, texts).sources_for(None, top_k=top_k, rerank=rerank)
 
-    def _compared(
-        self, sources: Sequence[Any], texts: Sequence[str], top_k: int, rerank: int
-    ) -> tuple[list[Features], Tensor]:
-        """The features of each source, and similarities (B, T)."""
+
+class Gallery:
+    """Media and texts that are compared by ITC once, so that they can be ranked a part at a time.
+
+    Attributes:
+      texts: T.
+      similarity: (B, T), as `Retriever.similarity` gives it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, retriever: Retriever, sources: Sequence[Any], texts: Sequence[str]):
+        """Compares all with all.
+
+        Args:
+          retriever: that compares.
+          sources: of B media, as for `Retriever.similarity`.
+          texts: T, each once.
+
+        Raises:
+          InputError, MediaError: as `Retriever.similarity`.
+        """
+        _check(texts)
+        self.branch, self.texts = retriever.branch, list(texts)
+        bridge = self.branch.bridge
+        self._features = [own for part in _parts(sources) or [sources] for own in self.branch.encode(part).split()]
+        wanted = torch.cat([bridge.embed_texts(part) for part in _parts(self.texts)])
+        media = [bridge.embed_media(Features.join(part)) for part in _parts(self._features)]
+        self.similarity = torch.stack([(own @ wanted.T).amax(0) for part in media for own in part])
+
+    def texts_for(self, sources: Sequence[int] | None, *, top_k: int = 10, rerank: int = 128) -> list[list[Ranked]]:
+        """Ranks all texts for some sources, by their places, or for all of them (None); as `Retriever.rank_texts`."""
+        return self._ranked(sources, top_k, rerank, of_texts=True)
+
+    def sources_for(self, texts: Sequence[int] | None, *, top_k: int = 10, rerank: int = 128) -> list[list[Ranked]]:
+        """Ranks all sources for some texts, by their places, or for all of them (None)."""
+        return self._ranked(texts, top_k, rerank, of_texts=False)
+
+    @torch.no_grad()
+    def _ranked(self, asked: Sequence[int] | None, top_k: int, rerank: int, *, of_texts: bool) -> list[list[Ranked]]:
         if top_k < 1 or rerank < 0:
             raise InputError(f"top_k must be at least 1 and rerank at least 0, not {top_k} and {rerank}.")
-        _check(texts)
-        features = [own for part in _parts(sources) or [sources] for own in self.branch.encode(part).split()]
-        wanted = torch.cat([self.branch.bridge.embed_texts(part) for part in _parts(texts)])
-        media = [self.branch.bridge.embed_media(Features.join(part)) for part in _parts(features)]
-        return features, torch.stack([(own @ wanted.T).amax(0) for part in media for own in part])
-
-    def _ranked(
-        self,
-        features: list[Features],
-        texts: Sequence[str],
-        similarity: Tensor,
-        top_k: int,
-        rerank: int,
-        *,
-        of_texts: bool,
-    ) -> list[list[Ranked]]:
-        nearest = similarity if of_texts else similarity.T
+        nearest = self.similarity if of_texts else self.similarity.T
+        asked = range(len(nearest)) if asked is None else asked
+        nearest = nearest[list(asked)]
         judged = nearest.topk(min(rerank, nearest.shape[1])).indices
-        pairs = [(place, other) for place, others in enumerate(judged.tolist()) for other in others]
-        pairs = sorted(pairs if of_texts else [pair[::-1] for pair in pairs])
-        match: dict[tuple[int, int], float] = {}
-        for part in _parts(pairs):
-            own = sorted({source for source, _ in part})
-            media = self.branch.bridge.read_media(Features.join([features[source] for source in own]))
-            media = chosen(media, [own.index(source) for source, _ in part])
-            logits = self.branch.bridge.judge(media, self.branch.bridge.tokenize([texts[text] for _, text in part]))
-            match.update(zip(part, logits[:, 1].tolist(), strict=True))
+        pairs = [(place, other) for place, others in zip(asked, judged.tolist(), strict=True) for other in others]
+        match = self._matches(sorted(pairs if of_texts else [pair[::-1] for pair in pairs]))
         ranking = []
-        for place, row in enumerate(nearest.tolist()):
+        for place, row in zip(asked, nearest.tolist(), strict=True):
             found = []
             for index, near in enumerate(row):
                 matched = match.get((place, index) if of_texts else (index, place))
                 found.append(Ranked(index, near + (matched or 0.0), near, matched))
             ranking.append(sorted(found, key=lambda entry: (entry.match is None, -entry.score))[:top_k])
         return ranking
+
+    def _matches(self, pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+        """What ITM makes of pairs of a source and a text, those of one source side by side."""
+        bridge, match = self.branch.bridge, {}
+        for part in _parts(pairs):
+            own = sorted({source for source, _ in part})
+            media = bridge.read_media(Features.join([self._features[source] for source in own]))
+            media = chosen(media, [own.index(source) for source, _ in part])
+            logits = bridge.judge(media, bridge.tokenize([self.texts[text] for _, text in part]))
+            match.update(zip(part, logits[:, 1].tolist(), strict=True))
+        return match
 
 
 def _parts(things: Sequence[Any]) -> list[Sequence[Any]]:
