@@ -61,6 +61,8 @@ def run_as_written(document: str, folder: Path) -> list[str]:
     shell = fresh_shell(folder)
     printed = []
     for block in blocks(document):
+        if not block.file and block.language == "yaml":
+            continue  # shown, not run
         if block.file:
             (shell.folder / block.file).write_text(block.text)
             continue
@@ -123,6 +125,21 @@ def test_evaluate_runs_as_written(tmp_path):
     )
     assert "two inputs: soft prompts" in across and "two inputs: alike in both orders" in across
     assert re.search(r"right in both: 0\.\d+ \(.*\), 14 questions", steady)
+
+
+@needs_numerals
+@pytest.mark.slow
+def test_augment_runs_as_written(tmp_path):
+    *_, table = run_as_written("docs/augment.md", tmp_path)
+    assert "| answered alike in the round trip | 3 | 3 | 100.0% |" in table and "- row that cannot be read: 1" in table
+
+
+def test_the_page_s_cleaning_has_the_schema(tmp_path):
+    from xblip.capfilt import load_capfilt_config
+
+    [*_, block] = [block for block in blocks("docs/augment.md") if block.language == "yaml"]
+    (tmp_path / "capfilt.yaml").write_text(block.text)
+    assert load_capfilt_config(tmp_path / "capfilt.yaml").filter == "runs/align"
 
 
 def test_the_page_has_blocks_of_every_kind():

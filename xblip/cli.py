@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from xblip import cli_eval, cli_retrieve, cli_train, plugins
+from xblip import cli_clean, cli_eval, cli_retrieve, cli_train, plugins
 from xblip.errors import ConfigError, InputError, PluginError, XBlipError, suggest
 
 MODEL = "XBLIP_MODEL"
@@ -143,7 +143,7 @@ def chat(ctx: typer.Context, model: Model = "numerals") -> None:
             print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
 
 
-for command in (cli_train.train, cli_train.precompute, cli_retrieve.retrieve):
+for command in (cli_train.train, cli_train.precompute, cli_retrieve.retrieve, cli_clean.augment, cli_clean.capfilt):
     app.command()(command)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_eval.compare)

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ class System:
     load: Callable[[torch.device], Any]
 
 
-def open_system(given: Any, options: Mapping[str, Any], media: Mapping[str, Mapping[str, Any]]) -> System:
+def open_system(
+    given: Any, options: Mapping[str, Any], media: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> System:
     """Finds out about a model.
 
     Args:
