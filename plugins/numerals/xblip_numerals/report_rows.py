@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement, permutations
 from pathlib import Path
@@ -42,12 +43,12 @@ TRIES = 200
 
 
 def source_of(item: Item) -> str:
-    """What the parts tell apart: modality, for images handwriting and signs, for voices whether training had them."""
+    """What the parts tell apart: modality, for images handwriting and signs, for sounds people and synthetic voices."""
     facts = item.thing.facts
     if "kind" in facts:
         return f"{item.thing.modality}, {facts['kind']}"
-    if "speaker" in MODALITIES[item.thing.modality].clauses:
-        return f"{item.thing.modality}, {'known' if 'speaker' in facts else 'unheard'} voice"
+    if "speaker" in facts:
+        return f"{item.thing.modality}, {'robot' if facts['speaker'] == 'robot' else 'person'}"
     return item.thing.modality
 
 
@@ -66,11 +67,14 @@ def deal(shelf: Shelf, rng: random.Random, blocks: int) -> list[Shelf]:
 
 
 def single_rows(shelf: Shelf, rng: random.Random, root: Path) -> Iterator[Row]:
-    """Questions about every file: its number, and `ATTRIBUTES_ASKED` of its attributes."""
+    """Questions about every file: its number, and `ATTRIBUTES_ASKED` of its attributes, each of as many files."""
+    seen: Counter[str] = Counter()
     for items in shelf.items.values():
         for item in items:
+            place = seen[source_of(item)]
+            seen[source_of(item)] += 1
             attributes = [fact for fact in item.thing.facts if fact != "number"]
-            for fact in ("number", *rng.sample(attributes, ATTRIBUTES_ASKED)):
+            for fact in ("number", *(attributes[(place + i) % len(attributes)] for i in range(ATTRIBUTES_ASKED))):
                 question = ask([item.thing], rng, fact)
                 row = _row(f"{item.thing.modality}-{item.path.stem}-{fact}", [item], question, rng, root)
                 yield {**row, "part": part_of(item, fact)}
