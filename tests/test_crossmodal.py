@@ -51,13 +51,6 @@ def pair(first, second, modality="toy"):
 ROWS = [*map(single, range(8)), pair(1, 2), pair(3, 0), pair(7, 4), pair(4, 5), pair(6, 2)]
 
 
-@pytest.fixture(scope="module")
-def bundle(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bundle")
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def written(tmp_path):
     """Writes rows; returns the file."""

@@ -3,17 +3,17 @@
 One line of JSON is one question. What a row lacks, it is not asked by: a row without captions is not asked by captions.
 
     {"id": "larger-17", "unit": "scene-5", "kind": "larger",
-     "media": [["image", "image/42.png"], ["audio", "audio/113.wav"]],
-     "instruction": "which is larger, the image or the audio?", "answer": "the audio", "accepted": ["audio"],
+     "media": [["<modality>", "42.png"], ["<another>", "113.wav"]],
+     "instruction": "which is larger, the first or the second?", "answer": "the second", "accepted": ["second"],
      "chance": 0.5,
      "descriptions": ["a red four on dark paper, small and slanted", "a loud nine by george, said twice"],
      "captions": ["a red four", "somebody says nine loudly"],
-     "parts": ["image, handwriting: number", "audio: number"],
-     "swapped": {"instruction": "which is larger, the audio or the image?", "answer": "the audio"},
-     "replaced": {"media": [["image", "image/7.png"], ["audio", "audio/90.wav"]], "answer": "the image"}}
-    {"id": "number-42", "kind": "number", "media": [["image", "image/42.png"]], "instruction": "which number is it?",
+     "parts": ["<modality>, handwriting: number", "<another>: number"],
+     "swapped": {"answer": "the first"},
+     "replaced": {"media": [["<modality>", "7.png"], ["<another>", "90.wav"]], "answer": "the first"}}
+    {"id": "number-42", "kind": "number", "media": [["<modality>", "42.png"]], "instruction": "which number is it?",
      "answer": "four", "chance": 0.1, "descriptions": ["a red four on dark paper, small and slanted"],
-     "captions": ["a red four"], "part": "image, handwriting: number"}
+     "captions": ["a red four"], "part": "<modality>, handwriting: number"}
 
 Rows about one input are questions too, and they give the parts: a row about several inputs names in `parts` what must be
 read for its answer, each by the `part` that rows about one input share, or by the id of one of these.
