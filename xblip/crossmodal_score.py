@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xblip.eval_task import Line
-from xblip.intervals import RESAMPLES, Figure, Measured, difference, measure
+from xblip.intervals import RESAMPLES, Figure, Measured, difference, measure, percentiles
 from xblip.metrics import normalise_answer
 
 SOFT = "soft prompts"
@@ -177,8 +177,8 @@ class Report:
             ratios = soft.resampled(self.seed, self.resamples) / drawn
         units = len(set(soft.units))
         return {
-            "product": Measured(value, *_interval(drawn), len(whole), units)._asdict(),
-            "ratio": Measured(soft.value / value, *_interval(ratios), len(whole), units)._asdict(),
+            "product": Measured(value, *percentiles(drawn), len(whole), units)._asdict(),
+            "ratio": Measured(soft.value / value, *percentiles(ratios[~np.isnan(ratios)]), len(whole), units)._asdict(),
         }
 
     def _part(self, name: str) -> tuple[float, np.ndarray]:
@@ -218,11 +218,6 @@ def _grouped(lines: Sequence[Line], key: Callable[[Line], Any]) -> list[tuple[An
     for line in lines:
         groups.setdefault(key(line), []).append(line)
     return sorted(groups.items())
-
-
-def _interval(drawn: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def shown(measured: Mapping[str, Any], *, scale: float = 100, digits: int = 1) -> str:

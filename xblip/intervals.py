@@ -125,7 +125,7 @@ class Difference(NamedTuple):
 
 def measure(figure: Figure, *, seed: int = 0, resamples: int = RESAMPLES) -> Measured:
     """Returns a figure with its percentile bootstrap interval; equal seeds give equal intervals."""
-    low, high = _percentiles(figure.resampled(seed, resamples))
+    low, high = percentiles(figure.resampled(seed, resamples))
     return Measured(figure.value, low, high, len(figure.ids), len(set(figure.units)))
 
 
@@ -141,7 +141,7 @@ def difference(first: Figure, second: Figure, *, seed: int = 0, resamples: int =
         raise InputError("The two have no row in common: there is nothing to compare them on.")
     first, second = first.on(common), second.on(common)
     second = Figure(second.ids, first.units, second.statistics, second.combine)
-    low, high = _percentiles(second.resampled(seed, resamples) - first.resampled(seed, resamples))
+    low, high = percentiles(second.resampled(seed, resamples) - first.resampled(seed, resamples))
     p = None
     if first.combine is None and second.combine is None:
         change = (second.by_unit()[1] - first.by_unit()[1])[:, 0].round(12)
@@ -161,6 +161,7 @@ def sign_test(better: int, worse: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Returns the ends of the interval that holds the middle 95 % of resampled figures."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
