@@ -16,6 +16,8 @@ from xblip.eval_task import Line
 from xblip.runs import write_whole
 
 Rows = list[list[str]]
+Section = tuple[str, list[tuple[str, Rows, str]]]
+"""A title, and tables under it: a caption, cells, and a plot beside them as SVG; the last two may be empty."""
 
 MEANINGS = {
     TRUE: "all that is true of each input, as text in its place: what the LLM could reach at best",
@@ -128,8 +130,8 @@ def parts_table(parts: Mapping[str, Any]) -> Rows:
     return [["part", "right, %", "n"], *([name, shown(got), str(got["n"])] for name, got in parts.items())]
 
 
-def sections(told: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Rows, str]]]]:
-    """The report's body: titles, each with its tables: a caption, cells, and the plot beside them as SVG."""
+def sections(told: Mapping[str, Any]) -> list[Section]:
+    """The report's body."""
     body = []
     for size, found in told["sizes"].items():
         tables = [("", ways_table(found), charts.dots(_dots(found), chance=_chance(found)))]
@@ -185,10 +187,11 @@ def method(told: Mapping[str, Any]) -> str:
     )
 
 
-def as_markdown(told: Mapping[str, Any], name: str) -> str:
+def as_markdown(told: Mapping[str, Any], name: str, more: Sequence[Section] = ()) -> str:
+    """Returns the report as Markdown; `more` are sections that stand first."""
     text = f"# Where answers across inputs come from: {name}\n\n{method(told)}\n\n"
     text += "".join(f"- {said}\n" for said in findings(told))
-    for title, tables in sections(told):
+    for title, tables in [*more, *sections(told)]:
         text += f"\n## {title}\n"
         for caption, rows, _ in tables:
             if rows:
@@ -217,10 +220,11 @@ tr.own td { font-weight: 600; background: #eef4fb; } svg { display: block; margi
 """
 
 
-def as_html(told: Mapping[str, Any], name: str) -> str:
+def as_html(told: Mapping[str, Any], name: str, more: Sequence[Section] = ()) -> str:
+    """Returns the report as one page of HTML; `more` are sections that stand first."""
     said = "".join(f"<li>{_bold(text)}</li>" for text in findings(told))
     body = ""
-    for title, tables in sections(told):
+    for title, tables in [*more, *sections(told)]:
         body += f"<h2>{escape(title)}</h2>\n"
         for caption, rows, plot in tables:
             body += f"<h3>{escape(caption)}</h3>\n" if caption else ""

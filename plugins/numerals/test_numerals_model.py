@@ -1,7 +1,6 @@
 """The shipped model answers, its report is met on files made anew, and nothing about it is stale or too large."""
 
 import json
-import random
 import re
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from xblip_numerals.demo import FOLDER, main
 from xblip_numerals.language import MODALITIES
 from xblip_numerals.media import build
 from xblip_numerals.questions import Shelf
-from xblip_numerals.report import PAIR_KINDS, Reader, readme_table, several_cases, single_cases
+from xblip_numerals.report import SOURCES, evaluate_bundle, readme_table, write_report
+from xblip_numerals.report_rows import write_rows
 
 import xblip
 
@@ -27,17 +27,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def unseen(tmp_path_factory) -> Shelf:
-    """Files of the test split made with another seed than the report's."""
+def told(tmp_path_factory):
+    """The report's figures on files of the test split made with another seed than the report's."""
     if not SETS.is_dir():
         pytest.skip("the public sets are not here")
-    folder = tmp_path_factory.mktemp("world")
-    build(SETS, folder / "test", "test", FILES, seed=7)
-    return Shelf.read(folder, "test")
-
-
-def share(right: list[bool]) -> float:
-    return sum(right) / len(right)
+    world, work = tmp_path_factory.mktemp("world"), tmp_path_factory.mktemp("work")
+    build(SETS, world / "test", "test", FILES, seed=7)
+    write_rows(Shelf.read(world, "test"), work / "rows.jsonl", count=1, seed=7, blocks=4)
+    return evaluate_bundle("numerals", world, work, split="test", count=1, seed=7)
 
 
 def test_weights_are_small_and_hold_no_pickle():
@@ -65,24 +62,27 @@ def test_the_demo_answers_most_of_its_questions(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_numbers_of_unseen_files_are_read(model, unseen):
-    reader = Reader(model)
-    reader.encode(item for items in unseen.items.values() for item in items)
-    for (source, fact), cases in single_cases(unseen, random.Random(0)).items():
-        if fact == "number":
-            right = share(reader.judge(cases, lambda case: [reader.soft(case.items[0])], source))
-            assert right >= 0.85, (source, right)
+def test_unseen_files_are_read(told):
+    for source in SOURCES:
+        assert told["parts"][f"{source}: number"]["value"] >= 0.8, source
 
 
 @pytest.mark.slow
-def test_unseen_pairs_are_answered_and_the_files_matter(model, unseen):
-    reader = Reader(model)
-    reader.encode(item for items in unseen.items.values() for item in items)
-    made = several_cases(unseen, random.Random(0), size=2, kinds=PAIR_KINDS, count=3)
-    cases = [case for found in made.values() for case in found]
-    both = share(reader.judge(cases, lambda case: [reader.soft(item) for item in case.items], "pairs"))
-    alone = share(reader.judge(cases, lambda case: [reader.soft(case.items[0])], "one of them"))
-    assert both >= 0.8 and alone <= both - 0.2, (both, alone)
+@pytest.mark.parametrize("size", ["two inputs", "three inputs"])
+def test_unseen_files_are_compared_and_the_files_matter(told, size):
+    shares = {way: found["value"] for way, found in told["sizes"][size]["ways"].items()}
+    assert shares["soft prompts"] >= 0.8
+    assert shares["one input alone"] <= shares["soft prompts"] - 0.2
+    assert shares["alike in both orders"] >= 0.9 and shares["inputs replaced"] >= 0.75
+
+
+@pytest.mark.slow
+def test_the_report_is_text_and_a_page(told, tmp_path):
+    write_report(told, tmp_path / "REPORT.md")
+    text, page = (tmp_path / "REPORT.md").read_text(), (tmp_path / "REPORT.html").read_text()
+    for words in ("the number alone: hand sign", "share of the product of the parts", "soft prompts answer"):
+        assert words in text and words in page
+    assert json.loads((tmp_path / "REPORT.json").read_text()) == told
 
 
 def test_a_batch_of_all_kinds_gives_what_each_sample_gives_alone(model):

@@ -12,10 +12,12 @@ from xblip_numerals import BUNDLE
 from xblip_numerals.build import config_of, places_of
 from xblip_numerals.captions import write_captions
 from xblip_numerals.demo_files import make_files
-from xblip_numerals.language import MODALITIES, caption
+from xblip_numerals.language import words_of
+from xblip_numerals.phrases import MODALITIES
 from xblip_numerals.questions import Shelf, training_row
 from xblip_numerals.stages import run_modality
 from xblip_numerals.stages_report import ALIGNED, ALONE, BOTH, RECALL, RUN, WAYS, folder_of, reached, write_report
+from xblip_numerals.things import caption
 
 from xblip.cli import app
 
@@ -64,6 +66,18 @@ def test_captions_tell_each_file_in_its_own_words_and_ever_the_same_for_a_seed(s
         for told in row["captions"]:
             assert all(value in told for value in item.thing.facts.values()), "every description tells all there is"
     assert len({told for row in worded for told in row["captions"]}) > 3 * len(worded)
+
+
+@pytest.mark.parametrize("modality", list(MODALITIES))
+def test_ordinary_captions_name_the_number_and_leave_most_unsaid(shelf, modality, tmp_path):
+    write_captions(shelf, modality, tmp_path / "said.jsonl", wordings=2, seed=0, ordinary=True)
+    for item, line in zip(shelf.items[modality], (tmp_path / "said.jsonl").read_text().splitlines(), strict=True):
+        captions = json.loads(line)["captions"]
+        assert len(captions) == 3
+        for told in captions:
+            words = words_of(told)
+            assert item.thing.facts["number"] in words
+            assert 1 <= sum(value in words for fact, value in item.thing.facts.items() if fact != "number") <= 2
 
 
 @pytest.mark.slow

@@ -152,10 +152,25 @@ class GroupEmbedding(nn.Module):
         )
 
     def forward(self, groups: Tensor) -> Tensor:
-        """Takes (M, G, K, C), returns (M, G, group_embedding_size)."""
-        local = self.first_conv(groups.flatten(0, 1).transpose(1, 2))
-        whole = local.amax(2, keepdim=True).expand_as(local)
-        return self.second_conv(torch.cat([whole, local], 1)).amax(2).unflatten(0, groups.shape[:2])
+        """Takes (M, G, K, C), returns (M, G, group_embedding_size).
+
+        Convolutions of one point are matrix products, which are quicker; and what a group's maximum adds to each of its
+        points is computed once a group.
+        """
+        enter, norm, activation, leave = self.first_conv
+        local = _each_point(leave, activation(norm(_each_point(enter, groups.flatten(0, 2)))))
+        whole = local.unflatten(0, (-1, groups.shape[2])).amax(1)
+        enter, norm, activation, leave = self.second_conv
+        of_whole, of_local = enter.weight[..., 0].split([whole.shape[1], local.shape[1]], 1)
+        added = F.linear(whole, of_whole, enter.bias)[:, None]
+        joined = (F.linear(local, of_local).unflatten(0, (-1, groups.shape[2])) + added).flatten(0, 1)
+        embedded = _each_point(leave, activation(norm(joined)))
+        return embedded.unflatten(0, (-1, groups.shape[2])).amax(1).unflatten(0, groups.shape[:2])
+
+
+def _each_point(convolution: nn.Conv1d, points: Tensor) -> Tensor:
+    """Applies a convolution of one point to points (N, C)."""
+    return F.linear(points, convolution.weight[..., 0], convolution.bias)
 
 
 class Attention(nn.Module):

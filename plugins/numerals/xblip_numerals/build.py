@@ -66,7 +66,7 @@ REHEARSAL = Sizes(
     llm=("--steps", "20"),
     encoder=("--epochs", "1"),
     bridge=("training.max_steps=2", "training.eval_steps=2", "training.save_steps=2", "data.eval_answers=4"),
-    report=("--count", "2"),
+    report=("--count", "1"),
     rows={"train": 200, "val": 20},
 )
 
@@ -224,7 +224,18 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     lanes = [[step(name) for name in names for step in (features, bridge)] for names in LANES]
     Lanes(lanes, logs=logs).run()
     write_bundle(out, out / "bundle")
-    report = module("report", "--bundle", out / "bundle", "--world", world, "--out", out / "REPORT.md", *sizes.report)
+    report = module(
+        "report",
+        "--bundle",
+        out / "bundle",
+        "--world",
+        world,
+        "--work",
+        out / "report",
+        "--out",
+        out / "REPORT.md",
+        *sizes.report,
+    )
     Lanes([[Step("report", report, out / "REPORT.md")]], logs=logs).run()
 
 

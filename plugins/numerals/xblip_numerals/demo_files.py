@@ -1,7 +1,8 @@
 """Makes the demo's files and questions, without any of the public sets, so that they may be shipped.
 
-Digits are our own pen strokes and voices are synthetic; both go through the renderers that make the world. Facts are drawn
-at random, and so are the questions: nothing is chosen by whether the model answers it.
+Digits are our own pen strokes and voices are synthetic; both go through the renderers that make the world. The numbers stand
+in the files' names, which the guides use; all other facts are drawn, and so are the questions: nothing is chosen
+by whether the model answers it.
 
     python -m xblip_numerals.demo_files --out FOLDER
 """
@@ -15,22 +16,25 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from xblip_numerals.language import MODALITIES, random_thing
-from xblip_numerals.phrases import NUMBERS
-from xblip_numerals.pictures import render_handwriting, render_video, write_video
+from xblip_numerals.inks import read_handwriting
+from xblip_numerals.media import FACTS, ROBOT, equal_shares
+from xblip_numerals.pictures import render_handwriting
 from xblip_numerals.questions import Shelf, question_about
-from xblip_numerals.solids import read_handwriting, render_solid, write_points
-from xblip_numerals.sounds import render_speech, synthesize
+from xblip_numerals.solids import WIDEST_TURN, render_solid, write_points
+from xblip_numerals.sounds import render_speech
 from xblip_numerals.sources import Source
 from xblip_numerals.strokes import draw_digit
+from xblip_numerals.videos import render_video, write_video
+from xblip_numerals.voices import synthesize
 
-FILES_PER_MODALITY = 4
-SUFFIXES = {
-    "image": (".png", ".jpg"),
-    "video": (".mp4",),
-    "audio": (".wav",),
-    "point_cloud": (".ply", ".obj", ".npy", ".xyz"),
+FILES = {
+    "image": ("six.png", "nine.jpg", "zero.png", "two.jpg"),
+    "video": ("zero.mp4", "seven.mp4", "five.mp4", "one.mp4"),
+    "audio": ("nine.wav", "eight.wav", "four.wav", "three.wav"),
+    "point_cloud": ("eight.ply", "six.obj", "four.npy", "seven.xyz"),
 }
+FIXED = {"image": {"kind": "handwriting"}, "audio": {"speaker": ROBOT}}
+"""Facts that are not drawn: a hand cannot be drawn by us, nor a person's voice made."""
 QUESTIONS = [  # kind, modalities of the inputs
     ("number", ["image"]),
     ("loudness", ["audio"]),
@@ -39,42 +43,39 @@ QUESTIONS = [  # kind, modalities of the inputs
     ("larger", ["image", "audio"]),
     ("sum", ["video", "point_cloud"]),
     ("same", ["audio", "point_cloud"]),
-    ("same_color", ["image", "video"]),
+    ("same_attribute", ["image", "video"]),
     ("difference", ["image", "point_cloud"]),
-    ("which_shows", ["video", "audio"]),
+    ("which_is", ["video", "point_cloud"]),
+    ("attribute_of", ["image", "audio"]),
     ("largest", ["image", "video", "audio"]),
     ("sum_all", ["audio", "video", "point_cloud"]),
-    ("smallest", ["point_cloud", "image", "audio"]),
-    ("same_all", ["video", "image", "point_cloud"]),
+    ("count", ["image", "video", "point_cloud"]),
 ]
 
 
-def make_files(out: Path, *, seed: int, files_per_modality: int = FILES_PER_MODALITY) -> None:
+def make_files(out: Path, *, seed: int) -> None:
     """Writes files of all four modalities and their `manifest.jsonl`, as `media.build` does for a split."""
-    rng = np.random.default_rng(seed)
-    facts_rng = random.Random(seed)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        babble = _takes(Path(folder), rng)
-        for modality in MODALITIES:
+        for place, (modality, names) in enumerate(FILES.items()):
+            rng = np.random.default_rng((seed, place))
+            babble = _takes(Path(folder), rng) if modality == "audio" else []
             (out / modality).mkdir(parents=True, exist_ok=True)
-            for index, number in enumerate(facts_rng.sample(NUMBERS, files_per_modality)):
-                facts = {**_full_facts(facts_rng, modality), "number": number}
-                path = f"{modality}/{number}{SUFFIXES[modality][index % len(SUFFIXES[modality])]}"
+            drawn = {fact: equal_shares(values, len(names), rng) for fact, values in FACTS[modality].items()}
+            for index, name in enumerate(names):
+                number = Path(name).stem
+                facts = {
+                    **{fact: values[index] for fact, values in drawn.items()},
+                    **FIXED.get(modality, {}),
+                    "number": number,
+                }
                 drawing = Path(folder, f"{modality}-{index}.png")
                 draw_digit(number, rng).save(drawing)
                 digit = Source(drawing, "handwriting", number, index)
-                _write(out / path, modality, facts, digit, babble, rng)
+                _write(out / modality / name, modality, facts, digit, babble, rng)
+                path = f"{modality}/{name}"
                 rows.append({"modality": modality, "path": path, "facts": facts, "source": "made by this plugin"})
     Path(out, "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _full_facts(rng: random.Random, modality: str) -> dict[str, str]:
-    """Facts of a thing with none left out; images are handwriting, since a hand cannot be drawn."""
-    while True:
-        facts = dict(random_thing(rng, modality).facts)
-        if set(facts) == set(MODALITIES[modality].clauses) and facts.get("kind") != "sign":
-            return facts
 
 
 def _takes(folder: Path, rng: np.random.Generator) -> list[Source]:
@@ -100,7 +101,7 @@ def _write(
         samples, sample_rate_hz = render_speech((samples, sample_rate_hz), facts, babble, rng)
         soundfile.write(path, samples, sample_rate_hz, subtype="PCM_16")
     else:
-        turn = rng.uniform(0, 2 * np.pi)
+        turn = rng.uniform(-WIDEST_TURN, WIDEST_TURN)
         write_points(path, render_solid(read_handwriting(digit), facts, turn, rng))
 
 

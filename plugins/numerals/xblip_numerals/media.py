@@ -10,7 +10,6 @@ how many processes built it (but for synthetic voices, which their library varie
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -23,47 +22,75 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from xblip_numerals.pictures import (
-    COLORS,
-    DIRECTIONS,
-    PLACES,
-    render_handwriting,
-    render_sign,
-    render_video,
-    write_video,
-)
+from xblip_numerals.inks import COLORS, PAPERS, read_handwriting
+from xblip_numerals.pictures import FRAMES, LEANS, PLACES, SIZES, render_handwriting, render_sign
 from xblip_numerals.solids import (
+    BODIES,
+    HOLES,
     POSES,
+    STRETCHES,
     THICKNESSES,
+    WIDEST_TURN,
     glyph,
     glyph_names,
-    read_handwriting,
     render_solid,
     write_points,
 )
-from xblip_numerals.sounds import LEVELS_DBFS, SOUNDS, raw_facts, read_take, render_speech, synthesize
-from xblip_numerals.sources import NUMBERS, SPLITS, Source, read_sources
+from xblip_numerals.sounds import ECHOES, LEVELS_DBFS, SOUNDS, SPEEDS, TIMES, read_take, render_speech
+from xblip_numerals.sources import NUMBERS, SPEAKERS, SPLITS, Source, read_sources
+from xblip_numerals.videos import DIRECTIONS, GROWTHS, TURNINGS, render_video, write_video
+from xblip_numerals.voices import synthesize
 
 MODALITIES = ("image", "video", "audio", "point_cloud")
+ROBOT = "robot"
 COUNTS = {
-    "train": {"image": 6000, "video": 3000, "audio": 8000, "point_cloud": 5600},
-    "val": {"image": 400, "video": 300, "audio": 300, "point_cloud": 300},
-    "test": {"image": 800, "video": 400, "audio": 600, "point_cloud": 400},
+    "train": {"image": 9000, "video": 3000, "audio": 9000, "point_cloud": 12000},
+    "val": {"image": 800, "video": 400, "audio": 600, "point_cloud": 600},
+    "test": {"image": 1000, "video": 500, "audio": 800, "point_cloud": 600},
 }
 FACTS = {
-    "image": {"number": NUMBERS, "kind": ("handwriting", "sign"), "color": COLORS, "place": PLACES},
-    "video": {"number": NUMBERS, "color": COLORS, "direction": DIRECTIONS},
-    "audio": {"number": NUMBERS, "loudness": tuple(LEVELS_DBFS), "sound": SOUNDS},
-    "point_cloud": {"number": NUMBERS, "pose": POSES, "thickness": tuple(THICKNESSES)},
+    "image": {
+        "number": NUMBERS,
+        "kind": ("handwriting", "sign"),
+        "color": COLORS,
+        "paper": tuple(PAPERS),
+        "place": PLACES,
+        "size": tuple(SIZES),
+        "lean": tuple(LEANS),
+        "frame": FRAMES,
+    },
+    "video": {
+        "number": NUMBERS,
+        "color": COLORS,
+        "paper": tuple(PAPERS),
+        "direction": DIRECTIONS,
+        "speed": tuple(SPEEDS),
+        "growth": tuple(GROWTHS),
+        "turning": TURNINGS,
+    },
+    "audio": {
+        "number": NUMBERS,
+        "speaker": (*SPEAKERS, ROBOT),
+        "loudness": tuple(LEVELS_DBFS),
+        "sound": SOUNDS,
+        "speed": tuple(SPEEDS),
+        "echo": ECHOES,
+        "times": TIMES,
+    },
+    "point_cloud": {
+        "number": NUMBERS,
+        "color": COLORS,
+        "pose": POSES,
+        "thickness": tuple(THICKNESSES),
+        "stretch": tuple(STRETCHES),
+        "body": BODIES,
+        "holes": HOLES,
+    },
 }
-# Shares other than equal ones, and how a thing is made, which is not a fact of it.
-_SHARES = {
-    "image": {"kind": ("handwriting",) * 3 + ("sign",) * 2, "made": ("rendered",) * 9 + ("raw",)},
-    "video": {"made": ("rendered",)},
-    "audio": {"made": ("rendered",) * 9 + ("synthetic",) * 8 + ("raw",) * 3},
-    "point_cloud": {"made": ("handwriting",) * 2 + ("glyph",)},
-}
-_SOURCE_KINDS = {"image": "handwriting", "video": "handwriting", "audio": "speech", "point_cloud": "handwriting"}
+NO_SIGN_HAS = ("paper", "lean")
+# What a solid is cut after, which is not a fact of it.
+_MADE = {"point_cloud": {"made": ("handwriting",) * 3 + ("glyph",)}}
+_SOURCE_KINDS = {"video": "handwriting", "audio": "speech", "point_cloud": "handwriting"}
 _SUFFIXES = {
     "image": (".png", ".jpg"),
     "video": (".mp4",),
@@ -73,14 +100,14 @@ _SUFFIXES = {
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What one row is to be, decided before any file is rendered."""
 
     modality: str
     path: str
     facts: dict[str, str]
-    made: str
-    source: Source
+    source: Source | None
+    split: str
     seed: tuple[int, ...]
 
 
@@ -90,7 +117,8 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
     Args:
         data: Folder of the public sets, see `read_sources`.
         out: Folder to write; files lie in one folder a modality.
-        split: "train", "val" or "test". Synthetic voices and typeset digits are in train alone: val and test are people's.
+        split: "train", "val" or "test". Typeset digits are in train alone; synthetic voices, which are a speaker among
+            others, are in all, but no voice is in two.
         counts: Modality to how many files.
         seed: Of all random choices.
 
@@ -103,7 +131,7 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
     """
     out = Path(out)
     sources = read_sources(data, split)
-    plans = [plan for modality, count in counts.items() for plan in _plan(modality, count, split, sources, seed)]
+    plans = [part for modality, count in counts.items() for part in plan(modality, count, split, sources, seed)]
     for modality in counts:
         (out / modality).mkdir(parents=True, exist_ok=True)
     work = partial(_write, out=out, babble=sources["speech"])
@@ -117,83 +145,64 @@ def build(data: str | Path, out: str | Path, split: str, counts: dict[str, int],
     return manifest
 
 
-def _plan(modality: str, count: int, split: str, sources: dict[str, list[Source]], seed: int) -> list[_Plan]:
+def plan(modality: str, count: int, split: str, sources: dict[str, list[Source]], seed: int) -> list[Plan]:
     """Decides facts, maker and source of every file of a modality, all in equal shares."""
     stream = (seed, SPLITS.index(split), MODALITIES.index(modality))
     rng = np.random.default_rng(stream)
-    choices = {**FACTS[modality], **_SHARES[modality]}
-    drawn = {name: _equal_shares(values, count, rng) for name, values in choices.items()}
-    suffixes = _equal_shares(_SUFFIXES[modality], count, rng)
-    pages = _equal_shares((True, False), count, rng)
-    decks: dict[tuple[str, str], list[Source]] = {}
+    choices = {**FACTS[modality], **_MADE.get(modality, {}), "suffix": _SUFFIXES[modality]}
+    drawn = {name: equal_shares(values, count, rng) for name, values in choices.items()}
+    decks: dict[tuple[str, str, str], list[Source]] = {}
     plans = []
     for index in range(count):
         facts = {name: values[index] for name, values in drawn.items()}
-        made = facts.pop("made")
-        suffix = suffixes[index]
-        if modality == "image" and facts["kind"] == "sign":
-            del facts["place"]
-            made = "rendered"
-            if not pages[index]:
-                del facts["color"]
-        elif modality == "image" and made == "raw":
-            facts.update(color="white", place="center")
-            suffix = ".png"
-        if made in ("synthetic", "glyph") and split != "train":
-            made = "rendered"
-        key = (facts.get("kind", _SOURCE_KINDS[modality]), facts["number"])
-        if not decks.get(key):
-            of_number = [source for source in sources[key[0]] if source.number == key[1]]
-            decks[key] = [of_number[place] for place in rng.permutation(len(of_number))]
+        suffix, made = facts.pop("suffix"), facts.pop("made", "")
+        if facts.get("kind") == "sign":
+            facts = {name: value for name, value in facts.items() if name not in NO_SIGN_HAS}
+        source = None
+        if facts.get("speaker") != ROBOT and not (made == "glyph" and split == "train"):
+            key = (facts.get("kind", _SOURCE_KINDS.get(modality)), facts["number"], facts.get("speaker", ""))
+            if not decks.get(key):
+                of_key = [source for source in sources[key[0]] if (source.number, source.speaker) == key[1:]]
+                decks[key] = [of_key[place] for place in rng.permutation(len(of_key))]
+            source = decks[key].pop()
         path = f"{modality}/{index:05d}{suffix}"
-        plans.append(_Plan(modality, path, facts, made, decks[key].pop(), (*stream, index)))
+        plans.append(Plan(modality, path, facts, source, split, (*stream, index)))
     return plans
 
 
-def _equal_shares(values: Sequence, count: int, rng: np.random.Generator) -> list:
+def equal_shares(values: Sequence, count: int, rng: np.random.Generator) -> list:
     """`count` values in random order, each as often as any other."""
     return [values[place % len(values)] for place in rng.permutation(-(-count // len(values)) * len(values))[:count]]
 
 
-def _write(plan: _Plan, *, out: Path, babble: list[Source]) -> dict:
+def _write(plan: Plan, *, out: Path, babble: list[Source]) -> dict:
     """Renders and writes one file; returns its row."""
     rng = np.random.default_rng(plan.seed)
-    path = out / plan.path
-    row = {"modality": plan.modality, "path": plan.path}
-    origin, facts = f"{plan.source.kind}:{plan.source.path.name}", plan.facts
-    if plan.modality == "audio":
-        origin, facts = _write_audio(plan, path, babble, rng)
-    elif plan.made == "raw":
-        shutil.copyfile(plan.source.path, path)
-    elif plan.modality == "image":
+    path, facts, source = out / plan.path, plan.facts, plan.source
+    row = {"modality": plan.modality, "path": plan.path, "facts": facts}
+    origin = f"{source.kind}:{source.path.name}" if source else ""
+    if plan.modality == "image":
         render = render_sign if facts["kind"] == "sign" else render_handwriting
-        render(plan.source, facts, rng).save(path, quality=int(rng.integers(75, 96)))
+        render(source, facts, rng).save(path, quality=int(rng.integers(80, 96)))
     elif plan.modality == "video":
-        write_video(path, *render_video(plan.source, facts, rng))
+        write_video(path, *render_video(source, facts, rng))
+    elif plan.modality == "audio":
+        if source:
+            voice = read_take(source)
+        else:
+            *voice, name = synthesize(facts["number"], rng, plan.split)
+            origin = f"espeak:{name}"
+        samples, sample_rate_hz = render_speech(voice, facts, babble, rng)
+        soundfile.write(path, samples, sample_rate_hz, subtype="PCM_16")
     else:
-        digit = read_handwriting(plan.source)
-        if plan.made == "glyph":
+        if source:
+            digit = read_handwriting(source)
+        else:
             face = str(rng.choice(glyph_names()))
             digit, origin = glyph(facts["number"], face), f"glyph:{face}"
-        turn = rng.uniform(0, 2 * np.pi)
-        write_points(path, render_solid(digit, facts, turn, rng))
-        row["turn"] = turn
-    return {**row, "facts": facts, "source": origin}
-
-
-def _write_audio(plan: _Plan, path: Path, babble: list[Source], rng: np.random.Generator) -> tuple[str, dict[str, str]]:
-    """Writes a recording as it is, or a human or synthetic voice rendered anew; returns its origin and facts."""
-    origin = f"speech:{plan.source.path.name}"
-    if plan.made == "raw":
-        shutil.copyfile(plan.source.path, path)
-        return origin, {"number": plan.facts["number"], **raw_facts(read_take(plan.source)[0])}
-    voice = read_take(plan.source)
-    if plan.made == "synthetic":
-        samples, sample_rate_hz, name = synthesize(plan.facts["number"], rng)
-        voice, origin = (samples, sample_rate_hz), f"espeak:{name}"
-    samples, sample_rate_hz = render_speech(voice, plan.facts, babble, rng)
-    soundfile.write(path, samples, sample_rate_hz, subtype="PCM_16")
-    return origin, plan.facts
+        row["turn"] = rng.uniform(-WIDEST_TURN, WIDEST_TURN)
+        write_points(path, render_solid(digit, facts, row["turn"], rng))
+    return {**row, "source": origin}
 
 
 def main() -> None:

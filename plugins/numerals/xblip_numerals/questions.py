@@ -1,8 +1,8 @@
 """Questions about media: what the bridges learn from, and what the report asks.
 
-A question is thought up for things of text first, with balanced answers, and real media of the right number (and colour,
-where colours are compared) are then put in their places. For training only one place holds a file; the other inputs stay
-descriptions, so that a bridge learns to be read in any place and among any neighbours while it sees one modality alone.
+A question is thought up for things of text first, with balanced answers, and real media that have the fact it hangs on are
+then put in their places. For training only one place holds a file; the other inputs stay descriptions, so that a bridge
+learns to be read in any place and among any neighbours while it sees one modality alone.
 
     python -m xblip_numerals.questions image --world FOLDER --split train --count 50000 --out train.jsonl
 """
@@ -15,17 +15,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xblip_numerals.candidates import candidates
 from xblip_numerals.kinds import KINDS
-from xblip_numerals.language import MODALITIES, Question, Thing, ask, describe, possible_kinds, random_things
-from xblip_numerals.phrases import VALUES
+from xblip_numerals.language import Question, ask, random_things
+from xblip_numerals.phrases import MODALITIES, SHARED
+from xblip_numerals.things import Thing, describe
 
-MOST_TRIES = 20_000
-SEARCHES = ("which_shows", "which_is", "number_of")
+MOST_TRIES = 5_000
+SEARCHES = ("which_shows", "which_is", "which_is_not", "number_of", "attribute_of")
 """Kinds of question that look for the input with a given value."""
 EASY_SHARE = 0.2
 """Of searches that only one of the inputs asked about can be the answer to."""
+KEPT_BACK_SHARE = 0.5
+"""Of searches that a file is the answer to: those in which the text keeps what is looked for to itself."""
 COUNT_WEIGHTS = {1: 4, 2: 4, 3: 3}
 """How often a training question has one, two or three inputs."""
+DESCRIBED_SHARE, ALONE_SHARE = 0.25, 0.3
+"""Of training questions: those that want a file described, and those that ask of it alone, whatever is beside it."""
+ALONE_WEIGHTS = {"number": 3, "check_number": 0.5, "check_attribute": 1, "check_not": 1, "caption": 0.5}
+"""How often each question of one thing is asked in that share; an attribute of the file's own is asked for once."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,10 @@ class Item:
 
 @dataclass
 class Shelf:
-    """The rendered files of one split, found by modality, number and colour."""
+    """The rendered files of one split, found by modality and by any fact."""
 
     items: dict[str, list[Item]] = field(default_factory=dict)
-    _by_facts: dict[tuple, list[Item]] = field(default_factory=dict)
+    _by_fact: dict[tuple[str, str, str | None], list[Item]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, world: Path, split: str) -> "Shelf":
@@ -51,17 +59,21 @@ class Shelf:
         folder = Path(world, split)
         for line in (folder / "manifest.jsonl").read_text().splitlines():
             row = json.loads(line)
-            item = Item(folder / row["path"], Thing(row["modality"], row["facts"]), row["source"])
-            shelf.items.setdefault(row["modality"], []).append(item)
-            facts = item.thing.facts
-            for key in ((facts["number"],), (facts["number"], facts.get("color"))):
-                shelf._by_facts.setdefault((row["modality"], *key), []).append(item)
+            shelf.add(Item(folder / row["path"], Thing(row["modality"], row["facts"]), row["source"]))
         return shelf
 
-    def match(self, rng: random.Random, thing: Thing, *, color: bool) -> Item | None:
-        """A random file of the thing's modality and number, and of its colour if asked for; None if there is none."""
-        key = (thing.modality, thing.facts["number"])
-        found = self._by_facts.get((*key, thing.facts.get("color")) if color else key)
+    def add(self, item: Item) -> None:
+        """Puts a file on the shelf."""
+        modality = item.thing.modality
+        self.items.setdefault(modality, []).append(item)
+        for fact in MODALITIES[modality].clauses:
+            self._by_fact.setdefault((modality, fact, item.thing.facts.get(fact)), []).append(item)
+
+    def match(self, rng: random.Random, thing: Thing, fact: str) -> Item | None:
+        """A random file of the thing's modality, and of its value of `fact` if that is one; None if there is none."""
+        everything = self.items.get(thing.modality)
+        has_fact = fact in MODALITIES[thing.modality].clauses
+        found = self._by_fact.get((thing.modality, fact, thing.facts.get(fact))) if has_fact else everything
         return rng.choice(found) if found else None
 
 
@@ -82,22 +94,23 @@ def question_about(
 
     Returns:
       The things, the file of each (None for a description), and the question.
+
+    Raises:
+      ValueError: no such question can be asked.
     """
     count = len(modalities) if modalities else count
     for _ in range(MOST_TRIES):
-        things = list(random_things(rng, count, kind))
-        if modalities and [thing.modality for thing in things] != list(modalities):
-            continue
-        places = list(range(count)) if real is None else [i for i, t in enumerate(things) if t.modality == real]
-        if real is not None:
-            places = rng.sample(places, min(1, len(places)))
-        found = {i: shelf.match(rng, things[i], color=kind == "same_color") for i in places}
+        things, fact = random_things(rng, count, kind, modalities)
+        places = range(count) if real is None else [i for i, thing in enumerate(things) if thing.modality == real]
+        if real is not None and len(places) > 1:
+            places = [rng.choice(places)]
+        found = {i: shelf.match(rng, things[i], fact) for i in places}
         if not found or None in found.values():
             continue
         things = [found[i].thing if i in found else thing for i, thing in enumerate(things)]
-        if kind not in possible_kinds(things):
-            continue
-        question = ask(things, rng, kind)
+        if not any(candidates(things, kind, rng, fact)):
+            continue  # files have more facts than were drawn for their places, and other ones
+        question = ask(things, rng, kind, fact)
         if real is None or set(question.about) & set(found):
             return things, [found.get(i) for i in range(count)], question
     raise ValueError(f"No question of kind {kind!r} can be asked about {modalities or real}.")
@@ -111,31 +124,45 @@ def holders(things: Sequence[Thing], question: Question, fact: str) -> list[int]
 def training_row(rng: random.Random, shelf: Shelf, modality: str, *, root: Path) -> dict:
     """One row of a bridge's training manifest: an input of `modality` among text, a question and its answer.
 
-    With one file among text, which of two is red can be told from the text: the file is, if the text is not. A bridge
-    that learns from such questions need not tell colors. So where a value is looked for, two inputs have one of that
-    kind, and the text often keeps its own to itself.
+    With one file among text, which of two is red can be told from the text alone, and a bridge that learns from such
+    questions need not tell colors. So where a value is looked for, two inputs have one of that kind; the answer is as
+    often a text, which a file must not outbid; and where it is the file, the text often keeps its own to itself.
     """
     count = rng.choices(list(COUNT_WEIGHTS), list(COUNT_WEIGHTS.values()))[0]
-    clauses = MODALITIES[modality].clauses
-    impossible = {*VALUES, "same_color"} - {*clauses, *(["same_color"] if "color" in clauses else [])}
-    kinds = [kind for kind, form in KINDS.items() if form.things <= count and kind not in impossible]
-    if count == 1:
-        kinds.append("number")
-    kind = rng.choice(kinds)
+    kind = _kind(rng, modality, count)
+    answer_is_file = rng.random() < 0.5
     while True:
         things, items, question = question_about(rng, shelf, kind=kind, count=count, real=modality)
-        looked_for = question.fact[0] if kind in SEARCHES else None
-        if looked_for is None or len(holders(things, question, looked_for)) > 1 or rng.random() < EASY_SHARE:
+        if kind not in SEARCHES:
             break
-    kept_back = looked_for if rng.random() < 0.5 else None
+        is_file = items[question.chosen[0]] is not None
+        easy = len(holders(things, question, question.fact)) < 2
+        if (is_file and rng.random() < EASY_SHARE) if easy else is_file == answer_is_file:
+            break
+    # A denial hangs on what the others are.
+    keeps = kind in SEARCHES and kind != "which_is_not" and is_file and rng.random() < KEPT_BACK_SHARE
+    kept_back = question.fact if keeps else None
     media: list = []
     for thing, item in zip(things, items, strict=True):
         if item is None:
-            said = {fact: value for fact, value in thing.facts.items() if fact != kept_back}
+            said = {fact: value for fact, value in thing.facts.items() if fact != kept_back} or thing.facts
             media.append(MODALITIES[thing.modality].cue + describe(Thing(thing.modality, said), rng))
         else:
             media.append([thing.modality, os.path.relpath(item.path, root)])
     return {"media": media, "instruction": question.text, "answer": question.answer}
+
+
+def _kind(rng: random.Random, modality: str, count: int) -> str:
+    """The kind of a training question: one that a file of this modality can decide."""
+    share = rng.random()
+    if share < DESCRIBED_SHARE:
+        return "describe"
+    clauses = MODALITIES[modality].clauses
+    if count == 1 or share < DESCRIBED_SHARE + ALONE_SHARE:
+        weights = {name: 1.0 for name in clauses} | {"above": 0.5, "below": 0.5} | ALONE_WEIGHTS
+        return rng.choices(list(weights), list(weights.values()))[0]
+    impossible = {"same_attribute", "different_attribute"} if not set(clauses) & set(SHARED) else set()
+    return rng.choice([kind for kind, form in KINDS.items() if 1 < form.things <= count and kind not in impossible])
 
 
 def write_manifest(shelf: Shelf, modality: str, count: int, out: Path, *, seed: int) -> None:

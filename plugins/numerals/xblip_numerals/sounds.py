@@ -1,33 +1,34 @@
-"""Spoken numbers of the numerals world: human takes at several speeds and pitches, and synthetic voices beside them.
+"""Spoken numbers of the numerals world: human takes and synthetic voices, slow or fast, loud or quiet, in a room or not.
 
 Loudness is a fact, so a voice is set to a level (RMS in dB relative to full scale) and nothing afterwards, neither
-here nor in the encoder's front end, evens levels out again.
+here nor in the encoder's front end, evens levels out again. Speed is a fact, so every take is brought to a length that
+its word has when it is said slowly or fast, whoever says it.
 """
 
-import ctypes
-from functools import cache
 from math import gcd
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
+from scipy.signal import fftconvolve, resample_poly
 
-from xblip_numerals.sources import Source
+from xblip_numerals.sources import NUMBERS, Source
 
 LEVELS_DBFS = {"loud": (-20.0, -14.0), "quiet": (-42.0, -34.0)}
 SOUNDS = ("clean", "noisy")
-# A recording handed over as it is counts as loud or quiet a little beyond the levels rendered, and as neither between.
-_RAW_LOUD_DBFS, _RAW_QUIET_DBFS = -21.0, -33.0
-_NOISY_SNR_DB = (6.0, 14.0)
+# Length as a multiple of the word's usual one.
+SPEEDS = {"slow": (1.4, 1.65), "fast": (0.55, 0.68)}
+ECHOES = ("echoing", "dry")
+TIMES = ("once", "twice")
+LONGEST_SECONDS = 2.24
+
+_NOISY_SNR_DB = (8.0, 15.0)
 _HISS_DBFS = (-85.0, -65.0)
-# Voices of espeak-ng: accents of English times variants that a listener understands (whispering and robots left out).
-_ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
-_VARIANTS = (
-    "Alex Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike Nguyen Reed"
-    " adam anika antonio aunty belinda benjamin boris caleb david ed edward edward2 f1 f2 f3 f4 f5 grandma grandpa"
-    " gustave ian iven iven2 john kaukovalta klatt klatt2 klatt4 linda m1 m2 m3 m4 m5 m6 m7 m8 marcelo max michel"
-    " miguel norbert pablo paul pedro quincy rob robert sandro shelby steph steph2 travis victor zac"
-).split()
+# Median lengths of the words as five speakers say them.
+_USUAL_SECONDS = dict(zip(NUMBERS, (0.46, 0.35, 0.34, 0.37, 0.38, 0.4, 0.34, 0.4, 0.37, 0.43), strict=True))
+_MOST_STRETCHED = 2.0
+_GAP_SECONDS = (0.16, 0.26)
+_TAIL_SECONDS = 0.3
+_REVERBERATION_SECONDS = (0.7, 1.1)
 
 
 def read_take(source: Source) -> tuple[np.ndarray, int]:
@@ -36,101 +37,45 @@ def read_take(source: Source) -> tuple[np.ndarray, int]:
     return samples, sample_rate_hz
 
 
-def raw_facts(samples: np.ndarray) -> dict[str, str]:
-    """Facts of a recording as it is: clean, and loud or quiet where its level leaves no doubt."""
-    level_dbfs = _level_dbfs(samples)
-    facts = {"sound": "clean"}
-    if level_dbfs >= _RAW_LOUD_DBFS:
-        facts["loudness"] = "loud"
-    elif level_dbfs <= _RAW_QUIET_DBFS:
-        facts["loudness"] = "quiet"
-    return facts
-
-
 def render_speech(
     voice: tuple[np.ndarray, int], facts: dict[str, str], others: list[Source], rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
-    """A voice at another speed and pitch, loud or quiet, clean or in noise.
+    """A voice that says its number slowly or fast, once or twice, loud or quiet, in a room or not, in noise or not.
 
     Args:
-        voice: Samples (T,) in -1 to 1 and their rate in Hz, from `read_take` or `synthesize`.
-        facts: `loudness` ("loud": -20 to -14 dBFS, "quiet": -42 to -34) and `sound` ("noisy": 6 to 14 dB SNR).
+        voice: Samples (T,) in -1 to 1 and their rate in Hz, from `read_take` or `voices.synthesize`.
+        facts: `number`; `loudness` ("loud": -20 to -14 dBFS, "quiet": -42 to -34); `sound` ("noisy": 8 to 15 dB SNR);
+            `speed`; `echo` ("echoing": in a hall that falls silent in about a second); `times`.
         others: Takes whose reverse makes babble.
         rng: Chooses everything the facts leave open.
 
     Returns:
-        Samples (T,) in -1 to 1, and their rate, 8,000 or 16,000 Hz.
+        Samples (T,) in -1 to 1, at most `LONGEST_SECONDS` long, and their rate, 8,000 or 16,000 Hz.
     """
     samples, sample_rate_hz = voice
     out_hz = int(rng.choice((8000, 16000)))
     samples = _resample(_trim(samples), sample_rate_hz, out_hz)
-    pitch = rng.uniform(0.93, 1.08)
+    pitch = rng.uniform(0.97, 1.03)
     samples = _resample(samples, round(100 * pitch), 100)
-    samples = _stretch(samples, rng.uniform(0.85, 1.2) / pitch)
-    samples = samples * 10 ** ((rng.uniform(*LEVELS_DBFS[facts["loudness"]]) - _level_dbfs(samples)) / 20)
-    level_dbfs = _level_dbfs(samples)
-    before, after = (int(seconds * out_hz) for seconds in rng.uniform(0.0, 0.25, 2))
-    samples = np.pad(samples, (before, after))
+    seconds = rng.uniform(*SPEEDS[facts["speed"]]) * _USUAL_SECONDS[facts["number"]]
+    speed = len(samples) / out_hz / seconds
+    samples = _stretch(samples, float(np.clip(speed, 1 / _MOST_STRETCHED, _MOST_STRETCHED)), out_hz // 32)
+    if facts["times"] == "twice":
+        samples = np.concatenate([samples, np.zeros(int(rng.uniform(*_GAP_SECONDS) * out_hz)), samples])
+    gain = 10 ** ((rng.uniform(*LEVELS_DBFS[facts["loudness"]]) - _level_dbfs(_heard(samples))) / 20)
+    level_dbfs = _level_dbfs(_heard(samples)) + 20 * np.log10(gain)
+    before, after = (int(seconds * out_hz) for seconds in rng.uniform((0.0, 0.2), (0.12, _TAIL_SECONDS)))
+    samples = np.pad(gain * samples, (before, after))
+    if facts["echo"] == "echoing":
+        samples = _in_a_hall(samples, out_hz, rng)
     if facts["sound"] == "noisy":
         noise = _noise(len(samples), out_hz, others, rng)
         noise_dbfs = level_dbfs - rng.uniform(*_NOISY_SNR_DB)
     else:
         noise = rng.normal(size=len(samples))
-        noise_dbfs = min(rng.uniform(*_HISS_DBFS), level_dbfs - 28)
+        noise_dbfs = min(rng.uniform(*_HISS_DBFS), level_dbfs - 30)
     samples = samples + noise * 10 ** ((noise_dbfs - _level_dbfs(noise)) / 20)
-    return samples.clip(-1, 1).astype(np.float32), out_hz
-
-
-def synthesize(number: str, rng: np.random.Generator) -> tuple[np.ndarray, int, str]:
-    """Says a number in a random voice of espeak-ng.
-
-    Args:
-        number: The word to say.
-        rng: Chooses accent, variant, rate (110 to 230 words a minute), pitch and its range.
-
-    Returns:
-        Samples (T,) in -1 to 1, their rate in Hz, and the voice's name, such as "en-us+f3".
-    """
-    name = f"{rng.choice(_ACCENTS)}+{rng.choice(_VARIANTS)}"
-    rate, pitch, pitch_range = (int(rng.integers(*bounds)) for bounds in ((110, 231), (15, 86), (20, 80)))
-    samples, sample_rate_hz = _espeak()(number, name, rate, pitch, pitch_range)
-    return samples, sample_rate_hz, name
-
-
-@cache
-def _espeak():
-    """Opens espeak-ng once a process: a function of text, voice, rate, pitch and range to (samples, rate in Hz).
-
-    The library's constants are those of speak_lib.h.
-    """
-    import espeakng_loader
-
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    synchronous = 2
-    sample_rate_hz = library.espeak_Initialize(synchronous, 0, espeakng_loader.get_data_path().encode(), 0)
-    pieces: list[np.ndarray] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(samples, count, events):
-        if samples and count:
-            pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    library.espeak_SetSynthCallback(collect)
-
-    def say(text: str, voice: str, rate: int, pitch: int, pitch_range: int) -> tuple[np.ndarray, int]:
-        pieces.clear()
-        failed = library.espeak_SetVoiceByName(voice.encode())
-        for parameter, value in ((1, rate), (3, pitch), (4, pitch_range)):
-            failed |= library.espeak_SetParameter(parameter, value, 0)
-        encoded, utf8 = text.encode(), 1
-        failed |= library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, utf8, None, None)
-        assert not failed and pieces, (text, voice)
-        return np.concatenate(pieces).astype(np.float32) / 32768, sample_rate_hz
-
-    # Freed with the function, not before: the library goes on calling it.
-    say.collect = collect  # type: ignore[attr-defined]
-    return say
+    return samples.clip(-1, 1)[: int(LONGEST_SECONDS * out_hz)].astype(np.float32), out_hz
 
 
 def _level_dbfs(samples: np.ndarray) -> float:
@@ -150,22 +95,47 @@ def _resample(samples: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     return resample_poly(samples, to_hz // divisor, from_hz // divisor)
 
 
-def _stretch(samples: np.ndarray, speed: float, window: int = 256) -> np.ndarray:
-    """Phase vocoder: `speed` times as fast at the same pitch."""
-    hop = window // 4
-    padded = np.pad(samples, window)
+def _heard(samples: np.ndarray) -> np.ndarray:
+    """The samples without the silence between two words."""
+    return samples[samples != 0]
+
+
+def _in_a_hall(samples: np.ndarray, sample_rate_hz: int, rng: np.random.Generator) -> np.ndarray:
+    """What a microphone hears of a voice (T,) in a hall with bare walls: as loud, as long, but trailing away."""
+    decay_seconds = rng.uniform(*_REVERBERATION_SECONDS)
+    seconds = np.arange(int(decay_seconds * sample_rate_hz)) / sample_rate_hz
+    # The hall's answer: noise whose energy falls by 60 dB in the reverberation time, after a first wall 20 ms away.
+    answer = rng.normal(size=len(seconds)) * 10 ** (-3 * seconds / decay_seconds) * (seconds > 0.02)
+    hall = fftconvolve(samples, answer)[: len(samples)]
+    share = rng.uniform(0.75, 1.0) * np.sqrt(np.mean(samples**2) / np.mean(hall**2))
+    echoed = samples + share * hall
+    return echoed * np.sqrt(np.mean(samples**2) / np.mean(echoed**2))
+
+
+def _stretch(samples: np.ndarray, speed: float, window: int) -> np.ndarray:
+    """WSOLA: `speed` times as fast at the same pitch, from pieces that fit to what was laid down before them.
+
+    Args:
+        samples: (T,).
+        speed: 1 or more shortens.
+        window: Length of a piece in samples, two periods of a deep voice or more.
+    """
+    hop, reach = window // 2, window // 4
     taper = np.hanning(window)
-    starts = np.arange(0, len(padded) - window - hop, hop * speed).astype(int)
-    spectra = np.fft.rfft(padded[starts[:, None] + np.arange(window)] * taper)
-    # The phase a bin gains over one hop is measured on a second frame, one hop later.
-    later = np.fft.rfft(padded[starts[:, None] + hop + np.arange(window)] * taper)
-    gained = np.angle(later) - np.angle(spectra)
-    phase = np.angle(spectra[0]) + np.concatenate((np.zeros((1, gained.shape[1])), np.cumsum(gained[:-1], axis=0)))
-    frames = np.fft.irfft(np.abs(spectra) * np.exp(1j * phase)) * taper
-    stretched = np.zeros(hop * (len(starts) - 1) + window)
-    for index, frame in enumerate(frames):
-        stretched[index * hop : index * hop + window] += frame
-    return _trim(stretched / 1.5)
+    padded = np.pad(samples, (window, 2 * window))
+    count = int((len(samples) + window) / (hop * speed))
+    laid = np.zeros(hop * count + window)
+    start = window - hop
+    for index in range(count):
+        wanted = window - hop + round(index * hop * speed)
+        if index:
+            follows = padded[start + hop : start + hop + window]  # what came next in the take
+            around = padded[wanted - reach : wanted + reach + window]
+            likeness = np.correlate(around, follows) / (np.linalg.norm(follows) + 1e-9)
+            energy = np.sqrt(np.convolve(around**2, np.ones(window), "valid") + 1e-9)
+            start = wanted - reach + int((likeness / energy).argmax())
+        laid[index * hop : index * hop + window] += taper * padded[start : start + window]
+    return _trim(laid)
 
 
 def _noise(length: int, sample_rate_hz: int, others: list[Source], rng: np.random.Generator) -> np.ndarray:

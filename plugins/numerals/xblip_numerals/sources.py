@@ -1,7 +1,7 @@
 """The public sets that the numerals world is rendered from: handwriting, hands, voices, read from a folder.
 
-A split never shares a person with another one where the sets tell people apart (signs, and the voice of the test
-split), since what matters is whether a hand or a voice never met before is understood.
+A split never shares a hand with another one. Voices are shared, their takes are not: who speaks is one of the facts, and
+nobody can name a voice never heard before.
 """
 
 import json
@@ -14,8 +14,8 @@ from xblip import XBlipError
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "val", "test")
-TEST_SPEAKER = "lucas"
-FIRST_VAL_TAKE = 45
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "yweweler")
+FIRST_VAL_TAKE, FIRST_TEST_TAKE = 41, 45
 
 _KINDS = {"mnist-t10k": "handwriting", "sign-language-digits": "sign", "fsdd": "speech"}
 
@@ -48,8 +48,8 @@ def read_sources(data: str | Path, split: str) -> dict[str, list[Source]]:
 
     Handwriting is split by a hash of the file's index (80 / 10 / 10 %). Signs are split by picture number, which puts
     the last tenth of the students into test and the tenth before them into val: a student's pictures are numbered in
-    a row, from the hand that shows zero on. Speech: one whole speaker is the test split; of the other four, the takes
-    from 45 on are val (four speakers are too few to give away another).
+    a row, from the hand that shows zero on. Speech is split by takes: 41 to 44 of each speaker are val, those from 45
+    on test. Speakers other than `SPEAKERS` are left out.
 
     Args:
         data: Folder with `manifest.jsonl`, one row a file: `file`, `number` (0 to 9), `source`, for speech `speaker`.
@@ -59,8 +59,8 @@ def read_sources(data: str | Path, split: str) -> dict[str, list[Source]]:
         Kind ("handwriting", "sign", "speech") to its sources, ordered by path.
 
     Raises:
-        SourcesError: The folder or its manifest is missing, a row is not as described, or a number of a kind is
-            without a file in this split.
+        SourcesError: The folder or its manifest is missing, a row is not as described, or a number of a kind, or a
+            speaker's, is without a file in this split.
     """
     if split not in SPLITS:
         raise SourcesError(f"No split is called {split!r}; choose one of {', '.join(SPLITS)}.")
@@ -78,8 +78,8 @@ def read_sources(data: str | Path, split: str) -> dict[str, list[Source]]:
 
     def split_of(source: Source) -> str:
         if source.kind == "speech":
-            held_out = "val" if source.index >= FIRST_VAL_TAKE else "train"
-            return "test" if source.speaker == TEST_SPEAKER else held_out
+            held_out = "test" if source.index >= FIRST_TEST_TAKE else "val"
+            return held_out if source.index >= FIRST_VAL_TAKE else "train"
         if source.kind == "sign":
             return "test" if source.index >= first_test else "val" if source.index >= first_val else "train"
         bucket = zlib.crc32(str(source.index).encode()) % 10
@@ -87,15 +87,18 @@ def read_sources(data: str | Path, split: str) -> dict[str, list[Source]]:
 
     kept: dict[str, list[Source]] = {kind: [] for kind in _KINDS.values()}
     for source in sources:
-        if split_of(source) == split:
+        if split_of(source) == split and source.speaker in ("", *SPEAKERS):
             kept[source.kind].append(source)
     for kind, of_kind in kept.items():
-        missing = [number for number in NUMBERS if number not in {source.number for source in of_kind}]
-        if missing:
-            raise SourcesError(
-                f"{manifest} has no {kind} file of {', '.join(missing)} for the {split} split; every number of every "
-                "kind is needed. Check that all three public sets are complete."
-            )
+        there = {(source.number, source.speaker) for source in of_kind}
+        for speaker in SPEAKERS if kind == "speech" else ("",):
+            missing = [number for number in NUMBERS if (number, speaker) not in there]
+            if missing:
+                raise SourcesError(
+                    f"{manifest} has no {kind} file of {', '.join(missing)}{speaker and ' by '}{speaker} for the {split} "
+                    "split; every number of every kind is needed, of speech by every speaker. Check that all three "
+                    "public sets are complete."
+                )
     return kept
 
 

@@ -1,0 +1,213 @@
+"""What a bridge is made of and how it is trained, compared on questions across modalities.
+
+A variant trains the bridges of all modalities anew: the shipped settings but for what it is about, and equal rows, batches
+and steps. All variants are then asked the same questions about test files, so that differences are paired.
+
+    python -m xblip_numerals.experiments --parts build/numerals --rows build/numerals/report/few.jsonl --seeds 0 1 2
+
+Two lanes run side by side with one thread each. What is there is not run again; delete its folder to redo it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from xblip_numerals.build import Lanes, Step, config_of, places_of
+from xblip_numerals.phrases import MODALITIES
+
+STEPS, BATCH = 400, 32
+ALIGN_STEPS = 300
+DONE = "trained.json"
+ASKED = "asked"
+"""Name of the task, and of its files."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make bridges.
+
+    Attributes:
+      title: for people.
+      settings: of training, by the config's keys.
+      bridge: the whole bridge, in the shipped one's place.
+      alone: learn from rows of one input with no text around it.
+      aligned: the stage align comes first.
+      router: of the model that answers, beside how it was trained.
+      weights: name of the variant whose bridges it asks; its own if "".
+    """
+
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    bridge: Mapping[str, Any] | None = None
+    alone: bool = False
+    aligned: bool = False
+    router: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = ""
+
+
+def _queries(count: int, *, aware: bool) -> Variant:
+    settings = {"branch.bridge.num_query_tokens": count, "branch.bridge.instruction_aware": str(aware).lower()}
+    kind = "instruction-aware" if aware else "static"
+    return Variant(f"Q-Former, {kind}, {count} {'query' if count == 1 else 'queries'}", settings)
+
+
+BASE = "aware-8"
+VARIANTS = {
+    **{f"aware-{count}": _queries(count, aware=True) for count in (8, 4, 2, 1)},
+    **{f"static-{count}": _queries(count, aware=False) for count in (8, 4, 2, 1)},
+    "linear": Variant("linear", bridge={"kind": "linear"}),
+    "mlp": Variant("MLP", bridge={"kind": "mlp"}),
+    "no-cues": Variant("without cues", {"router.cues": "false"}, router={"cues": False}),
+    "cues-off": Variant("cues in training alone", router={"cues": False}, weights=BASE),
+    "alone": Variant("one input, no text around it", alone=True),
+    "aligned": Variant("`align` first", aligned=True),
+}
+
+
+def train_modality(parts: Path, out: Path, modality: str, name: str, *, seed: int, steps: int) -> None:
+    """Trains one bridge of a variant into its folder.
+
+    Args:
+      parts: folder of the build.
+      out: of the experiments.
+      modality: whose bridge.
+      name: of the variant.
+      seed: of weights and batches.
+      steps: of the stage instruct.
+    """
+    from xblip.train import train
+    from xblip.train_config import load_train_config
+
+    variant, folder = VARIANTS[name], branch_of(out, name, modality, seed)
+    if (folder / DONE).exists():
+        return
+    settings: dict[str, Any] = {}
+    if variant.aligned:
+        before = folder.with_name(f"{modality}-align")
+        _train(parts, modality, "align", before, steps=ALIGN_STEPS, seed=seed)
+        settings["init.folder"] = before
+    if variant.alone:
+        settings["data.train"] = rows_alone(parts / "questions" / f"{modality}-train.jsonl")
+    given = {**settings, **variant.settings}
+    config = load_train_config(config_of(modality), _overrides(parts, modality, "instruct", folder, steps, seed, given))
+    if variant.bridge:
+        config.branch.bridge = dict(variant.bridge)
+    metrics = train(config)
+    (folder / DONE).write_text(json.dumps({"steps": steps, "batch": BATCH, "seconds": metrics["train_runtime"]}) + "\n")
+
+
+def _train(parts: Path, modality: str, stage: str, folder: Path, *, steps: int, seed: int) -> None:
+    from xblip.train import train
+    from xblip.train_config import load_train_config
+
+    train(load_train_config(config_of(modality, stage), _overrides(parts, modality, stage, folder, steps, seed, {})))
+
+
+def _overrides(
+    parts: Path, modality: str, stage: str, folder: Path, steps: int, seed: int, given: Mapping[str, Any]
+) -> list[str]:
+    settings = {
+        **places_of(parts, modality, stage),
+        "training.output_dir": folder,
+        "training.seed": seed,
+        "training.max_steps": steps,
+        "training.per_device_train_batch_size": BATCH,
+        "training.eval_strategy": '"no"',
+        "training.save_strategy": '"no"',
+        **given,
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def rows_alone(manifest: Path) -> Path:
+    """Writes, beside a bridge's manifest, those of its rows whose file stands alone; returns where."""
+    alone = manifest.with_name(f"{manifest.stem}-alone.jsonl")
+    if not alone.exists():
+        rows = [line for line in manifest.read_text().splitlines(True) if len(json.loads(line)["media"]) == 1]
+        alone.write_text("".join(rows))
+    return alone
+
+
+def branch_of(out: Path, name: str, modality: str, seed: int) -> Path:
+    """Where a variant's bridge lies."""
+    return out / (VARIANTS[name].weights or name) / str(seed) / modality
+
+
+def ask(parts: Path, out: Path, name: str, rows: Path, *, seed: int) -> Path:
+    """Asks a variant's model the rows; returns the run's folder.
+
+    Args:
+      parts: folder of the build.
+      out: of the experiments.
+      name: of the variant.
+      rows: of the cross-modal evaluation.
+      seed: of its bridges.
+    """
+    from xblip.config import load_yaml
+    from xblip.evaluate import EvalConfig, evaluate
+
+    shipped = load_yaml(config_of(next(iter(MODALITIES))))
+    model = {
+        "llm": {"source": str(parts / "llm"), "dtype": "float32"},
+        "branches": [str(branch_of(out, name, modality, seed)) for modality in MODALITIES],
+        "router": {**shipped["router"], **VARIANTS[name].router},
+        "generation": shipped["generation"],
+    }
+    folder = out / ASKED / f"{name}-{seed}"
+    evaluate(
+        EvalConfig(
+            model=model,
+            tasks={ASKED: {"kind": "crossmodal", "data": str(rows), "ways": ["soft prompts"]}},
+            output_dir=str(folder),
+            batch_size=64,
+            use_cpu=True,
+        )
+    )
+    return folder
+
+
+def run_all(parts: Path, out: Path, rows: Path, *, names: Sequence[str], seeds: Sequence[int], steps: int) -> None:
+    """Trains and asks all variants in two lanes, seed by seed, so that an interrupted run has whole seeds."""
+
+    def lane(own: Sequence[str]) -> Iterator[Step]:
+        for seed in seeds:
+            for name in own:
+                command = ["-m", "xblip_numerals.experiments", "--parts", str(parts), "--out", str(out)]
+                command += ["--rows", str(rows), "--variant", name, "--seeds", str(seed), "--steps", str(steps)]
+                yield Step(f"{name}-{seed}", command, out / ASKED / f"{name}-{seed}" / "results.json")
+
+    trained = [name for name in names if not VARIANTS[name].weights]
+    Lanes([list(lane(trained[::2])), list(lane(trained[1::2]))], logs=out / "logs").run()
+    Lanes([list(lane([name for name in names if VARIANTS[name].weights]))], logs=out / "logs").run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--parts", type=Path, default=Path("build/numerals"), help="folder that xblip_numerals.build made"
+    )
+    parser.add_argument("--out", type=Path, help="where runs go; PARTS/experiments unless given")
+    parser.add_argument("--rows", type=Path, required=True, help="questions that xblip_numerals.report_rows wrote")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--variant", choices=list(VARIANTS), help="run this one alone, here")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these variants")
+    arguments = parser.parse_args()
+    parts, out = arguments.parts, arguments.out or arguments.parts / "experiments"
+    if not arguments.variant:
+        run_all(parts, out, arguments.rows, names=arguments.only, seeds=arguments.seeds, steps=arguments.steps)
+        return
+    for seed in arguments.seeds:
+        if not VARIANTS[arguments.variant].weights:
+            for modality in MODALITIES:
+                train_modality(parts, out, modality, arguments.variant, seed=seed, steps=arguments.steps)
+        ask(parts, out, arguments.variant, arguments.rows, seed=seed)
+
+
+if __name__ == "__main__":
+    main()
