@@ -20,7 +20,7 @@ from xblip.testing import ToyModality
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
-    {"errors", "hookspecs", "gather", "devices"},
+    {"errors", "hookspecs", "gather", "devices", "markdown"},
     {"config", "loading", "media", "contents", "packing", "heat"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
     {"runs", "intervals", "metrics", "captions", "answers", "charts", "threshold"},

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xblip.evaluate import markdown
+from xblip import markdown
 from xblip.threshold import found
 
 GIVEN, WRITTEN = "given", "written"
@@ -86,7 +86,7 @@ def page(told: Mapping[str, Any], *, curves: str = "") -> str:
     drawn = f"![precision over recall]({curves})\n\n" if curves else ""
     return (
         f"# Captions, judged\n\nA caption is kept from a match of {told['threshold']:.4f} on. {how}\n\n"
-        f"{markdown(as_table(told))}\n{words}{drawn}"
+        f"{markdown.table(as_table(told))}\n{words}{drawn}"
         f"{told['files_kept']} of {told['files']} files have a caption left ([kept.jsonl](kept.jsonl); what fell out: "
         f"[dropped.jsonl](dropped.jsonl)); {told['broken']} files could not be read, {told['put_aside']} captions were "
         f"unfit to judge. All scores: [captions.jsonl](captions.jsonl). xblip {told['xblip']}.\n"

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from xblip import charts
+from xblip import charts, markdown
 from xblip.crossmodal_score import BEFORE, BOTH_ORDERS, CHANCE, REPLACED, SHOWN, SOFT, SWAPPED, TRUE, Report, shown
 from xblip.eval_task import Line
 from xblip.runs import write_whole
@@ -195,15 +195,9 @@ def as_markdown(told: Mapping[str, Any], name: str, more: Sequence[Section] = ()
         text += f"\n## {title}\n"
         for caption, rows, _ in tables:
             if rows:
-                text += (f"\n### {caption}\n\n" if caption else "\n") + _markdown(rows)
+                text += (f"\n### {caption}\n\n" if caption else "\n") + markdown.table(rows)
     text += "\n## What the words mean\n\n" + "".join(f"- *{word}*: {meaning}.\n" for word, meaning in MEANINGS.items())
     return text
-
-
-def _markdown(rows: Rows) -> str:
-    head, *body = rows
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, marks, *body])
 
 
 STYLE = """

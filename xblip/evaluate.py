@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 import xblip
 from xblip import config as configs
-from xblip import plugins
+from xblip import markdown, plugins
 from xblip.contents import describe
 from xblip.errors import ConfigError, MediaError, XBlipError
 from xblip.eval_data import ManifestTask, read_rows
@@ -279,14 +279,6 @@ def as_table(results: Mapping[str, Result]) -> list[list[str]]:
     return table
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """Returns a table as Markdown; numbers stand to the right."""
-    head, *body = table
-    right = [all(row[column][:1].isdigit() or row[column][:1] in "-+" for row in body) for column in range(len(head))]
-    marks = ["---:" if is_right else "---" for is_right in right]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, marks, *body])
-
-
 def _write_results(run: Run, results: Mapping[str, Result], system: System, config: EvalConfig) -> None:
     told: dict[str, Any] = {
         "model": system.name,
@@ -306,7 +298,7 @@ def _write_results(run: Run, results: Mapping[str, Result], system: System, conf
     sample = f" A sample of {config.limit} of each, drawn by seed {config.seed}." if config.limit else ""
     run.write(
         TABLE,
-        f"# {system.name}\n\n{markdown(as_table(results))}\nFigures times 100, with 95 % intervals of {RESAMPLES} bootstrap "
-        f"resamples of the rows (seed {config.seed}).{sample} Predictions, row by row: "
+        f"# {system.name}\n\n{markdown.table(as_table(results))}\nFigures times 100, with 95 % intervals of "
+        f"{RESAMPLES} bootstrap resamples of the rows (seed {config.seed}).{sample} Predictions, row by row: "
         f"{', '.join(f'[{name}]({name}.jsonl)' for name in results)}. xblip {xblip.__version__}.\n",
     )

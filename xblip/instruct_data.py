@@ -17,10 +17,9 @@ from tqdm.auto import tqdm
 
 import xblip
 from xblip import config as configs
-from xblip import plugins
+from xblip import markdown, plugins
 from xblip.caption_rows import PutAside, placed, read_captions
 from xblip.errors import ConfigError
-from xblip.evaluate import markdown
 from xblip.frozen import fingerprint_of_files, weight_files
 from xblip.instruct_pairs import Pair, called_in, check_pairs, draw_pairs
 from xblip.instruct_steps import NO_QUESTION, NOT_HELD, NOT_REWRITTEN, TELLING, AugmentConfig, Work
@@ -237,6 +236,6 @@ def _page(told: Mapping[str, Any], config: AugmentConfig, files: Sequence[str]) 
     fell = "".join(f"- {reason}: {count}\n" for reason, count in told["fell out"].items()) or "- nothing\n"
     return (
         f"# Instructions made of captions\n\nWritten by {writer}, answered in the round trip by {reader}.\n\n"
-        f"{markdown(as_table(told))}\n## What fell out\n\n{fell}\n"
+        f"{markdown.table(as_table(told))}\n## What fell out\n\n{fell}\n"
         f"Manifests and logs: {', '.join(f'[{name}]({name})' for name in files)}. xblip {xblip.__version__}.\n"
     )

@@ -136,7 +136,7 @@ class Lanes:
         process = subprocess.Popen(
             [sys.executable, "-u", *step.command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
         )
-        with (self.logs / f"{step.name}.log").open("wb") as log:
+        with (self.logs / f"{step.name}.log").open("wb", buffering=0) as log:
             line = b""
             while chunk := process.stdout.read1(4096):
                 log.write(chunk)

@@ -8,12 +8,12 @@ read of one input, and what the experiments and CapFilt found, if they were run.
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from xblip import crossmodal_page
+from xblip import crossmodal_page, markdown
 from xblip.crossmodal_score import SOFT, TRUE
 from xblip.evaluate import EvalConfig, evaluate
 from xblip_numerals.experiments_report import experiment_sections
@@ -114,18 +114,13 @@ def readme_table(told: Mapping[str, Any]) -> str:
     """The README's tables, from the report's figures."""
     numbers = [told["parts"][f"{source}: number"] for source in SOURCES]
     shares, counts = [f"{100 * got['value']:.1f}" for got in numbers], [got["n"] for got in numbers]
-    alone = markdown_table(["the number of one input, %", *SOURCES.values()], [["right", *shares], ["n", *counts]])
-    rows = []
+    alone = [["the number of one input, %", *SOURCES.values()], ["right", *shares], ["n", *counts]]
+    across = [["questions across, %", *SHOWN, "product of the parts", "n"]]
     for size in RATIO_AIMS:
         found = told["sizes"][size]
         shares = [f"{100 * found['ways'][way]['value']:.1f}" for way in SHOWN]
-        rows.append([size, *shares, f"{100 * found['product']['value']:.1f}", found["ways"][SOFT]["n"]])
-    return f"{alone}\n\n{markdown_table(['questions across, %', *SHOWN, 'product of the parts', 'n'], rows)}"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+        across.append([size, *shares, f"{100 * found['product']['value']:.1f}", found["ways"][SOFT]["n"]])
+    return f"{markdown.table(alone)}\n{markdown.table(across)}"
 
 
 def write_report(told: Mapping[str, Any], out: Path, *, experiments: Path | None = None) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from xblip import markdown
 from xblip_numerals.language import MODALITIES
-from xblip_numerals.report import markdown_table
 
 RUN = "run.json"
 RECALL = "recall.json"
@@ -96,7 +96,7 @@ def write_report(out: Path, report: Path, *, seeds: Sequence[int], rows: int, re
             rerank=rerank,
             share=SHARES[0],
             plots=" ".join(f"![{result.name}](stages/{result.modality}.png)" for result in results),
-            **{name: markdown_table(*table) for name, table in tables.items()},
+            **{name: markdown.table([table[0], *table[1]]) for name, table in tables.items()},
         )
     )
 
