@@ -220,7 +220,8 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     language = Step("llm", module("train_llm", "--out", llm, "--threads", 1, *sizes.llm), llm / "accuracy.json")
     asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
     told = [captions(name, rows) for name in MODALITIES for rows in CAPTIONS]
-    Lanes([[language], [media, *map(encoder, ("image", "audio", "point_cloud")), *asked, *told]], logs=logs).run()
+    Lanes([[media]], logs=logs).run()  # takes all cores by itself
+    Lanes([[language, encoder("audio")], [*asked, *told, encoder("image"), encoder("point_cloud")]], logs=logs).run()
     lanes = [[step(name) for name in names for step in (features, bridge)] for names in LANES]
     Lanes(lanes, logs=logs).run()
     write_bundle(out, out / "bundle")
@@ -266,7 +267,7 @@ def install(out: Path) -> None:
     shutil.copytree(out / "bundle", package / "bundle")
     make_files(package / "demo", seed=0)
     make_questions(package / "demo", seed=0)
-    for suffix in (".md", ".json"):
+    for suffix in (".md", ".html", ".json"):
         shutil.copyfile(out / f"REPORT{suffix}", package.parent / f"REPORT{suffix}")
 
 

@@ -158,7 +158,7 @@ def _vary_points(tensors: Batch, labels: Batch, progress: float) -> tuple[Batch,
 
 
 RECIPES = {
-    "image": Recipe(_fresh_image_encoder, _vary_images, 30, 64, 2e-3, ("image", "video"), convolves=True),
+    "image": Recipe(_fresh_image_encoder, _vary_images, 24, 64, 2e-3, ("image", "video"), convolves=True),
     "audio": Recipe(_fresh_audio_encoder, _vary_spectrograms, 40, 64, 1.5e-3, ("audio",), convolves=True),
     "point_cloud": Recipe(_fresh_point_cloud_encoder, _vary_points, 14, 64, 2e-3, ("point_cloud",)),
 }

@@ -44,7 +44,7 @@ from xblip_numerals.voices import synthesize
 MODALITIES = ("image", "video", "audio", "point_cloud")
 ROBOT = "robot"
 COUNTS = {
-    "train": {"image": 9000, "video": 3000, "audio": 9000, "point_cloud": 12000},
+    "train": {"image": 12000, "video": 3000, "audio": 9000, "point_cloud": 12000},
     "val": {"image": 800, "video": 400, "audio": 600, "point_cloud": 600},
     "test": {"image": 1000, "video": 500, "audio": 800, "point_cloud": 600},
 }
