@@ -1,15 +1,23 @@
-"""The public sets in small, and a world made of them."""
+"""The public sets in small, a world made of them, and what the build leaves for trainings."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from omegaconf import OmegaConf
 from PIL import Image
+from xblip_numerals import BUNDLE
+from xblip_numerals.captions import write_captions
+from xblip_numerals.demo_files import make_files
 from xblip_numerals.media import MODALITIES, build
+from xblip_numerals.questions import Shelf, training_row
 from xblip_numerals.solids import glyph, glyph_names
 from xblip_numerals.sources import NUMBERS, SPEAKERS, SPLITS, Source, read_sources
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +63,30 @@ def world(data, tmp_path_factory) -> Path:
     for split in SPLITS:
         build(data, folder / split, split, dict.fromkeys(MODALITIES, 20))
     return folder
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory) -> Shelf:
+    """Ten files a modality of our own pen strokes and synthetic voices."""
+    world = tmp_path_factory.mktemp("world")
+    make_files(world / "demo", seed=3, files_per_modality=10)
+    return Shelf.read(world, "demo")
+
+
+@pytest.fixture
+def parts(shelf, tmp_path, monkeypatch) -> Path:
+    """What the build leaves for the stages, with the shipped LLM and encoders; features are not yet stored."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "llm").symlink_to(BUNDLE / "llm")
+    for folder in ("encoders", "questions"):
+        (tmp_path / folder).mkdir()
+    for name in MODALITIES:
+        encoder = OmegaConf.load(BUNDLE / name / "branch.yaml").config.encoder
+        (tmp_path / "encoders" / name).symlink_to((BUNDLE / name / encoder).resolve())
+        for rows, wordings in (("worded", 3), ("train", 0), ("val", 0), ("test", 0)):
+            write_captions(shelf, name, tmp_path / "captions" / f"{name}-{rows}.jsonl", wordings=wordings, seed=0)
+        rng = random.Random(0)
+        asked = [json.dumps(training_row(rng, shelf, name, root=tmp_path / "questions")) + "\n" for _ in range(8)]
+        for split in ("train", "val"):
+            (tmp_path / "questions" / f"{name}-{split}.jsonl").write_text("".join(asked))
+    return tmp_path

@@ -1,54 +1,19 @@
 """The stages of training by their shipped configs on next to nothing, the captions they learn from, and their report."""
 
 import json
-import random
 import re
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from typer.testing import CliRunner
-from xblip_numerals import BUNDLE
 from xblip_numerals.build import config_of, places_of
 from xblip_numerals.captions import write_captions
-from xblip_numerals.demo_files import make_files
 from xblip_numerals.language import words_of
 from xblip_numerals.phrases import MODALITIES
-from xblip_numerals.questions import Shelf, training_row
 from xblip_numerals.stages import run_modality
 from xblip_numerals.stages_report import ALIGNED, ALONE, BOTH, RECALL, RUN, WAYS, folder_of, reached, write_report
 from xblip_numerals.things import caption
 
 from xblip.cli import app
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory) -> Shelf:
-    """Ten files a modality of our own pen strokes and synthetic voices."""
-    world = tmp_path_factory.mktemp("world")
-    make_files(world / "demo", seed=3, files_per_modality=10)
-    return Shelf.read(world, "demo")
-
-
-@pytest.fixture
-def parts(shelf, tmp_path, monkeypatch) -> Path:
-    """What the build leaves for the stages, with the shipped LLM and encoders; features are not yet stored."""
-    monkeypatch.chdir(ROOT)
-    (tmp_path / "llm").symlink_to(BUNDLE / "llm")
-    for folder in ("encoders", "questions"):
-        (tmp_path / folder).mkdir()
-    for name in MODALITIES:
-        encoder = OmegaConf.load(BUNDLE / name / "branch.yaml").config.encoder
-        (tmp_path / "encoders" / name).symlink_to((BUNDLE / name / encoder).resolve())
-        for rows, wordings in (("worded", 3), ("train", 0), ("val", 0), ("test", 0)):
-            write_captions(shelf, name, tmp_path / "captions" / f"{name}-{rows}.jsonl", wordings=wordings, seed=0)
-        rng = random.Random(0)
-        asked = [json.dumps(training_row(rng, shelf, name, root=tmp_path / "questions")) + "\n" for _ in range(8)]
-        for split in ("train", "val"):
-            (tmp_path / "questions" / f"{name}-{split}.jsonl").write_text("".join(asked))
-    return tmp_path
 
 
 @pytest.mark.parametrize("modality", list(MODALITIES))

@@ -1,7 +1,7 @@
 """What a bridge is made of and how it is trained, compared on questions across modalities.
 
-A variant trains the bridges of all modalities anew: the shipped settings but for what it is about, and equal rows, batches
-and steps. All variants are then asked the same questions about test files, so that differences are paired.
+A variant trains the bridges of all modalities anew: the shipped settings with half of the queries, but for what it is
+about, and equal rows, batches and steps. All variants are then asked the same questions about test files, so that differences are paired.
 
     python -m xblip_numerals.experiments --parts build/numerals --rows build/numerals/report/few.jsonl --seeds 0 1 2
 
@@ -56,7 +56,9 @@ def _queries(count: int, *, aware: bool) -> Variant:
     return Variant(f"Q-Former, {kind}, {count} {'query' if count == 1 else 'queries'}", settings)
 
 
-BASE = "aware-8"
+QUERIES = 8
+"""Of variants that are about something else."""
+BASE = f"aware-{QUERIES}"
 VARIANTS = {
     **{f"aware-{count}": _queries(count, aware=True) for count in (8, 4, 2, 1)},
     **{f"static-{count}": _queries(count, aware=False) for count in (8, 4, 2, 1)},
@@ -69,7 +71,9 @@ VARIANTS = {
 }
 
 
-def train_modality(parts: Path, out: Path, modality: str, name: str, *, seed: int, steps: int) -> None:
+def train_modality(
+    parts: Path, out: Path, modality: str, name: str, *, seed: int, steps: int, align_steps: int = ALIGN_STEPS
+) -> None:
     """Trains one bridge of a variant into its folder.
 
     Args:
@@ -79,6 +83,7 @@ def train_modality(parts: Path, out: Path, modality: str, name: str, *, seed: in
       name: of the variant.
       seed: of weights and batches.
       steps: of the stage instruct.
+      align_steps: of the stage align, where it comes first.
     """
     from xblip.train import train
     from xblip.train_config import load_train_config
@@ -89,7 +94,7 @@ def train_modality(parts: Path, out: Path, modality: str, name: str, *, seed: in
     settings: dict[str, Any] = {}
     if variant.aligned:
         before = folder.with_name(f"{modality}-align")
-        _train(parts, modality, "align", before, steps=ALIGN_STEPS, seed=seed)
+        _train(parts, modality, "align", before, steps=align_steps, seed=seed)
         settings["init.folder"] = before
     if variant.alone:
         settings["data.train"] = rows_alone(parts / "questions" / f"{modality}-train.jsonl")
@@ -113,6 +118,7 @@ def _overrides(
 ) -> list[str]:
     settings = {
         **places_of(parts, modality, stage),
+        "branch.bridge.num_query_tokens": QUERIES,
         "training.output_dir": folder,
         "training.seed": seed,
         "training.max_steps": steps,

@@ -1,0 +1,143 @@
+"""Variants of bridges: each is trained as it says and asked the same questions, and the report pairs what they answered."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from typer.testing import CliRunner
+from xblip_numerals.build import config_of, places_of
+from xblip_numerals.experiments import ASKED, BASE, VARIANTS, ask, branch_of, rows_alone, train_modality
+from xblip_numerals.experiments_report import compared, experiment_sections, read_variant, shares_table
+from xblip_numerals.phrases import MODALITIES
+from xblip_numerals.report_rows import deal, several_rows, single_rows
+
+from xblip.cli import app
+
+ROOT = Path(__file__).parents[2]
+STEPS = 2
+
+
+@pytest.fixture
+def stored(parts):
+    """Features of all modalities, as the build stores them."""
+    for modality in MODALITIES:
+        overrides = [f"{key}={value}" for key, value in places_of(parts, modality, "align").items()]
+        command = ["precompute", str(config_of(modality, "align")), *overrides]
+        told = CliRunner().invoke(app, [*command, "--to", str(parts / "features" / modality)])
+        assert told.exit_code == 0, told.output
+    return parts
+
+
+@pytest.fixture
+def trainings(monkeypatch, tmp_path):
+    """Settings of trainings that would be run."""
+    monkeypatch.chdir(ROOT)
+    found = []
+
+    def train(config):
+        found.append(config)
+        return {"train_runtime": 1.0}
+
+    monkeypatch.setattr("xblip.train.train", train)
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "audio-train.jsonl").write_text("")
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if not variant.weights])
+def test_a_variant_differs_from_the_shipped_kind_in_what_it_is_about_alone(trainings, tmp_path, name):
+    out = tmp_path / "experiments"
+    for variant in (BASE, name):
+        branch_of(out, variant, "audio", 1).mkdir(parents=True, exist_ok=True)
+        train_modality(tmp_path, out, "audio", variant, seed=1, steps=5)
+    base, last = OmegaConf.structured(trainings[0]), OmegaConf.structured(trainings[-1])
+    assert len(trainings) == (1 if name == BASE else 3 if name == "aligned" else 2), "what is there is not run again"
+    assert last.training.seed == 1 and last.training.max_steps == 5
+    expected = {
+        "linear": {"branch.bridge": {"kind": "linear"}},
+        "mlp": {"branch.bridge": {"kind": "mlp"}},
+        "no-cues": {"router.cues": False},
+        "alone": {"data.train": str(tmp_path / "questions" / "audio-train-alone.jsonl")},
+        "aligned": {"init.folder": str(branch_of(out, name, "audio", 1).with_name("audio-align"))},
+    }
+    if name not in expected:
+        kind, count = name.split("-")
+        settings = {"num_query_tokens": int(count), "instruction_aware": kind == "aware"}
+        expected[name] = {"branch.bridge": {**base.branch.bridge, **settings}}
+    for key, value in expected[name].items():
+        assert OmegaConf.select(last, key) == value
+    base.branch.bridge.pop("instruction_aware")  # stands there as its default
+    for key in ("branch.bridge", "router.cues", "data.train", "init.folder"):
+        if key not in expected[name]:
+            assert OmegaConf.select(last, key) == OmegaConf.select(base, key), key
+    same = OmegaConf.masked_copy(base, ["llm", "generation"])
+    assert OmegaConf.masked_copy(last, ["llm", "generation"]) == same
+
+
+@pytest.mark.slow
+def test_all_bridges_of_a_variant_answer_and_the_report_tells_it(stored, shelf, tmp_path, capfd):
+    out, rows = tmp_path / "experiments", tmp_path / "rows.jsonl"
+    rng = random.Random(0)
+    blocks = deal(shelf, rng, 2)
+    asked = [row for block in blocks for row in single_rows(block, rng, tmp_path)]
+    asked += [row for size in (2, 3) for _, row in several_rows(blocks, rng, tmp_path, size=size, count=1)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    for name in (BASE, "aligned"):
+        for modality in MODALITIES:
+            train_modality(stored, out, modality, name, seed=0, steps=STEPS, align_steps=STEPS)
+    for name in (BASE, "aligned", "cues-off"):
+        ask(stored, out, name, rows, seed=0)
+        assert len(read_variant(out, name)[0]) == len(asked)
+    printed = "".join(capfd.readouterr().out.split())  # the console breaks lines, and long paths
+    assert f"from{branch_of(out, 'aligned', 'audio', 0).with_name('audio-align')}:" in printed
+    [(title, [(_, shares, _), (_, tests, _)])] = experiment_sections(out)
+    assert title == "Bridges compared"
+    assert [row[0] for row in shares[1:]] == [VARIANTS[name].title for name in (BASE, "cues-off", "aligned")]
+    assert len(tests) == 3
+
+
+def line(number: int, kind: str, inputs: int, answer: str) -> dict:
+    return {
+        "id": f"row-{number}", "unit": str(number % 5), "kind": kind, "inputs": ["audio"] * inputs, "truth": ["four"],
+        "answers": {"soft prompts": [answer]},
+    }  # fmt: skip
+
+
+def write_run(folder, name: str, seed: int, rights: list[bool]) -> None:
+    run = folder / ASKED / f"{name}-{seed}"
+    run.mkdir(parents=True)
+    kinds = (("number", 1), ("echo", 1), ("sum", 2), ("middle", 3))
+    lines = [line(i, *kinds[i % 4], "four" if right else "five") for i, right in enumerate(rights)]
+    (run / f"{ASKED}.jsonl").write_text("".join(json.dumps(told) + "\n" for told in lines))
+    (run / "results.json").write_text("{}")
+
+
+def test_variants_are_paired_over_the_seeds_that_both_have(tmp_path):
+    all_right, none_right = [True] * 40, [False] * 40
+    for seed in (0, 1):
+        write_run(tmp_path, BASE, seed, all_right)
+    write_run(tmp_path, "linear", 0, [i % 4 != 0 for i in range(40)])
+    write_run(tmp_path, "linear", 2, none_right)
+    (tmp_path / ASKED / "mlp-0").mkdir()  # still running: no results
+    runs = {name: read_variant(tmp_path, name) for name in (BASE, "linear")}
+    table = shares_table(runs)
+    assert table[1][1:] == ["100.0 (100.0, 100.0)"] * 4 + ["2"]
+    assert table[2][1:] == ["0.0 (0.0, 0.0)"] + ["50.0 (100.0, 0.0)"] * 3 + ["2"]
+    got = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "number")
+    assert (got.difference, got.n) == (-1.0, 10), "of seed 0 alone"
+    same = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "sum")
+    assert (same.difference, same.p) == (0.0, 1.0)
+
+
+def test_without_the_shipped_kind_of_bridge_there_is_nothing_to_compare_with(tmp_path):
+    write_run(tmp_path, "linear", 0, [True] * 8)
+    assert experiment_sections(tmp_path) == []
+
+
+def test_rows_alone_are_those_with_one_input(tmp_path):
+    manifest = tmp_path / "audio-train.jsonl"
+    told = [{"media": [["audio", "a.wav"]]}, {"media": [["audio", "a.wav"], "audio: a loud four"]}]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in told))
+    assert rows_alone(manifest).read_text() == json.dumps(told[0]) + "\n"
