@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 from xblip_numerals.build import config_of, places_of
-from xblip_numerals.experiments import ASKED, BASE, VARIANTS, ask, branch_of, rows_alone, train_modality
+from xblip_numerals.experiments import ASKED, BASE, VARIANTS, ask, branch_of, main, rows_alone, train_modality
 from xblip_numerals.experiments_report import compared, experiment_sections, read_variant, shares_table
 from xblip_numerals.phrases import MODALITIES
 from xblip_numerals.report_rows import deal, several_rows, single_rows
@@ -141,3 +141,9 @@ def test_rows_alone_are_those_with_one_input(tmp_path):
     told = [{"media": [["audio", "a.wav"]]}, {"media": [["audio", "a.wav"], "audio: a loud four"]}]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in told))
     assert rows_alone(manifest).read_text() == json.dumps(told[0]) + "\n"
+
+
+def test_without_a_build_one_line_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["experiments", "--parts", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"rows.jsonl is missing. Run xblip_numerals.build first"):
+        main()

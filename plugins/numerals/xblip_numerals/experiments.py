@@ -1,9 +1,10 @@
 """What a bridge is made of and how it is trained, compared on questions across modalities.
 
 A variant trains the bridges of all modalities anew: the shipped settings with half of the queries, but for what it is
-about, and equal rows, batches and steps. All variants are then asked the same questions about test files, so that differences are paired.
+about, and equal rows, batches and steps. All variants are then asked the questions of the report about test files, so
+that differences are paired.
 
-    python -m xblip_numerals.experiments --parts build/numerals --rows build/numerals/report/few.jsonl --seeds 0 1 2
+    python -m xblip_numerals.experiments --parts build/numerals --seeds 0 1 2
 
 Two lanes run side by side with one thread each. What is there is not run again; delete its folder to redo it.
 """
@@ -198,21 +199,27 @@ def main() -> None:
         "--parts", type=Path, default=Path("build/numerals"), help="folder that xblip_numerals.build made"
     )
     parser.add_argument("--out", type=Path, help="where runs go; PARTS/experiments unless given")
-    parser.add_argument("--rows", type=Path, required=True, help="questions that xblip_numerals.report_rows wrote")
+    parser.add_argument("--rows", type=Path, help="questions to ask; PARTS/report/rows.jsonl unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--variant", choices=list(VARIANTS), help="run this one alone, here")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="these variants")
     arguments = parser.parse_args()
     parts, out = arguments.parts, arguments.out or arguments.parts / "experiments"
+    rows = arguments.rows or parts / "report" / "rows.jsonl"
+    for needed in (rows, parts / "llm"):
+        if not needed.exists():
+            raise SystemExit(
+                f"error: {needed} is missing. Run xblip_numerals.build first, or name its folder by --parts."
+            )
     if not arguments.variant:
-        run_all(parts, out, arguments.rows, names=arguments.only, seeds=arguments.seeds, steps=arguments.steps)
+        run_all(parts, out, rows, names=arguments.only, seeds=arguments.seeds, steps=arguments.steps)
         return
     for seed in arguments.seeds:
         if not VARIANTS[arguments.variant].weights:
             for modality in MODALITIES:
                 train_modality(parts, out, modality, arguments.variant, seed=seed, steps=arguments.steps)
-        ask(parts, out, arguments.variant, arguments.rows, seed=seed)
+        ask(parts, out, arguments.variant, rows, seed=seed)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ def experiment_sections(folder: Path) -> list[Section]:
 
 
 SHARES = "Right, %: the mean over seeds, and each seed's; every bridge trained as long on as many rows"
-TESTS = f"What each has more than {VARIANTS[BASE].title}, in points, with 95 % intervals over blocks of files, on the seeds that both have, and p"
+TESTS = (
+    f"What each has more than {VARIANTS[BASE].title} on the seeds that both have, in points, with 95 % intervals over blocks "
+    "of files, and p"
+)
 
 
 def read_variant(folder: Path, name: str) -> dict[int, dict[str, tuple[Line, float]]]:
