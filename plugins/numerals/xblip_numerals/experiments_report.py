@@ -31,8 +31,8 @@ def experiment_sections(folder: Path) -> list[Section]:
 
 SHARES = "Right, %: the mean over seeds, and each seed's; every bridge trained as long on as many rows"
 TESTS = (
-    f"What each has more than {VARIANTS[BASE].title} on the seeds that both have, in points, with 95 % intervals over blocks "
-    "of files, and p"
+    f"What each has more than {VARIANTS[BASE].title} on the seeds that both have, in points, with 95 % intervals over "
+    "blocks of files, and p"
 )
 
 
