@@ -4,9 +4,11 @@ import json
 
 import pytest
 from xblip_numerals.capfilt import STEPS, estimate, manifests, without_written, write_noisy
-from xblip_numerals.capfilt_report import TRAINED, write_report
+from xblip_numerals.capfilt_report import TRAINED, capfilt_sections, write_report
 from xblip_numerals.language import vocabulary, words_of
 from xblip_numerals.rules import make_rules
+
+from xblip import markdown
 
 
 def test_rules_speak_the_language():
@@ -80,4 +82,6 @@ def test_the_report_tells_what_is_there(clean, tmp_path):
     assert "| image | 20% | given | 50 | 0.800 | 38 | 0.970 | 0.925 | – | 0.950, 0.900 |" in page
     assert "| image | 20% | clean | 50 | 0.650 ± 0.071 | 0.300 ± 0.000 |" in page
     assert all(f"| {label} |" in page for label in TRAINED.values())
+    [(_, [(told, kept, _), (_, gained, _)])] = capfilt_sections(tmp_path / "CAPFILT.json")
+    assert f"{STEPS['align']} steps" in told and markdown.table(kept) in page and markdown.table(gained) in page
     assert estimate(tmp_path, ["image"], 2, STEPS, 3) > estimate(tmp_path, ["image"], 1, STEPS, 1) > 0

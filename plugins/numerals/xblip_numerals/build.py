@@ -221,7 +221,8 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
     told = [captions(name, rows) for name in MODALITIES for rows in CAPTIONS]
     Lanes([[media]], logs=logs).run()  # takes all cores by itself
-    Lanes([[language, encoder("audio")], [*asked, *told, encoder("image"), encoder("point_cloud")]], logs=logs).run()
+    trained = [encoder(name) for name in ("image", "point_cloud", "audio")]
+    Lanes([[language], [*asked, *told, *trained]], logs=logs).run()
     lanes = [[step(name) for name in names for step in (features, bridge)] for names in LANES]
     Lanes(lanes, logs=logs).run()
     write_bundle(out, out / "bundle")

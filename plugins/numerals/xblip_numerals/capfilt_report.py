@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from xblip import markdown
+from xblip.crossmodal_page import Section
 from xblip_numerals.stages_report import RUN
 
 TRAINED = {"noisy": "noisy", "filtered": "given captions kept", "capfilt": "given and written kept", "clean": "clean"}
@@ -19,7 +21,7 @@ threshold tells held-out pairs of the validation split apart best. A caption is 
 
 ## What is kept
 *right*: share that is right before; *precision*: of the kept; *recall*: share of the right that is kept; *area*: under
-precision over recall; *held out*: shares of right pairs kept and of wrong ones dropped there.
+precision over recall; *held out*: shares of pairs there.
 
 """
 GAIN = """
@@ -42,34 +44,69 @@ def write_report(
     report.parent.mkdir(parents=True, exist_ok=True)
     pictures = report.parent / "capfilt"
     pictures.mkdir(exist_ok=True)
-    kept = "| modality | wrong | captions | judged | right | kept | precision | recall | area | held out |\n"
-    kept += "| --- " * 3 + "| ---: " * 7 + "|\n"
-    gain = "| modality | wrong | learnt from | files | right | loss |\n" + "| --- " * 3 + "| ---: " * 3 + "|\n"
     curves = ""
     for modality, by_share in found.items():
-        for share, own in by_share.items():
-            name = f"{modality} | {float(share):.0%}"
-            held = own["cleaned"]["held_out"]
-            for whose, counts in own["cleaned"]["captions"].items():
-                right = counts["right"] / counts["scored"]
-                figures = [_shown(counts[key]) for key in ("precision", "recall", "average_precision")]
-                kept += (
-                    f"| {name} | {whose} | {counts['scored']} | {right:.3f} | {counts['kept']} | "
-                    f"{' | '.join(figures)} | {held['right_kept']:.3f}, {held['wrong_dropped']:.3f} |\n"
-                )
-            for learnt, label in TRAINED.items():
-                part = own["trained"][learnt]
-                right, loss = (_with_spread(part[key]) for key in ("accuracy", "loss"))
-                gain += f"| {name} | {label} | {part['files']} | {right} | {loss} |\n"
+        for share in by_share:
             drawn = out / modality / share / "cleaned" / "curves.png"
             if drawn.exists():
                 shutil.copyfile(drawn, pictures / f"{modality}-{share}.png")
                 curves += f"![{modality}, {float(share):.0%} wrong](capfilt/{modality}-{share}.png) "
-    page = INTRO.format(**steps) + kept + f"\n{curves}\n" + GAIN.format(seeds=seeds, **steps) + gain
-    report.write_text(page)
+    page = INTRO.format(**steps) + markdown.table(kept_table(found)) + f"\n{curves}\n"
+    report.write_text(page + GAIN.format(seeds=seeds, **steps) + markdown.table(gain_table(found)))
     report.with_suffix(".json").write_text(
         json.dumps({"steps": dict(steps), "seeds": seeds, "found": found}, indent=1) + "\n"
     )
+
+
+def kept_table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row for the given and the written captions of each cleaning."""
+    columns = (
+        "captions",
+        "judged",
+        "right",
+        "kept",
+        "precision",
+        "recall",
+        "area",
+        "held out: right kept, wrong dropped",
+    )
+    table = [["modality", "wrong", *columns]]
+    for modality, by_share in found.items():
+        for share, own in by_share.items():
+            held = own["cleaned"]["held_out"]
+            for whose, counts in own["cleaned"]["captions"].items():
+                figures = [_shown(counts[key]) for key in ("precision", "recall", "average_precision")]
+                right, kept = f"{counts['right'] / counts['scored']:.3f}", str(counts["kept"])
+                told = f"{held['right_kept']:.3f}, {held['wrong_dropped']:.3f}"
+                table.append(
+                    [modality, f"{float(share):.0%}", whose, str(counts["scored"]), right, kept, *figures, told]
+                )
+    return table
+
+
+def gain_table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each set of captions that bridges learnt from."""
+    table = [["modality", "wrong", "learnt from", "files", "right", "loss"]]
+    for modality, by_share in found.items():
+        for share, own in by_share.items():
+            for learnt, label in TRAINED.items():
+                part = own["trained"][learnt]
+                told = [_with_spread(part[key]) for key in ("accuracy", "loss")]
+                table.append([modality, f"{float(share):.0%}", label, str(part["files"]), *told])
+    return table
+
+
+def capfilt_sections(figures: Path) -> list[Section]:
+    """The tables as a section of another report, from the page's figures."""
+    told = json.loads(figures.read_text())
+    steps = told["steps"]
+    kept = (
+        f"What is kept: a retriever ({steps['align']} steps) judges captions of which a known share is another file's"
+    )
+    gain = f"What {steps['generate']} steps of generate on each give on test files; {told['seeds']} seeds"
+    return [
+        ("CapFilt", [(kept, kept_table(told["found"]), ""), (gain, gain_table(told["found"]), "")]),
+    ]
 
 
 def read_share(folder: Path, share: str, seeds: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from xblip import crossmodal_page, markdown
 from xblip.crossmodal_score import SOFT, TRUE
 from xblip.evaluate import EvalConfig, evaluate
+from xblip_numerals.capfilt_report import capfilt_sections
 from xblip_numerals.experiments_report import experiment_sections
 from xblip_numerals.phrases import MODALITIES, VALUES
 from xblip_numerals.questions import Shelf
@@ -123,18 +124,22 @@ def readme_table(told: Mapping[str, Any]) -> str:
     return f"{markdown.table(alone)}\n{markdown.table(across)}"
 
 
-def write_report(told: Mapping[str, Any], out: Path, *, experiments: Path | None = None) -> None:
+def write_report(
+    told: Mapping[str, Any], out: Path, *, experiments: Path | None = None, capfilt: Path | None = None
+) -> None:
     """Writes the report: Markdown, HTML beside it, and the figures as JSON.
 
     Args:
       told: figures of `evaluate_bundle`.
       out: the Markdown.
       experiments: folder of `xblip_numerals.experiments`; None if they were not run.
+      capfilt: figures that `xblip_numerals.capfilt` wrote; None if it was not run.
     """
     more: list[crossmodal_page.Section] = [
         ("Aims", [(CAPTION, aims_table(told), "")]),
         ("What is read of one input, %", [("", facts_table(told), "")]),
         *(experiment_sections(experiments) if experiments else []),
+        *(capfilt_sections(capfilt) if capfilt else []),
     ]
     name = "numerals, files of the test split"
     out.write_text(crossmodal_page.as_markdown(told, name, more))
@@ -150,6 +155,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="questions per kind and set of modalities")
     parser.add_argument("--work", type=Path, required=True, help="folder of rows and predictions, to go on in")
     parser.add_argument("--experiments", type=Path, help="folder of xblip_numerals.experiments, to report on them too")
+    parser.add_argument("--capfilt", type=Path, help="CAPFILT.json of xblip_numerals.capfilt, to report on it too")
     parser.add_argument("--out", type=Path, required=True, help="Markdown; HTML and JSON are written beside it")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -157,7 +163,7 @@ def main() -> None:
         arguments.bundle, arguments.world, arguments.work,
         split=arguments.split, count=arguments.count, seed=arguments.seed,
     )  # fmt: skip
-    write_report(told, arguments.out, experiments=arguments.experiments)
+    write_report(told, arguments.out, experiments=arguments.experiments, capfilt=arguments.capfilt)
 
 
 if __name__ == "__main__":
