@@ -3,7 +3,7 @@
 All of it is the evaluation's `crossmodal` task over the rows of `report_rows`; here stand the aims, the table of what is
 read of one input, and what the experiments and CapFilt found, if they were run.
 
-    python -m xblip_numerals.report --bundle FOLDER --world FOLDER --out REPORT.md
+    python -m xblip_numerals.report --bundle FOLDER --world FOLDER --work FOLDER --out REPORT.md
 """
 
 import argparse
