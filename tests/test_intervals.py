@@ -21,6 +21,15 @@ def test_an_interval_is_that_of_theory():
     assert got.low == pytest.approx(0.75 - half, abs=0.006) and got.high == pytest.approx(0.75 + half, abs=0.006)
 
 
+@pytest.mark.parametrize(("mark", "low", "high"), [(1, 0.6915, 1.0), (0, 0.0, 0.3085)])
+def test_all_right_or_none_has_the_exact_interval_of_its_units(mark, low, high):
+    """Clopper and Pearson's for ten of ten; rows of one unit count as one trial."""
+    rows = [{"id": f"{unit}-{row}", "unit": str(unit)} for unit in range(10) for row in range(3)]
+    found = measure(Figure.of(rows, [mark] * 30))
+    assert (found.value, found.n, found.units) == (mark, 30, 10)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+
+
 def test_equal_seeds_give_equal_intervals_whatever_the_order_of_rows():
     values = np.random.default_rng(0).random(50)
     one = figure(values)

@@ -183,7 +183,7 @@ def method(told: Mapping[str, Any]) -> str:
         f"are percentiles of {told['resamples']} bootstrap resamples of the units (seed {told['seed']}), 95 %; those of the "
         "product of the parts have the parts' own uncertainty in them. p is exact and two-sided, over units that change for "
         f"the better and the worse (McNemar's where a unit is one question). Where all rows are right, or none, a bootstrap "
-        f"cannot tell an interval: its ends are the same.{shared}"
+        f"cannot tell an interval: it is the exact one of as many trials as there are units.{shared}"
     )
 
 

@@ -124,9 +124,17 @@ class Difference(NamedTuple):
 
 
 def measure(figure: Figure, *, seed: int = 0, resamples: int = RESAMPLES) -> Measured:
-    """Returns a figure with its percentile bootstrap interval; equal seeds give equal intervals."""
+    """Returns a figure with its percentile bootstrap interval; equal seeds give equal intervals.
+
+    Where all rows are right, or none, every draw is the same: the interval is then the exact one (Clopper and Pearson) of
+    as many trials as there are units.
+    """
+    units = len(set(figure.units))
     low, high = percentiles(figure.resampled(seed, resamples))
-    return Measured(figure.value, low, high, len(figure.ids), len(set(figure.units)))
+    if figure.is_binary and figure.value in (0.0, 1.0):
+        least = ((1 - LEVEL) / 2) ** (1 / units)
+        low, high = (least, 1.0) if figure.value else (0.0, 1 - least)
+    return Measured(figure.value, low, high, len(figure.ids), units)
 
 
 def difference(first: Figure, second: Figure, *, seed: int = 0, resamples: int = RESAMPLES) -> Difference:
