@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from xblip_numerals import BUNDLE
 from xblip_numerals.captions import write_captions
-from xblip_numerals.demo_files import make_files
 from xblip_numerals.media import MODALITIES, build
 from xblip_numerals.questions import Shelf, training_row
 from xblip_numerals.solids import glyph, glyph_names
@@ -66,11 +65,9 @@ def world(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shelf(tmp_path_factory) -> Shelf:
-    """Ten files a modality of our own pen strokes and synthetic voices."""
-    world = tmp_path_factory.mktemp("world")
-    make_files(world / "demo", seed=3, files_per_modality=10)
-    return Shelf.read(world, "demo")
+def shelf(world) -> Shelf:
+    """Twenty files a modality."""
+    return Shelf.read(world, "train")
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_the_shipped_configs_lead_from_align_to_instruct(parts, modality, capfd)
     assert not json.loads((folder / "align" / RUN).read_text())["accuracy"]
     for name in ALIGNED:
         recall = json.loads((folder / name / RECALL).read_text())
-        assert recall["files"] == 10 and 0 <= recall["itm"]["files"] <= 1
+        assert recall["files"] == 20 and 0 <= recall["itm"]["files"] <= 1
 
 
 def test_when_an_accuracy_is_reached():
