@@ -118,6 +118,7 @@ def test_training_alone_is_augmented(noisy):
     assert [part.augment for part in made] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_run_repeats_itself_and_a_resumed_one_goes_on_as_before(noisy, tmp_path):
     noisy.data.augment = True
     noisy.training |= {"max_steps": 8, "save_steps": 4, "eval_strategy": "no"}
@@ -293,6 +294,7 @@ class TestViews:
 
 
 @pytest.mark.parametrize("name", ["image", "video", "audio", "point_cloud"])
+@pytest.mark.slow
 def test_real_files_train_changed_at_random_and_by_stored_views(config, llm_folder, tmp_path, name):
     (tmp_path / "example").mkdir()
     example = plugins.get("modality", name).example(tmp_path / "example")

@@ -290,6 +290,7 @@ class TestPlugins:
         status, out, _ = run("ask", "--help")
         assert status == 0 and "--touch" in out
 
+    @pytest.mark.slow
     def test_check_runs_the_contract(self, run):
         status, out, _ = run("check", "touch", "--json")
         promises = json.loads(out)
@@ -381,6 +382,7 @@ class TestProcess:
         assert min(spent) < 1.5 and shown.returncode == 0
         assert all(command in shown.stdout for command in ("ask", "chat", "train", "plugins", "check", "new"))
 
+    @pytest.mark.slow
     def test_an_error_is_one_line_on_stderr_and_status_2(self, world):
         failed = process("ask", "what ?", "--tuoch", "a.txt", cwd=world)
         assert (failed.returncode, failed.stdout) == (2, "")

@@ -379,6 +379,7 @@ def test_an_unknown_modality_is_an_error(site):
     assert all('No modality is called "thermal"' in fault for fault in run_contract("thermal").values())
 
 
+@pytest.mark.slow
 def test_a_plugin_that_imports_heavy_things_fails_at_that_promise(site):
     (site.folder / "open3d.py").write_text("")
     source = (

@@ -125,6 +125,7 @@ def test_every_way_is_asked_as_it_says(config, pretended):
     assert {measured.n for name, measured in result.figures.items() if name.startswith("two")} == {5}
 
 
+@pytest.mark.slow
 def test_a_file_is_encoded_once_and_words_stand_after_their_cue(config, pretended):
     evaluate(config)
     assert set(pretended.encoded.values()) == {1} and len(pretended.encoded) == 8
@@ -137,6 +138,7 @@ def test_a_file_is_encoded_once_and_words_stand_after_their_cue(config, pretende
     )
 
 
+@pytest.mark.slow
 def test_the_product_of_the_parts(config, pretended):
     evaluate(config)
     told = json.loads(Path(config.output_dir, "across.figures.json").read_text())
@@ -149,6 +151,7 @@ def test_the_product_of_the_parts(config, pretended):
     assert told["parts"]["toy: number"]["n"] == 8 and told["files"] == 8
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_what_is_missing_and_writes_the_same_pages(config, pretended):
     evaluate(config)
     pages = [Path(config.output_dir, f"across{end}") for end in (".html", ".md", ".figures.json")]
@@ -204,6 +207,7 @@ def lines_about(count, seed=0):
     return lines
 
 
+@pytest.mark.slow
 def test_intervals_of_the_share_hold_the_truth_where_parts_are_independent():
     found = [Report(lines_about(150, seed), resamples=200).told()["sizes"]["two inputs"]["ratio"] for seed in range(30)]
     held = sum(ratio["low"] <= 1 <= ratio["high"] for ratio in found)
@@ -274,6 +278,7 @@ def test_wrong_settings_are_told(config, settings, message):
         evaluate(config)
 
 
+@pytest.mark.slow
 def test_features_that_do_not_fit_are_made_again(config, pretended, monkeypatch):
     whole = evaluate(config)
     monkeypatch.setattr("xblip.crossmodal.KEPT_BYTES", 12)

@@ -42,6 +42,7 @@ class TestEnvironment:
         (check,) = [check for check in environment() if check.group == "thermal" and check.error]
         assert (check.name, check.error) == ("diagnose", "OSError: gone")
 
+    @pytest.mark.slow
     def test_a_torch_for_cuda_without_a_device_is_a_fault(self, monkeypatch):
         def no_driver():
             raise RuntimeError("Found no NVIDIA driver on your system. Please install one from http://...")
@@ -90,6 +91,7 @@ Toy.diagnose = classmethod(diagnose)
 
 
 @pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.slow
 def test_tables_keep_to_the_width_of_the_terminal(write, width, capsys):
     report = examine(write(**pictures(image=far(), video=far())))
     console = Console(width=width, highlight=False)
@@ -114,10 +116,12 @@ class TestCommand:
 
         return run
 
+    @pytest.mark.slow
     def test_without_a_config_it_tells_of_the_environment(self, run):
         status, out, _ = run()
         assert status == 0 and "Environment" in out and "torchaudio" in out and "Parts" not in out
 
+    @pytest.mark.slow
     def test_json_is_for_scripts(self, run, write):
         status, out, _ = run(str(write(**pictures())), "--json", "--batch-size", "2", "--dtype", "float16")
         found = json.loads(out)
@@ -127,6 +131,7 @@ class TestCommand:
         )
         assert found["config"]["batch_size"] == 2 and found["config"]["parts"][0]["dtype"] == "float16"
 
+    @pytest.mark.slow
     def test_tables(self, run, write):
         status, out, _ = run(str(write(**pictures())), "branches.image.bridge.kind=linear")
         assert status == 0 and "linear" in out and "Memory at batch size 1" in out and "0 of 2 sources are here." in out

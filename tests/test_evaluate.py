@@ -300,4 +300,4 @@ def test_the_command(config, tmp_path, monkeypatch, capsys, asked):
         cli.main()
     shown = capsys.readouterr().out.splitlines()
     assert not ended.value.code and shown[-1] == f"wrote {config.output_dir}"
-    assert shown[1].split() == "questions normalised 100.0 100.0 to 100.0 4 (sample of 10) 0".split()
+    assert shown[1].split() == "questions normalised 100.0 39.8 to 100.0 4 (sample of 10) 0".split()

@@ -159,6 +159,7 @@ def test_too_few_rows_for_the_processes_are_named():
         plan([])
 
 
+@pytest.mark.slow
 def test_ten_million_rows_take_seconds_not_minutes():
     started = time.monotonic()
     large = plan([Source(10_000_000), Source(1000)], batch_size=64, weights="sqrt", world_size=4, rank=3)

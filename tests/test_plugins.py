@@ -304,6 +304,7 @@ def test_importing_xblip_loads_no_torch_no_transformers_and_no_plugin(site):
     assert run(code, PYTHONPATH=str(site.folder)) == "[]\n"
 
 
+@pytest.mark.slow
 def test_public_names_are_found_when_first_used():
     code = (
         "import sys, json, xblip\n"

@@ -86,6 +86,7 @@ def test_damaged_facts_are_told(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_only_one_run_at_a_time(tmp_path):
     with (
         written_by_another(tmp_path, "xblip eval"),

@@ -97,6 +97,7 @@ def test_an_encoder_decoder_is_given_the_beginning_of_captions(captions, t5_fold
     assert {sample.answer for sample in seen} == {"one", "two"}
 
 
+@pytest.mark.slow
 def test_momentum_distillation_is_resumed_exactly(captions):
     captions.stage = "align"
     captions.align = AlignConfig(momentum=MomentumConfig(queue_size=32))

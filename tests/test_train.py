@@ -70,6 +70,7 @@ def manifest_of(config):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_stored_features_train_the_same_and_nothing_is_encoded(files, store, workers):
     runs = []
     for features in (None, str(store)):
@@ -208,6 +209,7 @@ def test_utilisation_is_told_where_the_peak_of_the_device_is_known(config, monke
         )
 
 
+@pytest.mark.slow
 def test_branches_of_one_run_share_a_q_former_from_the_start_and_when_resumed(config, toys, tmp_path):
     (tmp_path / "beads.jsonl").write_text('{"beads": [[1.0], [2.0, 3.0]], "instruction": "what", "answer": "no"}\n' * 8)
     bridge = config.branch.bridge | {"kind": "shared_qformer", "shared_width": 12}

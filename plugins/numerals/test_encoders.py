@@ -101,6 +101,7 @@ def test_examples_are_what_the_plugin_loads(world, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
 def test_encoder_trains_and_loads_in_its_plugin(world, name, tmp_path):
     accuracy = train(name, world=world, out=tmp_path, epochs=1)
     report = json.loads((tmp_path / "accuracy.json").read_text())

@@ -49,6 +49,7 @@ def test_the_card_names_what_it_was_trained_on():
         assert source in card and licence in card
 
 
+@pytest.mark.slow
 def test_the_demo_answers_most_of_its_questions(capsys, tmp_path):
     for _ in range(2):  # the second page takes the place of the first
         main(["--out", str(tmp_path)])

@@ -125,6 +125,7 @@ class TestClouds:
         assert distances.min(1).max() < 1e-6 and len(np.unique(distances.argmin(1))) == 64
 
 
+@pytest.mark.slow
 class TestMeshes:
     MESHES = {
         "mesh.ply": TETRAHEDRON.encode(),
