@@ -19,6 +19,8 @@ from xblip.model import XBlip
 from xblip.testing import ToyModality
 from xblip.train import train
 
+pytestmark = pytest.mark.slow  # most of them train, some twice
+
 
 @pytest.fixture
 def broken(files, manifest):

@@ -113,6 +113,7 @@ def test_answers_are_true_and_questions_say_what_they_are_about(kind, count):
             assert question.told not in VALUES or question.answer == things[i].facts[question.told]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), CELLS)
 def test_the_question_alone_gives_no_more_than_its_stated_chance(kind, count):
     """The best guess from all that a question says: its fact, its value, and which inputs it names."""
