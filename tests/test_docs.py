@@ -99,7 +99,7 @@ def test_explain_runs_as_written(tmp_path):
     assert [line.strip() for line in table] == shown[
         start + 1 : start + 1 + len(table)
     ] and wrote == "wrote page/index.html"
-    assert "owes most to" in explained and "attention: 3 4 8 6 16" in explained
+    assert "owes most to" in explained and "attention: 3 4 16 6 25" in explained
     for page in ("page", "larger"):
         assert (tmp_path / "work" / page / "index.html").is_file()
 
@@ -117,14 +117,14 @@ def test_write_a_modality_runs_as_written(tmp_path):
 @needs_numerals
 def test_evaluate_runs_as_written(tmp_path):
     *_, first, two, compared, _, across, steady = run_as_written("docs/evaluate.md", tmp_path)
-    assert re.search(r"questions +normalised +78\.6", first) and "| pictures | top-1 |" in first
+    assert re.search(r"questions +normalised +100\.0 +76\.8 to 100\.0", first) and "| pictures | top-1 |" in first
     assert two.rstrip().endswith("the same")
     assert (
-        re.search(r"questions +exact +78\.6 .* p? *14$", compared, re.MULTILINE)
+        re.search(r"questions +exact +100\.0 +57\.1 .* 14$", compared, re.MULTILINE)
         and "model.router.cues was True" in compared
     )
     assert "two inputs: soft prompts" in across and "two inputs: alike in both orders" in across
-    assert re.search(r"right in both: 0\.\d+ \(.*\), 14 questions", steady)
+    assert re.search(r"right in both: [01]\.\d+ \(.*\), 14 questions", steady)
 
 
 @needs_numerals

@@ -15,6 +15,7 @@ from typing import Any
 
 from xblip import crossmodal_page, markdown
 from xblip.crossmodal_score import SOFT, TRUE
+from xblip.errors import XBlipError
 from xblip.evaluate import EvalConfig, evaluate
 from xblip_numerals.capfilt_report import capfilt_sections
 from xblip_numerals.experiments_report import experiment_sections
@@ -159,10 +160,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Markdown; HTML and JSON are written beside it")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    told = evaluate_bundle(
-        arguments.bundle, arguments.world, arguments.work,
-        split=arguments.split, count=arguments.count, seed=arguments.seed,
-    )  # fmt: skip
+    try:
+        told = evaluate_bundle(
+            arguments.bundle, arguments.world, arguments.work,
+            split=arguments.split, count=arguments.count, seed=arguments.seed,
+        )  # fmt: skip
+    except XBlipError as error:
+        raise SystemExit(f"error: {error}") from None
     write_report(told, arguments.out, experiments=arguments.experiments, capfilt=arguments.capfilt)
 
 
