@@ -40,7 +40,17 @@ def test_objects(modality, source, message):
         modality().load(source)
 
 
-SLOW = {"text.off", "text.stl", "text.glb", "points_only.obj", "cut_face.obj", "cut.glb", "cut.off", "cut.stl", "absurd.off"}
+SLOW = {
+    "text.off",
+    "text.stl",
+    "text.glb",
+    "points_only.obj",
+    "cut_face.obj",
+    "cut.glb",
+    "cut.off",
+    "cut.stl",
+    "absurd.off",
+}
 TEXT = b"this is a text and no shape at all\n" * 20
 FILES = {
     "text.ply": (TEXT, "it has no PLY header"),
