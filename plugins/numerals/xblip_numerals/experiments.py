@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from xblip_numerals.build import Lanes, Step, config_of, places_of
+from xblip_numerals.build import CONFIGS, Lanes, Step, config_of, places_of
 from xblip_numerals.phrases import MODALITIES
 
 STEPS, BATCH = 400, 32
@@ -158,7 +158,7 @@ def ask(parts: Path, out: Path, name: str, rows: Path, *, seed: int) -> Path:
     from xblip.config import load_yaml
     from xblip.evaluate import EvalConfig, evaluate
 
-    shipped = load_yaml(config_of(next(iter(MODALITIES))))
+    shipped = load_yaml(CONFIGS.parent / "model" / "numerals.yaml")
     model = {
         "llm": {"source": str(parts / "llm"), "dtype": "float32"},
         "branches": [str(branch_of(out, name, modality, seed)) for modality in MODALITIES],
