@@ -56,7 +56,7 @@ def findings(told: Mapping[str, Any]) -> list[str]:
         text += "."
         against = [way for way in ("people's captions", "own captions", "question alone") if way in ways]
         told_against = [
-            f"{_signed(more)} points against {way}, {_p(more['p'])}"
+            f"{signed(more)} points against {way}, {_p(more['p'])}"
             for way in against
             for more in [ways[way]["soft_prompts_more"]]
         ]
@@ -69,12 +69,19 @@ def findings(told: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _signed(more: Mapping[str, float]) -> str:
+def signed(more: Mapping[str, float]) -> str:
+    """Returns a difference in points with its interval, such as "+1.2 (-0.3 to +2.6)"."""
     return f"{100 * more['difference']:+.1f} ({100 * more['low']:+.1f} to {100 * more['high']:+.1f})"
 
 
+def shown_p(p: float | None) -> str:
+    """Returns p for a table."""
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _p(p: float | None) -> str:
-    return "–" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    text = shown_p(p)
+    return text if p is None else f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def ways_table(found: Mapping[str, Any]) -> Rows:
@@ -89,7 +96,7 @@ def ways_table(found: Mapping[str, Any]) -> Rows:
         more = got.get("soft_prompts_more")
         if more and way != BEFORE:
             row += [f"{100 * more['difference']:+.1f}", f"{100 * more['low']:+.1f} to {100 * more['high']:+.1f}"]
-            row += [_p(more["p"]).removeprefix("p = ").removeprefix("p ") if way != CHANCE else ""]
+            row += [shown_p(more["p"]) if way != CHANCE else ""]
         else:
             row += ["", "", ""]
         table.append(row)

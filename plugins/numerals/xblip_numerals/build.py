@@ -170,6 +170,15 @@ def places_of(parts: Path, modality: str, stage: str = "instruct") -> dict[str, 
     }
 
 
+def check_built(*places: Path) -> None:
+    """Ends the program if the build has not left what is needed."""
+    for place in places:
+        if not place.exists():
+            raise SystemExit(
+                f"error: {place} is missing. Run xblip_numerals.build first, or name its folder by --parts."
+            )
+
+
 def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     """Runs the whole build; see the module's description."""
     from xblip.resume import found_checkpoint

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xblip_numerals.build import FEATURES, config_of, places_of
-from xblip_numerals.capfilt_report import write_report
+from xblip_numerals.build import FEATURES, check_built, config_of, places_of
+from xblip_numerals.capfilt_report import MADE, write_report
 from xblip_numerals.language import MODALITIES
 from xblip_numerals.stages import run_stage
 
@@ -33,7 +33,6 @@ EVAL_ROWS = 400
 BATCH = 64
 MINUTES = {"align": 4.0, "generate": 0.7, "judge": 0.9}
 """What 500 steps, 150 steps and 1,000 files take on one idle core."""
-TRAINED_ON = ("noisy", "filtered", "capfilt", "clean")
 
 
 def write_noisy(clean: Path, out: Path, modality: str, *, share: float, seed: int) -> None:
@@ -98,11 +97,9 @@ def clean_captions(parts: Path, out: Path, modality: str, *, share: float, steps
 
 
 def manifests(parts: Path, out: Path, modality: str) -> dict[str, Path]:
-    """What bridges learn from, by the names of `TRAINED_ON`."""
-    cleaned = out / "cleaned"
-    clean = parts / "captions" / f"{modality}-train.jsonl"
-    found = (out / "noisy.jsonl", cleaned / "filtered.jsonl", cleaned / "kept.jsonl", clean)
-    return dict(zip(TRAINED_ON, found, strict=True))
+    """What bridges learn from, by the names of `capfilt_report.TRAINED`."""
+    made = {name: out / manifest for name, manifest in MADE.items()}
+    return {**made, "clean": parts / "captions" / f"{modality}-train.jsonl"}
 
 
 def store_features(parts: Path, modality: str) -> None:
@@ -160,11 +157,7 @@ def main() -> None:
     steps = STEPS | {stage: int(count) for stage, count in (entry.split("=") for entry in arguments.steps)}
     out = arguments.out or arguments.parts / "capfilt"
     for modality in arguments.modalities:
-        for place in (places_of(arguments.parts, modality, "generate")["data.features"], arguments.parts / "llm"):
-            if not place.exists():
-                raise SystemExit(
-                    f"error: {place} is missing. Run xblip_numerals.build first, or name its folder by --parts."
-                )
+        check_built(places_of(arguments.parts, modality, "generate")["data.features"], arguments.parts / "llm")
     minutes = estimate(arguments.parts, arguments.modalities, len(arguments.shares), steps, arguments.seeds)
     print(f"about {minutes:.0f} minutes on one idle core, less what is there", flush=True)
     began = time.monotonic()

@@ -12,6 +12,8 @@ from xblip.crossmodal_page import Section
 from xblip_numerals.stages_report import RUN
 
 TRAINED = {"noisy": "noisy", "filtered": "given captions kept", "capfilt": "given and written kept", "clean": "clean"}
+MADE = {"noisy": "noisy.jsonl", "filtered": "cleaned/filtered.jsonl", "capfilt": "cleaned/kept.jsonl"}
+"""Manifests that a run makes, of what bridges learn from."""
 INTRO = """# CapFilt on numerals
 
 Made by `python -m xblip_numerals.capfilt`. A known share of the training captions is another file's. A retriever (stage
@@ -112,16 +114,11 @@ def capfilt_sections(figures: Path) -> list[Section]:
 def read_share(folder: Path, share: str, seeds: int) -> dict[str, Any]:
     """Reads what came of one modality with one share of wrong captions."""
     cleaned = json.loads((folder / share / "cleaned" / "results.json").read_text())
-    manifests = {
-        "noisy": folder / share / "noisy.jsonl",
-        "filtered": folder / share / "cleaned" / "filtered.jsonl",
-        "capfilt": folder / share / "cleaned" / "kept.jsonl",
-    }
     trained = {}
     for name in TRAINED:
         runs = folder / name if name == "clean" else folder / share / name
         metrics = [json.loads((runs / str(seed) / RUN).read_text())["metrics"] for seed in range(1, seeds + 1)]
-        manifest = manifests.get(name, manifests["noisy"])
+        manifest = folder / share / MADE.get(name, MADE["noisy"])
         trained[name] = {
             "files": len(manifest.read_text().splitlines()),
             "accuracy": [found["eval_accuracy"] for found in metrics],

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from xblip_numerals.build import CONFIGS, Lanes, Step, config_of, places_of
+from xblip_numerals.build import CONFIGS, Lanes, Step, check_built, config_of, places_of
 from xblip_numerals.phrases import MODALITIES
 
 STEPS, BATCH = 400, 32
@@ -207,11 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     parts, out = arguments.parts, arguments.out or arguments.parts / "experiments"
     rows = arguments.rows or parts / "report" / "rows.jsonl"
-    for needed in (rows, parts / "llm"):
-        if not needed.exists():
-            raise SystemExit(
-                f"error: {needed} is missing. Run xblip_numerals.build first, or name its folder by --parts."
-            )
+    check_built(rows, parts / "llm")
     if not arguments.variant:
         run_all(parts, out, rows, names=arguments.only, seeds=arguments.seeds, steps=arguments.steps)
         return

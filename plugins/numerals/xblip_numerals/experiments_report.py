@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from xblip.crossmodal_page import Section
+from xblip.crossmodal_page import Section, shown_p, signed
 from xblip.crossmodal_score import SOFT, marks_of
 from xblip.intervals import Difference, Figure, difference
 from xblip.runs import read_lines
@@ -70,9 +70,7 @@ def tests_table(runs: Mapping[str, Mapping[int, Any]]) -> list[list[str]]:
             row = [VARIANTS[name].title]
             for is_in in CUTS.values():
                 got = compared(runs[BASE], runs[name], is_in)
-                low, high = (f"{100 * end:+.1f}" for end in (got.low, got.high))
-                row.append(f"{100 * got.difference:+.1f} ({low} to {high})")
-                row.append("< 0.001" if got.p < 0.001 else f"{got.p:.3f}")
+                row += [signed(got._asdict()), shown_p(got.p)]
             table.append(row)
     return table
 
