@@ -9,6 +9,7 @@ import yaml
 from xblip.agreement import agree, stands_in, which_of, yes_or_no
 from xblip.caption_rows import on_one_line, placed, read_captions
 from xblip.data import Manifest
+from xblip.discrn import DiscrnTask
 from xblip.errors import ConfigError, InputError
 from xblip.instruct_data import augment, load_augment_config
 from xblip.instruct_pairs import PairsConfig, draw_pairs
@@ -101,18 +102,40 @@ def test_questions_yes_and_no_and_pairs_are_manifests_that_training_reads(config
         assert len(manifest) == count
 
 
-def test_pairs_stand_in_both_orders_with_media_and_labels_swapped_together(config):
+def test_pairs_stand_in_both_orders_and_are_discrn_items_whose_labels_take_turns(config):
     augment(config)
-    entries = json.loads(Path(config.output_dir, "discrn.json").read_text())
-    for first, second in zip(entries[::2], entries[1::2], strict=True):
-        assert (first["label"], second["label"]) == (0, 1)
-        for key in ("sample_ids", "captions", "properties", "sources", "modalities"):
-            assert first[key] == second[key][::-1]
-        asked = first["question"].split()[-2]
-        assert asked in first["captions"][0] and asked not in first["captions"][1]
     rows = rows_of(config, "pairs.jsonl")
-    assert [row["answer"] for row in rows[:2]] == ["the first one", "the second one"]
-    assert rows[0]["media"] == rows[1]["media"][::-1]
+    items = json.loads(Path(config.output_dir, "discrn.json").read_text())
+    assert [row["answer"] for row in rows] == ["the first one", "the second one"] * len(items)
+    assert [item["label"] for item in items] == [place % 2 for place in range(len(items))]
+    for item, first, second in zip(items, rows[::2], rows[1::2], strict=True):
+        assert first["media"] == second["media"][::-1]
+        shown = (first, second)[item["label"]]["media"]
+        assert [list(one) for one in zip(item["modalities"], item["sources"], strict=True)] == shown
+        asked, captions = item["question"].split()[-2], item["captions"]
+        assert asked in captions[item["label"]] and asked not in captions[1 - item["label"]]
+        assert item["properties"][item["label"]] == asked and captions == [
+            CAPTIONS[int(name)] for name in item["sample_ids"]
+        ]
+
+
+def test_what_augment_makes_is_asked_as_discrn_is(config):
+    augment(config)
+    path = str(Path(config.output_dir, "discrn.json"))
+    items = json.loads(Path(path).read_text())
+    rows = DiscrnTask(DiscrnTask.Config(path, modes=["soft_prompts", "descriptions"])).rows({"toy": ToyModality()})
+    assert len(rows) == 4 * len(items)
+    given, told, swapped, _ = rows[:4]
+    assert given.truth == items[0]["label"] == 1 - swapped.truth
+    assert [media.source for media in given.sample.media] == items[0]["sources"]
+    assert [text.split(": ")[1].strip() for text in told.sample.media] == items[0]["captions"]
+    assert given.extra["names"] == [[], []]  # one modality: its name means neither
+
+
+def test_two_inputs_that_are_called_alike_are_refused_unless_their_modalities_tell(config):
+    config.pairs = PairsConfig(5, answers=["the {modality}", "the {modality}"])
+    with pytest.raises(ConfigError, match='calls both inputs of a pair "the {modality}".*give two names'):
+        augment(config)
 
 
 def test_what_is_answered_otherwise_falls_out_and_is_counted(config, said):

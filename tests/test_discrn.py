@@ -210,6 +210,21 @@ def test_wrong_items(changes, message, data, modalities):
         task_of(data, modes=["descriptions"]).rows(modalities)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({}, InputError, "entry 1: `modalities` must be a list of two"),
+        ({"modalities": ["loud", "bright"]}, InputError, "entry 1: `sources` must be a list of two"),
+        ({"modalities": ["dark", "loud"], "sources": ["a", "b"]}, ConfigError, 'does not read "dark"'),
+    ],
+)
+def test_items_that_name_their_own_inputs_must_do_so(changes, error, message, data, modalities):
+    items = [{**item, **changes} for item in json.loads(Path(data).read_text())]
+    Path(data).write_text(json.dumps(items))
+    with pytest.raises(error, match=message):
+        DiscrnTask(DiscrnTask.Config(data)).rows(modalities)
+
+
 def test_a_run_of_a_sample_keeps_both_orders_of_an_item(data, modalities, llm, tmp_path, monkeypatch):
     branches = {name: make_branch(type(modality), llm) for name, modality in modalities.items()}
     XBlip(llm=llm, branches=branches).eval().save_pretrained(tmp_path / "bundle")

@@ -218,11 +218,13 @@ def test_an_evaluation_config_builds_with_toy_parts(path, tmp_path):
     config = load_eval_config(path)
     if not isinstance(config.model, str):
         configs.build(BundleConfig, config.model, where="model")
+    item = {"sample_ids": ["a", "b"], "start_seconds": [1, 2], "label": 0, "question": "which ?", **CAPTIONS}
+    item |= {"modalities": ["image", "audio"], "sources": ["a.png", "b.wav"]}
     rows = {
         "caption": [{"toy": [1, 2, 3, 4], "captions": ["a toy"]}],
         "qa": [{"toy": [1, 2, 3, 4], "question": "what ?", "answer": "a toy"}],
         "classification": [{"toy": [number] * 4, "label": name} for number, name in enumerate(("one", "two"))],
-        "discrn": [{"sample_ids": ["a", "b"], "start_seconds": [1, 2], "label": 0, "question": "which ?", **CAPTIONS}],
+        "discrn": [item],
     }
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     for name, settings in config.tasks.items():

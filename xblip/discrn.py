@@ -7,7 +7,7 @@ the released evaluation labels were swapped and media were not. Every item is as
 import os
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Half:
     """One of the two things that an item asks about, with all that belongs to it."""
 
     modality: str
-    path: str
+    source: Any
     cue: str
     caption: str | None
     description: str | None
@@ -50,7 +50,8 @@ class DiscrnTask(EvalTask):
         Attributes:
           data: JSON or JSONL with `sample_ids`, `label` (0 or 1, which of these answers) and `question`; captions too where
             `modes` asks for them.
-          inputs: modality and path of the first input, and of the second; a path may hold `{id}` and `{start}`.
+          inputs: modality and path of the first input, and of the second; a path may hold `{id}` and `{start}`. If null, an
+            item names its own `modalities` and `sources`, as those that `xblip augment` writes do.
           modes: "soft_prompts" for the media themselves, "captions" for what a captioner said of them in their place,
             "descriptions" for the true `captions`, "question" for nothing.
           order: "both" for each item twice, in either order; "balanced" for once, the answer by turns the second and the
@@ -66,7 +67,7 @@ class DiscrnTask(EvalTask):
         """
 
         data: str
-        inputs: list[list[str]]
+        inputs: list[list[str]] | None = None
         modes: list[str] = field(default_factory=lambda: ["soft_prompts"])
         order: str = "both"
         prompt: str = "question: {question} answer:"
@@ -112,11 +113,10 @@ class DiscrnTask(EvalTask):
             raise ConfigError(f"modes is empty: name at least one of {', '.join(MODES)}.")
         if settings.order not in ORDERS:
             raise ConfigError(f'Unknown order "{settings.order}".{suggest(settings.order, ORDERS)}')
-        if len(settings.inputs) != 2 or any(len(given) != 2 for given in settings.inputs):
+        if settings.inputs is not None and [len(given) for given in settings.inputs] != [2, 2]:
             raise ConfigError('inputs must be two, each [modality, path], such as [image, "pictures/{id}.jpeg"].')
-        for modality, path in settings.inputs:
-            if modality not in modalities:
-                raise ConfigError(f'The model does not read "{modality}".{suggest(modality, modalities)}')
+        for modality, path in settings.inputs or ():
+            _check_read(modality, modalities)
             try:
                 holes = {name for _, name, *_ in string.Formatter().parse(path) if name is not None}
             except ValueError:
@@ -130,12 +130,6 @@ class DiscrnTask(EvalTask):
                 if modality not in modalities:
                     raise ConfigError(f'{name} has the unknown modality "{modality}".{suggest(modality, modalities)}')
         check_prompt(settings.prompt, "prompt", hole="question")
-        if "captions" in settings.modes and (
-            lacking := [name for name, _ in settings.inputs if name not in settings.captions]
-        ):
-            raise ConfigError(
-                f'captions lacks the column of "{lacking[0]}", such as captions_pred_{lacking[0]}: add it.'
-            )
 
     def _item(self, values: Mapping[str, Any], modalities: Mapping[str, Any]) -> tuple[list[Half], int, str]:
         """The two halves of an item, which of them answers, and the question."""
@@ -152,23 +146,36 @@ class DiscrnTask(EvalTask):
             question = question.replace(old.lower(), new)
         question = question.rstrip(" ?") + "?"
         halves = []
-        for place, (modality, path) in enumerate(settings.inputs):
-            start = ""
-            if "{start}" in path:
-                start = int(float(_of_two(values, "start_seconds", place)))
+        for place in (0, 1):
+            modality, source = self._input(values, place)
+            _check_read(modality, modalities)
             own = [modality, modality.replace("_", " "), *settings.names.get(modality, ())]
             column = settings.captions.get(modality)
+            if "captions" in settings.modes and column is None:
+                raise ConfigError(
+                    f'captions lacks the column of "{modality}", such as captions_pred_{modality}: add it.'
+                )
             halves.append(
                 Half(
                     modality,
-                    os.path.join(self._root, path.format(id=ids[place], start=start)),
+                    os.path.join(self._root, source) if isinstance(source, str) else source,
                     modalities[modality].cue,
-                    str(_of_two(values, column, place)) if "captions" in settings.modes else None,
+                    str(_of_two(values, column, place)) if column and "captions" in settings.modes else None,
                     str(_of_two(values, "captions", place)) if "descriptions" in settings.modes else None,
                     list(dict.fromkeys(own)),
                 )
             )
+        if halves[0].modality == halves[1].modality:
+            halves = [replace(half, names=[]) for half in halves]
         return halves, int(label), question
+
+    def _input(self, values: Mapping[str, Any], place: int) -> tuple[str, Any]:
+        """Modality and source of an item's first or second input."""
+        if self.config.inputs is None:
+            return _of_two(values, "modalities", place), _of_two(values, "sources", place)
+        modality, path = self.config.inputs[place]
+        start = int(float(_of_two(values, "start_seconds", place))) if "{start}" in path else ""
+        return modality, path.format(id=values["sample_ids"][place], start=start)
 
     def _orders(self, index: int, label: int) -> list[bool]:
         """In which orders an item is asked; whether it is swapped."""
@@ -181,7 +188,7 @@ class DiscrnTask(EvalTask):
         for half in halves if mode != "question" else ():
             if mode == "soft_prompts":
                 asked = self.config.media_prompts.get(half.modality, "{question}").replace("{question}", question)
-                parts.append(Media(half.modality, half.path, asked))
+                parts.append(Media(half.modality, half.source, asked))
             else:
                 text = half.caption if mode == "captions" else half.description
                 parts.append(f"{half.cue}{text.strip()} ")
@@ -220,6 +227,11 @@ def _in_both_orders(lines: Sequence[Line]) -> list[tuple[int, int]]:
     for place, line in enumerate(lines):
         places.setdefault(line["unit"], []).append(place)
     return [(found[0], found[1]) for found in places.values() if len(found) == 2]
+
+
+def _check_read(modality: str, modalities: Mapping[str, Any]) -> None:
+    if modality not in modalities:
+        raise ConfigError(f'The model does not read "{modality}".{suggest(str(modality), modalities)}')
 
 
 def _of_two(values: Mapping[str, Any], column: str, place: int) -> Any:

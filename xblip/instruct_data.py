@@ -148,9 +148,10 @@ def _write(
     }
     right = [(pair, line) for pair, line in zip(pairs, compared, strict=True) if "fault" not in line]
     if pairs:
-        both = [entry for pair, line in right for entry in _both_orders(pair, line, work, sources)]
-        written[PAIRS] = [manifest for manifest, _ in both]
-        run.write(DISCRN, json.dumps([entry for _, entry in both], indent=1, ensure_ascii=False) + "\n")
+        items_of = [_in_both_orders(pair, line, work, sources) for pair, line in right]
+        written[PAIRS] = [manifest for orders in items_of for manifest, _ in orders]
+        by_turns = [orders[place % 2][1] for place, orders in enumerate(items_of)]
+        run.write(DISCRN, json.dumps(by_turns, indent=1, ensure_ascii=False) + "\n")
     written[ASIDE] = [one._asdict() for one in aside]
     for name, rows in written.items():
         run.write(name, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rows))
@@ -161,27 +162,28 @@ def _write(
     return told
 
 
-def _both_orders(
+def _in_both_orders(
     pair: Pair, line: Mapping[str, Any], work: Work, sources: Mapping[str, Any]
-) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """A pair's rows for training and in DisCRn's form, media and labels in the same order."""
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """A pair's rows for training and in DisCRn's form, in either order, media and labels in the same."""
+    found = []
     for label, order in enumerate(((pair.wanted, pair.other), (pair.other, pair.wanted))):
         told = [work.told[one.id] for one in order]
         media = [[one.media.modality, sources[one.id]] for one in order]
         answer = called_in(told, work.config.pairs)[label]
         properties = line["properties"] if label == 0 else line["properties"][::-1]
-        yield (
-            {"media": media, "question": line["question"], "answer": answer},
-            {
-                "sample_ids": [one.id for one in order],
-                "label": label,
-                "question": line["question"],
-                "properties": properties,
-                "captions": [one.caption for one in told],
-                "modalities": [name for name, _ in media],
-                "sources": [source for _, source in media],
-            },
-        )
+        row = {"media": media, "question": line["question"], "answer": answer}
+        item = {
+            "sample_ids": [one.id for one in order],
+            "label": label,
+            "question": line["question"],
+            "properties": properties,
+            "captions": [one.caption for one in told],
+            "modalities": [name for name, _ in media],
+            "sources": [source for _, source in media],
+        }
+        found.append((row, item))
+    return found
 
 
 def _told(

@@ -63,11 +63,17 @@ def draw_pairs(items: Sequence[Captioned], config: PairsConfig, *, seed: int) ->
       seed: of all chance.
 
     Raises:
+      ConfigError: the two inputs of a pair would be called alike.
       InputError: no two captions differ.
     """
     by_modality: dict[str, list[Captioned]] = {}
     for item in items:
         by_modality.setdefault(item.media.modality, []).append(item)
+    if len(by_modality) == 1 and config.answers[0] == config.answers[1]:
+        raise ConfigError(
+            f'pairs.answers calls both inputs of a pair "{config.answers[0]}", and the data have one modality: give two '
+            "names."
+        )
     words = {item.id: frozenset(normalise_answer(item.caption).split()) for item in items}
     others = {
         name: [item for key, own in by_modality.items() if key != name for item in own] or by_modality[name]

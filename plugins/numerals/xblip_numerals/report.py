@@ -1,14 +1,14 @@
 """The report: what the numerals model answers on files that nothing was tuned on, beside what it should be compared with.
 
 All of it is the evaluation's `crossmodal` task over the rows of `report_rows`; here stand the aims, the table of what is
-read of one input, and what the experiments and CapFilt found, if they were run.
+read of one input, and what the experiments, `xblip augment` and CapFilt found, if they were run.
 
     python -m xblip_numerals.report --bundle FOLDER --world FOLDER --work FOLDER --out REPORT.md
 """
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,6 +22,7 @@ from xblip_numerals.experiments_report import experiment_sections
 from xblip_numerals.phrases import MODALITIES, VALUES
 from xblip_numerals.questions import Shelf
 from xblip_numerals.report_rows import write_rows
+from xblip_numerals.rules_report import augment_sections
 
 BATCH = 64
 CAPTION = (
@@ -125,26 +126,22 @@ def readme_table(told: Mapping[str, Any]) -> str:
     return f"{markdown.table(alone)}\n{markdown.table(across)}"
 
 
-def write_report(
-    told: Mapping[str, Any], out: Path, *, experiments: Path | None = None, capfilt: Path | None = None
-) -> None:
+def write_report(told: Mapping[str, Any], out: Path, more: Sequence[crossmodal_page.Section] = ()) -> None:
     """Writes the report: Markdown, HTML beside it, and the figures as JSON.
 
     Args:
       told: figures of `evaluate_bundle`.
       out: the Markdown.
-      experiments: folder of `xblip_numerals.experiments`; None if they were not run.
-      capfilt: figures that `xblip_numerals.capfilt` wrote; None if it was not run.
+      more: what else was measured.
     """
-    more: list[crossmodal_page.Section] = [
+    sections: list[crossmodal_page.Section] = [
         ("Aims", [(CAPTION, aims_table(told), "")]),
         ("What is read of one input, %", [("", facts_table(told), "")]),
-        *(experiment_sections(experiments) if experiments else []),
-        *(capfilt_sections(capfilt) if capfilt else []),
+        *more,
     ]
     name = "numerals, files of the test split"
-    out.write_text(crossmodal_page.as_markdown(told, name, more))
-    out.with_suffix(".html").write_text(crossmodal_page.as_html(told, name, more))
+    out.write_text(crossmodal_page.as_markdown(told, name, sections))
+    out.with_suffix(".html").write_text(crossmodal_page.as_html(told, name, sections))
     out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
 
 
@@ -157,6 +154,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of rows and predictions, to go on in")
     parser.add_argument("--experiments", type=Path, help="folder of xblip_numerals.experiments, to report on them too")
     parser.add_argument("--capfilt", type=Path, help="CAPFILT.json of xblip_numerals.capfilt, to report on it too")
+    parser.add_argument("--augment", type=Path, help="output folder of xblip augment, to report on it too")
+    parser.add_argument("--discrn", type=Path, help="output folder of xblip eval with its pairs of test files")
     parser.add_argument("--out", type=Path, required=True, help="Markdown; HTML and JSON are written beside it")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -167,7 +166,10 @@ def main() -> None:
         )  # fmt: skip
     except XBlipError as error:
         raise SystemExit(f"error: {error}") from None
-    write_report(told, arguments.out, experiments=arguments.experiments, capfilt=arguments.capfilt)
+    more = experiment_sections(arguments.experiments) if arguments.experiments else []
+    more += augment_sections(arguments.augment, arguments.discrn) if arguments.augment else []
+    more += capfilt_sections(arguments.capfilt) if arguments.capfilt else []
+    write_report(told, arguments.out, more)
 
 
 if __name__ == "__main__":

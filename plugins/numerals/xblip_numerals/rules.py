@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from xblip.agreement import stands_in
 from xblip_numerals.kinds import KINDS
-from xblip_numerals.language import MODALITIES, words_of
+from xblip_numerals.language import MODALITIES
 from xblip_numerals.phrases import FORMS, VALUES
 
 WITH_ARTICLE = {"sign", "robot"}
@@ -25,7 +26,7 @@ def make_rules() -> dict[str, dict[str, Any]]:
     for fact, values in VALUES.items():
         rules[fact] = {
             "answers": list(values),
-            "questions": [text for text in KINDS[fact].plain if not set(words_of(text)) & set(values)],
+            "questions": [text for text in KINDS[fact].plain if not any(stands_in(value, text) for value in values)],
             "modalities": [known.noun for known in MODALITIES.values() if fact in known.clauses],
         }
         state, does = FORMS.get(fact, ("{}", "is {}"))[:2]
