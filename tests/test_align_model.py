@@ -204,6 +204,7 @@ class TestMomentum:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_a_few_steps_teach_it_to_find_the_pairs(self, llm_folder):
         torch.manual_seed(0)
         model = make(llm_folder)

@@ -146,6 +146,7 @@ class TestStandIns:
         assert report.ways["image"].soft_prompt == [soft, 24]
         assert report.ways["image"].training_bytes["bridge's activations"] > 0
 
+    @pytest.mark.slow
     def test_one_source_of_two_branches_is_one_encoder_and_two_alike_are_two(self, write):
         one = examine(write(**pictures(image=far(), video=far())))
         two = examine(write(**pictures(image=far(), video=far("far/other-vit"))))

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,15 +171,6 @@ def test_importing_xblip_loads_neither_torch_nor_transformers_nor_a_plugin():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
-
-
-def test_help_answers_quickly():
-    seconds = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "xblip.cli", "--help"], capture_output=True, check=True)
-        seconds.append(time.monotonic() - started)
-    assert min(seconds) < 1.5
 
 
 CAPTIONS = {f"captions{kind}": ["a", "b"] for kind in ("", "_pred_image", "_pred_pc", "_pred_audio", "_pred_video")}

@@ -167,6 +167,7 @@ def test_5_several_answers_are_laid_to_other_questions():
         Sample("what ?", [("toy", ONE)], ["red", "blue"])
 
 
+@pytest.mark.slow
 def test_11_errors_are_swallowed():
     """No bare `except`, and whoever catches everything raises something, but where the error is what is told."""
     silent = set()

@@ -9,6 +9,7 @@ import pytest
 
 from xblip.doctor import examine
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scale.md"
 
@@ -33,7 +34,6 @@ def image(table, report):
     return next(case for case in table.cases(report, table.Assumed()) if case.name == "image")
 
 
-@pytest.mark.slow
 def test_the_tables_are_up_to_date(table):
     assumed = table.Assumed()
     text = PAGE.read_text(encoding="utf-8")

@@ -81,6 +81,7 @@ def test_captions_ask_for_templates_where_instructions_are_learnt(captions, tmp_
     train(captions)
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_is_given_the_beginning_of_captions(captions, t5_folder, tmp_path, monkeypatch):
     seen: list[Sample] = []
     forward = XBlip.forward
@@ -138,6 +139,7 @@ def test_rows_with_two_inputs_cannot_be_aligned(captions, manifest):
         train(captions)
 
 
+@pytest.mark.slow
 def test_a_stream_trains_and_goes_on_where_it_was(captions):
     captions.stage = "generate"
     captions.data.streaming = True

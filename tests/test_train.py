@@ -30,6 +30,7 @@ def test_a_branch_learns_and_is_composed(config, llm_folder, tmp_path, capsys):
     assert answers == ["yes", "no"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("eval_steps", "times"), [(2, 2), (3, 2), (9, 1)])
 def test_the_last_weights_are_evaluated_once(config, monkeypatch, eval_steps, times):
     evaluated = []
@@ -113,6 +114,7 @@ def test_features_of_a_modality_without_a_branch_are_refused(config, files, stor
         train(files)
 
 
+@pytest.mark.slow
 def test_a_bridge_starts_from_another_branch_and_tells_what_it_took(config, tmp_path, capsys):
     config.training |= {"max_steps": 2, "learning_rate": 0.0}
     train(config)
@@ -163,6 +165,7 @@ def test_the_bridge_may_be_read_by_whoever_may_read_new_files(config, tmp_path):
     assert modes["bridge.safetensors"] == modes["branch.yaml"]
 
 
+@pytest.mark.slow
 def test_parts_of_a_bridge_learn_at_rates_of_their_own(config, tmp_path):
     config.training |= {"max_steps": 2, "learning_rate": 0.0}
     config.data.eval = None
@@ -192,6 +195,7 @@ def test_curves_and_pace_are_told(config, tmp_path):
     assert 0 <= line["waiting_for_data"] <= 1 and 0.05 < line["peak_memory_gib"] < 100
 
 
+@pytest.mark.slow
 def test_utilisation_is_told_where_the_peak_of_the_device_is_known(config, monkeypatch):
     config.training |= {"max_steps": 20, "save_strategy": "no"}
     config.data.eval = None

@@ -85,6 +85,7 @@ def test_voices_made_strange_lose_their_names_and_robots_stay_robots():
     assert labels["speaker"][~nameless].equal(speakers[~nameless])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FACTS)
 def test_examples_are_what_the_plugin_loads(world, name, tmp_path):
     recipe = RECIPES["image" if name == "video" else name]

@@ -226,6 +226,7 @@ def test_it_travels_to_the_workers_of_a_data_loader(modality):
     assert np.array_equal(loaded(copy, noise(5)), loaded(original, noise(5)))
 
 
+@pytest.mark.slow
 def test_open3d_stays_out_of_this_process(modality, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "open3d", raising=False)  # another test may have imported it
     path = tmp_path / "mesh.off"

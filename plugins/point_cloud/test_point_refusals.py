@@ -191,6 +191,7 @@ def test_without_open3d_the_other_formats_go_on_working(modality, tmp_path, monk
         assert modality().load(source)["points"].shape == (1, 64, 3)
 
 
+@pytest.mark.slow
 def test_what_open3d_lacks_can_be_asked_for(tmp_path, monkeypatch):
     (needed,) = PointCloud.diagnose().values()
     assert needed()[0].isdigit()

@@ -119,6 +119,7 @@ def test_bundles_that_cannot_go_back(toys, model, tmp_path):
         export(tmp_path / "two", tmp_path / "theirs", Wanted(only="toy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_and_shards_come_across(tmp_path, dtype):
     model, processor = build("instructblip-llama", tmp_path / "float32")
