@@ -26,7 +26,7 @@ test-slow: $(READY)
 	$(PYTEST) -n 2 -m "slow and not gpu and not weights and not lmms"
 
 test-lmms: $(LMMS_READY)
-	$(LMMS_VENV)/bin/python -m pytest -m lmms tests/test_lmms.py
+	$(LMMS_VENV)/bin/python -m pytest -m lmms tests/test_lmms.py tests/test_captions.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

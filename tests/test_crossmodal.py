@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_docs import needs_numerals
 
+from xblip import plugins
 from xblip.branch import Branch
 from xblip.crossmodal_rows import read_rows
 from xblip.crossmodal_score import Report, figures_of, marks_of
@@ -299,13 +301,8 @@ def test_a_broken_file_is_named_and_the_others_are_asked(bundle, written, tmp_pa
 
 
 @pytest.mark.slow
+@needs_numerals
 def test_the_numerals_answer_from_their_inputs(tmp_path):
-    from test_docs import numerals_is_there
-
-    from xblip import plugins
-
-    if not numerals_is_there():
-        pytest.skip("the numerals model is not built here")
     demo = Path(plugins.get("model", "numerals")).parent / "demo"
     files = [json.loads(line) for line in (demo / "manifest.jsonl").read_text().splitlines()]
     by_modality = {file["modality"]: file for file in files}

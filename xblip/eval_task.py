@@ -40,8 +40,7 @@ class EvalTask(ABC):
     """A kind of task; an instance is one of them with its data and settings.
 
     Attributes:
-      kind: its name in configs.
-      name: what this task is called in its config.
+      name: of the kind, in configs.
       config: its settings.
       seed: what chance it takes is drawn from.
     """
