@@ -229,25 +229,20 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     language = Step("llm", module("train_llm", "--out", llm, "--threads", 1, *sizes.llm), llm / "accuracy.json")
     asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
     told = [captions(name, rows) for name in MODALITIES for rows in CAPTIONS]
+    work = out / "report"
+    command = module("report_rows", "--world", world, "--out", work / "rows.jsonl", *sizes.report)
+    asked.append(Step("questions-report", command, work / "rows.jsonl"))
     Lanes([[media]], logs=logs).run()  # takes all cores by itself
     trained = [encoder(name) for name in ("image", "point_cloud", "audio")]
     Lanes([[language], [*asked, *told, *trained]], logs=logs).run()
     lanes = [[step(name) for name in names for step in (features, bridge)] for names in LANES]
     Lanes(lanes, logs=logs).run()
     write_bundle(out, out / "bundle")
+    processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(LANES))]
     report = module(
-        "report",
-        "--bundle",
-        out / "bundle",
-        "--world",
-        world,
-        "--work",
-        out / "report",
-        "--out",
-        out / "REPORT.md",
-        *sizes.report,
-    )
-    Lanes([[Step("report", report, out / "REPORT.md")]], logs=logs).run()
+        "report", "--bundle", out / "bundle", "--world", world, "--work", work, "--out", out / "REPORT.md", *sizes.report
+    )  # fmt: skip
+    Lanes([[Step("report", [*processes, *report], out / "REPORT.md")]], logs=logs).run()
 
 
 def write_bundle(parts: Path, folder: Path) -> None:

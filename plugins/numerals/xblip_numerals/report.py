@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from accelerate import PartialState
+
 from xblip import crossmodal_page, markdown
 from xblip.crossmodal_score import SOFT, TRUE
 from xblip.errors import XBlipError
@@ -169,7 +171,8 @@ def main() -> None:
     more = experiment_sections(arguments.experiments) if arguments.experiments else []
     more += augment_sections(arguments.augment, arguments.discrn) if arguments.augment else []
     more += capfilt_sections(arguments.capfilt) if arguments.capfilt else []
-    write_report(told, arguments.out, more)
+    if PartialState().is_main_process:
+        write_report(told, arguments.out, more)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 from typing import Any
 
+from xblip.tables import write_whole
 from xblip_numerals.candidates import candidates
 from xblip_numerals.kinds import KINDS
 from xblip_numerals.language import Question, ask, chance
@@ -217,14 +218,11 @@ def write_rows(shelf: Shelf, out: Path, *, count: int, seed: int, blocks: int = 
     """
     rng, root = random.Random(seed), out.parent
     dealt = deal(shelf, rng, blocks)
-    root.mkdir(parents=True, exist_ok=True)
-    with out.open("w") as file:
-        for block, own in enumerate(dealt):
-            for row in single_rows(own, rng, root):
-                file.write(json.dumps({**row, "unit": str(block)}) + "\n")
-        for size in (2, 3):
-            for block, row in several_rows(dealt, rng, root, size=size, count=count):
-                file.write(json.dumps({**row, "unit": str(block)}) + "\n")
+    rows = [(block, row) for block, own in enumerate(dealt) for row in single_rows(own, rng, root)]
+    for size in (2, 3):
+        rows += several_rows(dealt, rng, root, size=size, count=count)
+    lines = [json.dumps({**row, "unit": str(block)}) + "\n" for block, row in rows]
+    write_whole(out, lambda file: file.write("".join(lines).encode()))
 
 
 def main() -> None:
