@@ -14,6 +14,8 @@ COLORS = {
     "question alone": "#c7566b",
     "chance": "#b9bdc6",
 }
+OTHER = "#1f6fb5"
+"""Of rows that are none of these."""
 LEFT, WIDTH, ROW = 210, 620, 26
 INK, GRID = "#23262d", "#e6e8ed"
 
@@ -88,7 +90,7 @@ def _x(share: float) -> float:
 
 
 def _dot(name: str, got: Mapping[str, float], y: float, *, slim: bool = False) -> str:
-    color, low, high = COLORS[name], _x(got["low"]), _x(got["high"])
+    color, low, high = COLORS.get(name, OTHER), _x(got["low"]), _x(got["high"])
     told = f"{name}: {100 * got['value']:.1f} % ({100 * got['low']:.1f} to {100 * got['high']:.1f}), n = {got['n']}"
     thick = 3 if slim else 5
     line = f'<line x1="{low}" x2="{high}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="{thick}" opacity=".4"/>'

@@ -94,10 +94,10 @@ def test_all_bridges_of_a_variant_answer_and_the_report_tells_it(stored, shelf, 
         assert len(read_variant(out, name)[0]) == len(asked)
     printed = "".join(capfd.readouterr().out.split())  # the console breaks lines, and long paths
     assert f"from{branch_of(out, 'aligned', 'audio', 0).with_name('audio-align')}:" in printed
-    [(title, [(_, shares, _), (_, tests, _)])] = experiment_sections(out)
+    [(title, [(_, shares, plot), (_, tests, _)])] = experiment_sections(out)
     assert title == "Bridges compared"
     assert [row[0] for row in shares[1:]] == [VARIANTS[name].title for name in (BASE, "cues-off", "aligned")]
-    assert len(tests) == 3
+    assert len(tests) == 3 and plot.count("<circle") == 3
 
 
 def line(number: int, kind: str, inputs: int, answer: str) -> dict:
@@ -125,12 +125,20 @@ def test_variants_are_paired_over_the_seeds_that_both_have(tmp_path):
     (tmp_path / ASKED / "mlp-0").mkdir()  # still running: no results
     runs = {name: read_variant(tmp_path, name) for name in (BASE, "linear")}
     table = shares_table(runs)
-    assert table[1][1:] == ["100.0 (100.0, 100.0)"] * 4 + ["2"]
-    assert table[2][1:] == ["0.0 (0.0, 0.0)"] + ["50.0 (100.0, 0.0)"] * 3 + ["2"]
+    assert table[1][1:] == ["8, 48, 8, 8"] + ["100.0 (100.0, 100.0)"] * 4 + ["2"]
+    assert table[2][1:] == ["25, 150, 28, 57"] + ["0.0 (0.0, 0.0)"] + ["50.0 (100.0, 0.0)"] * 3 + ["2"]
     got = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "number")
     assert (got.difference, got.n) == (-1.0, 10), "of seed 0 alone"
     same = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "sum")
     assert (same.difference, same.p) == (0.0, 1.0)
+
+
+def test_instruction_aware_queries_are_compared_with_as_many_static_ones(tmp_path):
+    for name in (BASE, "aware-2", "aware-1", "static-2"):
+        write_run(tmp_path, name, 0, [i % 4 != 0 or not name.startswith("static") for i in range(40)])
+    [(_, [_, _, (told, table, _)])] = experiment_sections(tmp_path)
+    assert "more than as many static ones" in told and [row[0] for row in table] == ["queries", "2"]
+    assert table[1][1:3] == ["+100.0 (+100.0 to +100.0)", "0.062"] and table[1][3] == "+0.0 (+0.0 to +0.0)"
 
 
 def test_without_the_shipped_kind_of_bridge_there_is_nothing_to_compare_with(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from xblip_numerals import BUNDLE
 from xblip_numerals.demo import FOLDER, main
+from xblip_numerals.experiments_report import SEGMENTS, TOKENS
 from xblip_numerals.language import MODALITIES
 from xblip_numerals.media import build
 from xblip_numerals.questions import Shelf
@@ -94,6 +95,19 @@ def test_a_batch_of_all_kinds_gives_what_each_sample_gives_alone(model):
     alone = [model.score([sample], [right])[0] for sample, right in zip(samples, answers, strict=True)]
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_encoders_give_as_many_tokens_as_the_report_says(model):
+    files = [json.loads(text) for text in (FOLDER / "manifest.jsonl").read_text().splitlines()]
+    for modality, most in TOKENS.items():
+        branch = model.branches[modality]
+        shapes = [
+            branch.encode([branch.modality.load(str(FOLDER / file["path"]))]).values.shape[:2]
+            for file in files
+            if file["modality"] == modality
+        ]
+        assert {segments for segments, _ in shapes} == {SEGMENTS[modality]}
+        assert {segments * tokens for segments, tokens in shapes} == {most}
 
 
 def test_the_readme_shows_the_report():

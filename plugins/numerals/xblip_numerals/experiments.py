@@ -53,16 +53,18 @@ class Variant:
 
 def _queries(count: int, *, aware: bool) -> Variant:
     settings = {"branch.bridge.num_query_tokens": count, "branch.bridge.instruction_aware": str(aware).lower()}
-    kind = "instruction-aware" if aware else "static"
-    return Variant(f"Q-Former, {kind}, {count} {'query' if count == 1 else 'queries'}", settings)
+    return Variant(
+        f"{count} {'query' if count == 1 else 'queries'}, {'instruction-aware' if aware else 'static'}", settings
+    )
 
 
 QUERIES = 8
 """Of variants that are about something else."""
+COUNTS = (8, 4, 2, 1)
 BASE = f"aware-{QUERIES}"
 VARIANTS = {
-    **{f"aware-{count}": _queries(count, aware=True) for count in (8, 4, 2, 1)},
-    **{f"static-{count}": _queries(count, aware=False) for count in (8, 4, 2, 1)},
+    **{f"aware-{count}": _queries(count, aware=True) for count in COUNTS},
+    **{f"static-{count}": _queries(count, aware=False) for count in COUNTS},
     "linear": Variant("linear", bridge={"kind": "linear"}),
     "mlp": Variant("MLP", bridge={"kind": "mlp"}),
     "no-cues": Variant("without cues", {"router.cues": "false"}, router={"cues": False}),
@@ -70,6 +72,11 @@ VARIANTS = {
     "alone": Variant("one input, no text around it", alone=True),
     "aligned": Variant("`align` first", aligned=True),
 }
+
+
+def queries_of(variant: Variant) -> int | None:
+    """How many queries its Q-Formers have; None if it has none of these."""
+    return None if variant.bridge else int(variant.settings.get("branch.bridge.num_query_tokens", QUERIES))
 
 
 def train_modality(
