@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 from xblip_numerals.build import config_of, places_of
 from xblip_numerals.experiments import ASKED, BASE, VARIANTS, ask, branch_of, main, rows_alone, train_modality
-from xblip_numerals.experiments_report import compared, experiment_sections, read_variant, shares_table
+from xblip_numerals.experiments_report import compared, experiment_sections, read_variant, shares_table, title_of
 from xblip_numerals.phrases import MODALITIES
 from xblip_numerals.report_rows import deal, several_rows, single_rows
 
@@ -124,13 +124,26 @@ def test_variants_are_paired_over_the_seeds_that_both_have(tmp_path):
     write_run(tmp_path, "linear", 2, none_right)
     (tmp_path / ASKED / "mlp-0").mkdir()  # still running: no results
     runs = {name: read_variant(tmp_path, name) for name in (BASE, "linear")}
-    table = shares_table(runs)
+    table = shares_table({title_of(name): run for name, run in runs.items()})
     assert table[1][1:] == ["8, 48, 8, 8"] + ["100.0 (100.0, 100.0)"] * 4 + ["2"]
     assert table[2][1:] == ["25, 150, 28, 57"] + ["0.0 (0.0, 0.0)"] + ["50.0 (100.0, 0.0)"] * 3 + ["2"]
     got = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "number")
     assert (got.difference, got.n) == (-1.0, 10), "of seed 0 alone"
     same = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "sum")
     assert (same.difference, same.p) == (0.0, 1.0)
+
+
+def test_what_has_no_seed_is_compared_with_the_mean_over_all_of_them(tmp_path):
+    for seed, right in enumerate((True, True, False)):
+        write_run(tmp_path, BASE, seed, [right] * 40)
+    lines = [json.loads(text) for text in (tmp_path / ASKED / f"{BASE}-0" / f"{ASKED}.jsonl").read_text().splitlines()]
+    for told in lines:
+        told["answers"]["people's captions"] = ["four" if told["kind"] == "number" else "five"]
+    (tmp_path / "across.jsonl").write_text("".join(json.dumps(told) + "\n" for told in lines))
+    [(_, [(_, shares, plot), (_, tests, _)])] = experiment_sections(tmp_path, tmp_path / "across.jsonl")
+    assert [row[0] for row in shares[1:]] == [VARIANTS[BASE].title, "the shipped model", "people's captions"]
+    assert shares[3][1:] == ["–", "100.0", "0.0", "0.0", "0.0", "1"] and plot.count("<circle") == 3
+    assert tests[2][1].startswith("+33.3") and tests[2][3].startswith("-66.7")
 
 
 def test_instruction_aware_queries_are_compared_with_as_many_static_ones(tmp_path):

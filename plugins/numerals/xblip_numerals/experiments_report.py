@@ -13,8 +13,9 @@ from xblip.runs import read_lines
 from xblip_numerals.experiments import ASKED, BASE, COUNTS, VARIANTS, queries_of
 
 Line = Mapping[str, Any]
-Runs = Mapping[str, Mapping[int, Mapping[str, tuple[Line, float]]]]
-"""By variant, seed and row: what was asked, and how right the answer is."""
+Run = Mapping[int | None, Mapping[str, tuple[Line, float]]]
+"""By seed and row what was asked, and how right the answer is; None is the seed of what has one run alone."""
+Runs = Mapping[str, Run]
 CUTS: dict[str, Callable[[Line], bool]] = {
     "number": lambda line: len(line["inputs"]) == 1 and line["kind"] == "number",
     "other facts": lambda line: len(line["inputs"]) == 1 and line["kind"] != "number",
@@ -23,6 +24,9 @@ CUTS: dict[str, Callable[[Line], bool]] = {
 }
 """What a variant is measured by."""
 PLOTTED = "two inputs"
+SHIPPED, CAPTIONS = "the shipped model", "people's captions"
+"""What the report's own run says on the same questions: way of asking by title."""
+WAYS = {SHIPPED: SOFT, CAPTIONS: CAPTIONS}
 SEGMENTS = {"image": 1, "video": 6, "audio": 1, "point_cloud": 1}
 """How often a Q-Former's queries stand in an input's soft prompt."""
 TOKENS = {"image": 25, "video": 150, "audio": 28, "point_cloud": 57}
@@ -30,22 +34,38 @@ TOKENS = {"image": 25, "video": 150, "audio": 28, "point_cloud": 57}
 
 SHARES = (
     "Right, %: the mean over seeds, and each seed's; every bridge trained as long, on as many rows, with the settings that "
-    "suit the shipped one; slots are what the LLM is given of an image, a video, a recording and a point cloud; the plot is "
-    f"of {PLOTTED}"
+    f"suit {SHIPPED}'s, which have twice the queries and more training; slots are what the LLM is given of an image, a "
+    f"video, a recording and a point cloud; {CAPTIONS} need no bridge; the plot is of {PLOTTED}"
 )
 UNITS = "in points, with 95 % intervals over blocks of files, and p"
-TESTS = f"What each has more than {VARIANTS[BASE].title}, on the seeds that both have, {UNITS}"
-AWARE = f"What instruction-aware queries have more than as many static ones, on the seeds that both have, {UNITS}"
+TESTS = f"What each has more than {VARIANTS[BASE].title}, mean over the seeds that both have, {UNITS}"
+AWARE = (
+    f"What instruction-aware queries have more than as many static ones, mean over the seeds that both have, {UNITS}"
+)
 
 
-def experiment_sections(folder: Path) -> list[Section]:
-    """The tables of all experiments that were run; none if none were."""
-    runs = {name: found for name in VARIANTS if (found := read_variant(folder, name))}
-    if BASE not in runs:
+def experiment_sections(folder: Path, asked: Path | None = None) -> list[Section]:
+    """The tables of all experiments that were run; none if none were.
+
+    Args:
+      folder: of the experiments.
+      asked: predictions of the report's own run, which stand beside; None leaves them out.
+    """
+    runs: dict[str, Run] = {title_of(name): found for name in VARIANTS if (found := read_variant(folder, name))}
+    if title_of(BASE) not in runs:
         return []
+    if asked:
+        lines = read_lines(asked)
+        runs |= {
+            title: {None: {line["id"]: (line, marks_of(line)[way]) for line in lines}} for title, way in WAYS.items()
+        }
     tables = [(SHARES, shares_table(runs), charts.dots(plotted(runs))), (TESTS, tests_table(runs), "")]
     aware = aware_table(runs)
     return [("Bridges compared", [*tables, (AWARE, aware, "")] if len(aware) > 1 else tables)]
+
+
+def title_of(name: str) -> str:
+    return VARIANTS[name].title
 
 
 def read_variant(folder: Path, name: str) -> dict[int, dict[str, tuple[Line, float]]]:
@@ -60,9 +80,10 @@ def read_variant(folder: Path, name: str) -> dict[int, dict[str, tuple[Line, flo
 
 
 def shares_table(runs: Runs) -> list[list[str]]:
+    slots = {title_of(name): slots_of(name) for name in VARIANTS}
     table = [["bridge", "slots", *CUTS, "seeds"]]
-    for name, by_seed in runs.items():
-        row = [VARIANTS[name].title, slots_of(name)]
+    for title, by_seed in runs.items():
+        row = [title, slots.get(title, "–")]
         for is_in in CUTS.values():
             shares = [mean(mark for line, mark in found.values() if is_in(line)) for found in by_seed.values()]
             row.append(_percent(shares))
@@ -83,26 +104,24 @@ def _percent(shares: Sequence[float]) -> str:
 
 
 def plotted(runs: Runs) -> dict[str, Mapping[str, float]]:
-    """Each variant's share of one cut, with its interval."""
-    rows = {}
-    for name, by_seed in runs.items():
-        rows[VARIANTS[name].title] = measure(_figure(by_seed, sorted(by_seed), CUTS[PLOTTED]))._asdict()
-    return rows
+    """Each one's share of one cut, with its interval."""
+    return {title: measure(_figure(run, list(run), CUTS[PLOTTED]))._asdict() for title, run in runs.items()}
 
 
 def tests_table(runs: Runs) -> list[list[str]]:
-    return _table("bridge", {VARIANTS[name].title: (runs[BASE], runs[name]) for name in runs if name != BASE})
+    base = runs[title_of(BASE)]
+    return _table("bridge", {title: (base, run) for title, run in runs.items() if run is not base})
 
 
 def aware_table(runs: Runs) -> list[list[str]]:
-    pairs = {str(count): (f"static-{count}", f"aware-{count}") for count in COUNTS}
+    pairs = {str(count): (title_of(f"static-{count}"), title_of(f"aware-{count}")) for count in COUNTS}
     return _table(
         "queries",
         {count: (runs[one], runs[two]) for count, (one, two) in pairs.items() if {one, two} <= set(runs)},
     )
 
 
-def _table(head: str, pairs: Mapping[str, tuple[Mapping[int, Any], Mapping[int, Any]]]) -> list[list[str]]:
+def _table(head: str, pairs: Mapping[str, tuple[Run, Run]]) -> list[list[str]]:
     """What the second of each pair has more than the first."""
     table = [[head, *(text for cut in CUTS for text in (cut, "p"))]]
     for name, (first, second) in pairs.items():
@@ -114,12 +133,12 @@ def _table(head: str, pairs: Mapping[str, tuple[Mapping[int, Any], Mapping[int, 
     return table
 
 
-def compared(first: Mapping[int, Any], second: Mapping[int, Any], is_in: Callable[[Line], bool]) -> Difference:
-    """The difference of two variants over the seeds that both have; a row's mark is its mean over these."""
-    seeds = sorted(set(first) & set(second))
-    return difference(_figure(first, seeds, is_in), _figure(second, seeds, is_in))
+def compared(first: Run, second: Run, is_in: Callable[[Line], bool]) -> Difference:
+    """The difference of two over the seeds that both have, or all that each has; a row's mark is its mean over these."""
+    both = [seed for seed in first if seed in second]
+    return difference(_figure(first, both or list(first), is_in), _figure(second, both or list(second), is_in))
 
 
-def _figure(by_seed: Mapping[int, Any], seeds: Sequence[int], is_in: Callable[[Line], bool]) -> Figure:
-    rows = {row: line for row, (line, _) in by_seed[seeds[0]].items() if is_in(line)}
-    return Figure.of(list(rows.values()), [mean(by_seed[seed][row][1] for seed in seeds) for row in rows])
+def _figure(run: Run, seeds: Sequence[int | None], is_in: Callable[[Line], bool]) -> Figure:
+    rows = {row: line for row, (line, _) in run[seeds[0]].items() if is_in(line)}
+    return Figure.of(list(rows.values()), [mean(run[seed][row][1] for seed in seeds) for row in rows])

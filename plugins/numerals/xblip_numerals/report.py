@@ -168,7 +168,8 @@ def main() -> None:
         )  # fmt: skip
     except XBlipError as error:
         raise SystemExit(f"error: {error}") from None
-    more = experiment_sections(arguments.experiments) if arguments.experiments else []
+    asked = arguments.work / "run" / f"{TASK}.jsonl"
+    more = experiment_sections(arguments.experiments, asked) if arguments.experiments else []
     more += augment_sections(arguments.augment, arguments.discrn) if arguments.augment else []
     more += capfilt_sections(arguments.capfilt) if arguments.capfilt else []
     if PartialState().is_main_process:
