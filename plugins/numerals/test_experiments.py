@@ -8,7 +8,17 @@ import pytest
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 from xblip_numerals.build import config_of, places_of
-from xblip_numerals.experiments import ASKED, BASE, VARIANTS, ask, branch_of, main, rows_alone, train_modality
+from xblip_numerals.experiments import (
+    ASKED,
+    BASE,
+    VARIANTS,
+    ask,
+    branch_of,
+    main,
+    rows_alone,
+    rows_augmented,
+    train_modality,
+)
 from xblip_numerals.experiments_report import compared, experiment_sections, read_variant, shares_table, title_of
 from xblip_numerals.phrases import MODALITIES
 from xblip_numerals.report_rows import deal, several_rows, single_rows
@@ -41,8 +51,10 @@ def trainings(monkeypatch, tmp_path):
         return {"train_runtime": 1.0}
 
     monkeypatch.setattr("xblip.train.train", train)
-    (tmp_path / "questions").mkdir()
-    (tmp_path / "questions" / "audio-train.jsonl").write_text("")
+    for name in ("questions/audio-train", "augment/questions", "augment/yes_no"):
+        manifest = tmp_path / f"{name}.jsonl"
+        manifest.parent.mkdir(exist_ok=True)
+        manifest.write_text("")
     return found
 
 
@@ -60,6 +72,7 @@ def test_a_variant_differs_from_the_shipped_kind_in_what_it_is_about_alone(train
         "mlp": {"branch.bridge": {"kind": "mlp"}},
         "no-cues": {"router.cues": False},
         "alone": {"data.train": str(tmp_path / "questions" / "audio-train-alone.jsonl")},
+        "augmented": {"data.train": str(tmp_path / "augment" / "audio-train.jsonl")},
         "aligned": {"init.folder": str(branch_of(out, name, "audio", 1).with_name("audio-align"))},
     }
     if name not in expected:
@@ -159,11 +172,22 @@ def test_without_the_shipped_kind_of_bridge_there_is_nothing_to_compare_with(tmp
     assert experiment_sections(tmp_path) == []
 
 
+def write_rows(manifest: Path, rows: list[dict]) -> None:
+    manifest.parent.mkdir(exist_ok=True)
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_rows_alone_are_those_with_one_input(tmp_path):
-    manifest = tmp_path / "audio-train.jsonl"
-    told = [{"media": [["audio", "a.wav"]]}, {"media": [["audio", "a.wav"], "audio: a loud four"]}]
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in told))
-    assert rows_alone(manifest).read_text() == json.dumps(told[0]) + "\n"
+    rows = [{"media": [["audio", "a.wav"]]}, {"media": [["audio", "a.wav"], "audio: a loud four"]}]
+    write_rows(tmp_path / "questions" / "audio-train.jsonl", rows)
+    assert rows_alone(tmp_path, "audio").read_text() == json.dumps(rows[0]) + "\n"
+
+
+def test_augmented_rows_are_both_kinds_of_questions_about_one_modality(tmp_path):
+    heard, seen = {"audio": "a.wav", "question": "loud?"}, {"image": "a.png", "question": "red?"}
+    write_rows(tmp_path / "augment" / "questions.jsonl", [heard, seen])
+    write_rows(tmp_path / "augment" / "yes_no.jsonl", [seen, heard])
+    assert rows_augmented(tmp_path, "audio").read_text() == 2 * (json.dumps(heard) + "\n")
 
 
 def test_without_a_build_one_line_says_what_to_run(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ class Sizes:
     """How much of everything; options are appended to the commands, so that () leaves each step's own default.
 
     Attributes:
-      world, llm, encoder, bridge, report: further arguments of those steps.
+      world, llm, encoder, bridge, questions: further arguments of those steps, the last of the report's questions.
       rows: of the bridges' manifests, by split.
     """
 
@@ -57,7 +57,7 @@ class Sizes:
     llm: tuple[str, ...] = ()
     encoder: tuple[str, ...] = ()
     bridge: tuple[str, ...] = ()
-    report: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
     rows: dict[str, int] = field(default_factory=lambda: {"train": 50_000, "val": 1_000})
 
 
@@ -66,7 +66,7 @@ REHEARSAL = Sizes(
     llm=("--steps", "20"),
     encoder=("--epochs", "1"),
     bridge=("training.max_steps=2", "training.eval_steps=2", "training.save_steps=2", "data.eval_answers=4"),
-    report=("--count", "1"),
+    questions=("--count", "1", "--blocks", "1", "--attributes", "9"),
     rows={"train": 200, "val": 20},
 )
 
@@ -230,7 +230,7 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     asked = [questions(name, split) for name in MODALITIES for split in sizes.rows]
     told = [captions(name, rows) for name in MODALITIES for rows in CAPTIONS]
     work = out / "report"
-    command = module("report_rows", "--world", world, "--out", work / "rows.jsonl", *sizes.report)
+    command = module("report_rows", "--world", world, "--out", work / "rows.jsonl", *sizes.questions)
     asked.append(Step("questions-report", command, work / "rows.jsonl"))
     Lanes([[media]], logs=logs).run()  # takes all cores by itself
     trained = [encoder(name) for name in ("image", "point_cloud", "audio")]
@@ -240,7 +240,7 @@ def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:
     write_bundle(out, out / "bundle")
     processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(LANES))]
     report = module(
-        "report", "--bundle", out / "bundle", "--world", world, "--work", work, "--out", out / "REPORT.md", *sizes.report
+        "report", "--bundle", out / "bundle", "--world", world, "--work", work, "--out", out / "REPORT.md"
     )  # fmt: skip
     Lanes([[Step("report", [*processes, *report], out / "REPORT.md")]], logs=logs).run()
 

@@ -11,12 +11,14 @@ Two lanes run side by side with one thread each. What is there is not run again;
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from xblip.instruct_data import QUESTIONS, YES_NO
+from xblip.tables import write_whole
 from xblip_numerals.build import CONFIGS, Lanes, Step, check_built, config_of, places_of
 from xblip_numerals.phrases import MODALITIES
 
@@ -36,7 +38,7 @@ class Variant:
       title: for people.
       settings: of training, by the config's keys.
       bridge: the whole bridge, in the shipped one's place.
-      alone: learn from rows of one input with no text around it.
+      rows: what to learn from, a key of `ROWS`.
       aligned: the stage align comes first.
       router: of the model that answers, beside how it was trained.
       weights: name of the variant whose bridges it asks; its own if "".
@@ -45,7 +47,7 @@ class Variant:
     title: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     bridge: Mapping[str, Any] | None = None
-    alone: bool = False
+    rows: str = "shipped"
     aligned: bool = False
     router: Mapping[str, Any] = field(default_factory=dict)
     weights: str = ""
@@ -69,7 +71,8 @@ VARIANTS = {
     "mlp": Variant("MLP", bridge={"kind": "mlp"}),
     "no-cues": Variant("without cues", {"router.cues": "false"}, router={"cues": False}),
     "cues-off": Variant("cues in training alone", router={"cues": False}, weights=BASE),
-    "alone": Variant("one input, no text around it", alone=True),
+    "alone": Variant("one input, no text around it", rows="alone"),
+    "augmented": Variant("questions of `xblip augment`", rows="augmented"),
     "aligned": Variant("`align` first", aligned=True),
 }
 
@@ -104,8 +107,8 @@ def train_modality(
         before = folder.with_name(f"{modality}-align")
         _train(parts, modality, "align", before, steps=align_steps, seed=seed)
         settings["init.folder"] = before
-    if variant.alone:
-        settings["data.train"] = rows_alone(parts / "questions" / f"{modality}-train.jsonl")
+    if variant.rows in ROWS:
+        settings["data.train"] = ROWS[variant.rows](parts, modality)
     given = {**settings, **variant.settings}
     config = load_train_config(config_of(modality), _overrides(parts, modality, "instruct", folder, steps, seed, given))
     if variant.bridge:
@@ -138,13 +141,28 @@ def _overrides(
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def rows_alone(manifest: Path) -> Path:
+def rows_alone(parts: Path, modality: str) -> Path:
     """Writes, beside a bridge's manifest, those of its rows whose file stands alone; returns where."""
-    alone = manifest.with_name(f"{manifest.stem}-alone.jsonl")
-    if not alone.exists():
-        rows = [line for line in manifest.read_text().splitlines(True) if len(json.loads(line)["media"]) == 1]
-        alone.write_text("".join(rows))
-    return alone
+    manifest = parts / "questions" / f"{modality}-train.jsonl"
+    return _chosen([manifest], manifest.with_name(f"{manifest.stem}-alone.jsonl"), lambda row: len(row["media"]) == 1)
+
+
+def rows_augmented(parts: Path, modality: str) -> Path:
+    """Writes, beside what `xblip augment` made, its questions about one modality; returns where."""
+    made = [parts / "augment" / name for name in (QUESTIONS, YES_NO)]
+    return _chosen(made, parts / "augment" / f"{modality}-train.jsonl", lambda row: modality in row)
+
+
+def _chosen(manifests: Sequence[Path], out: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> Path:
+    if not out.exists():
+        lines = [line for manifest in manifests for line in manifest.read_text().splitlines(True)]
+        kept = "".join(line for line in lines if wanted(json.loads(line)))
+        write_whole(out, lambda file: file.write(kept.encode()))
+    return out
+
+
+ROWS = {"alone": rows_alone, "augmented": rows_augmented}
+"""Manifests other than the shipped bridges'."""
 
 
 def branch_of(out: Path, name: str, modality: str, seed: int) -> Path:
@@ -214,7 +232,9 @@ def main() -> None:
     arguments = parser.parse_args()
     parts, out = arguments.parts, arguments.out or arguments.parts / "experiments"
     rows = arguments.rows or parts / "report" / "rows.jsonl"
-    check_built(rows, parts / "llm")
+    augmented = [parts / "augment" / name for name in (QUESTIONS, YES_NO)]
+    wanted = [arguments.variant] if arguments.variant else arguments.only
+    check_built(rows, parts / "llm", *(augmented if any(VARIANTS[name].rows == "augmented" for name in wanted) else ()))
     if not arguments.variant:
         run_all(parts, out, rows, names=arguments.only, seeds=arguments.seeds, steps=arguments.steps)
         return

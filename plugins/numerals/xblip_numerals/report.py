@@ -106,6 +106,9 @@ def aims_table(told: Mapping[str, Any]) -> crossmodal_page.Rows:
     add("other facts, mean", ATTRIBUTE_AIM, got, f"{got:.3f}")
     for size, aim in RATIO_AIMS.items():
         kinds = {kind: found["ratio"] for kind, found in told["sizes"][size]["kinds"].items() if "ratio" in found}
+        if not kinds:  # nothing is ever read right
+            add(f"{size}: share of the product of the parts", aim, 0.0, "–")
+            continue
         least = min(kinds, key=lambda kind: kinds[kind]["value"])
         below = sorted(kind for kind, ratio in kinds.items() if ratio["value"] < aim)
         got = kinds[least]

@@ -37,7 +37,7 @@ TRIPLE_KINDS = (
 BY_ATTRIBUTE = ("same_attribute", "different_attribute", "which_is", "which_is_not", "number_of")
 """Kinds that hang on an attribute; two of the inputs must have it, or its name would tell which is meant."""
 ATTRIBUTES_ASKED = 3
-"""Of each file, beside its number."""
+"""Of each file by itself, beside its number."""
 BLOCKS = 50
 TRIES = 200
 """Draws of other files until the answer is another one."""
@@ -67,15 +67,16 @@ def deal(shelf: Shelf, rng: random.Random, blocks: int) -> list[Shelf]:
     return dealt
 
 
-def single_rows(shelf: Shelf, rng: random.Random, root: Path) -> Iterator[Row]:
-    """Questions about every file: its number, and `ATTRIBUTES_ASKED` of its attributes, each of as many files."""
+def single_rows(shelf: Shelf, rng: random.Random, root: Path, *, attributes: int = ATTRIBUTES_ASKED) -> Iterator[Row]:
+    """Questions about every file: its number, and so many of its attributes, by turns."""
     seen: Counter[str] = Counter()
     for items in shelf.items.values():
         for item in items:
             place = seen[source_of(item)]
             seen[source_of(item)] += 1
-            attributes = [fact for fact in item.thing.facts if fact != "number"]
-            for fact in ("number", *(attributes[(place + i) % len(attributes)] for i in range(ATTRIBUTES_ASKED))):
+            own = [fact for fact in item.thing.facts if fact != "number"]
+            asked = [own[(place + i) % len(own)] for i in range(min(attributes, len(own)))]
+            for fact in ("number", *asked):
                 question = ask([item.thing], rng, fact)
                 row = _row(f"{item.thing.modality}-{item.path.stem}-{fact}", [item], question, rng, root)
                 yield {**row, "part": part_of(item, fact)}
@@ -206,7 +207,9 @@ def _media(items: Sequence[Item], root: Path) -> list[list[str]]:
     return [[item.thing.modality, os.path.relpath(item.path, root)] for item in items]
 
 
-def write_rows(shelf: Shelf, out: Path, *, count: int, seed: int, blocks: int = BLOCKS) -> None:
+def write_rows(
+    shelf: Shelf, out: Path, *, count: int, seed: int, blocks: int = BLOCKS, attributes: int = ATTRIBUTES_ASKED
+) -> None:
     """Writes all rows of the report.
 
     Args:
@@ -215,10 +218,13 @@ def write_rows(shelf: Shelf, out: Path, *, count: int, seed: int, blocks: int = 
       count: questions of each kind for each set of modalities.
       seed: of all draws.
       blocks: how many shelves the files are dealt to.
+      attributes: of each file that it is asked for by itself.
     """
     rng, root = random.Random(seed), out.parent
     dealt = deal(shelf, rng, blocks)
-    rows = [(block, row) for block, own in enumerate(dealt) for row in single_rows(own, rng, root)]
+    rows = [
+        (block, row) for block, own in enumerate(dealt) for row in single_rows(own, rng, root, attributes=attributes)
+    ]
     for size in (2, 3):
         rows += several_rows(dealt, rng, root, size=size, count=count)
     lines = [json.dumps({**row, "unit": str(block)}) + "\n" for block, row in rows]
@@ -230,10 +236,15 @@ def main() -> None:
     parser.add_argument("--world", type=Path, required=True, help="folder that xblip_numerals.media wrote")
     parser.add_argument("--split", default="test")
     parser.add_argument("--count", type=int, default=20, help="questions per kind and set of modalities")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="which share no file")
+    parser.add_argument(
+        "--attributes", type=int, default=ATTRIBUTES_ASKED, help="of each file that it is asked for by itself"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    write_rows(Shelf.read(arguments.world, arguments.split), arguments.out, count=arguments.count, seed=arguments.seed)
+    options = {name: getattr(arguments, name) for name in ("count", "seed", "blocks", "attributes")}
+    write_rows(Shelf.read(arguments.world, arguments.split), arguments.out, **options)
 
 
 if __name__ == "__main__":
