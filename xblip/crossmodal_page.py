@@ -17,6 +17,7 @@ from xblip.runs import write_whole
 
 Rows = list[list[str]]
 Section = tuple[str, list[tuple[str, Rows, str]]]
+"""A title, and tables: each with its heading, which a line break parts from a note, its rows, and a plot as SVG."""
 """A title, and tables under it: a caption, cells, and a plot beside them as SVG; the last two may be empty."""
 
 MEANINGS = {
@@ -194,15 +195,20 @@ def method(told: Mapping[str, Any]) -> str:
     )
 
 
-def as_markdown(told: Mapping[str, Any], name: str, more: Sequence[Section] = ()) -> str:
-    """Returns the report as Markdown; `more` are sections that stand first."""
+def as_markdown(
+    told: Mapping[str, Any], name: str, before: Sequence[Section] = (), after: Sequence[Section] = ()
+) -> str:
+    """Returns the report as Markdown, with other sections before and after its own."""
     text = f"# Where answers across inputs come from: {name}\n\n{method(told)}\n\n"
     text += "".join(f"- {said}\n" for said in findings(told))
-    for title, tables in [*more, *sections(told)]:
+    for title, tables in [*before, *sections(told), *after]:
         text += f"\n## {title}\n"
         for caption, rows, _ in tables:
+            heading, _, note = caption.partition("\n")
             if rows:
-                text += (f"\n### {caption}\n\n" if caption else "\n") + markdown.table(rows)
+                text += f"\n### {heading}\n" if heading else ""
+                text += f"\n{note}\n\n" if note else "\n"
+                text += markdown.table(rows)
     text += "\n## What the words mean\n\n" + "".join(f"- *{word}*: {meaning}.\n" for word, meaning in MEANINGS.items())
     return text
 
@@ -221,14 +227,16 @@ tr.own td { font-weight: 600; background: #eef4fb; } svg { display: block; margi
 """
 
 
-def as_html(told: Mapping[str, Any], name: str, more: Sequence[Section] = ()) -> str:
-    """Returns the report as one page of HTML; `more` are sections that stand first."""
+def as_html(told: Mapping[str, Any], name: str, before: Sequence[Section] = (), after: Sequence[Section] = ()) -> str:
+    """Returns the report as one page of HTML, with other sections before and after its own."""
     said = "".join(f"<li>{_bold(text)}</li>" for text in findings(told))
     body = ""
-    for title, tables in [*more, *sections(told)]:
+    for title, tables in [*before, *sections(told), *after]:
         body += f"<h2>{escape(title)}</h2>\n"
         for caption, rows, plot in tables:
-            body += f"<h3>{escape(caption)}</h3>\n" if caption else ""
+            heading, _, note = caption.partition("\n")
+            body += f"<h3>{escape(heading)}</h3>\n" if heading else ""
+            body += f'<p class="quiet">{escape(note)}</p>\n' if note else ""
             body += plot + (f'<div class="wide">{_table(rows)}</div>\n' if rows else "")
     words = "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}.</dd>" for word, meaning in MEANINGS.items())
     return (

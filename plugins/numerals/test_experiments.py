@@ -19,7 +19,14 @@ from xblip_numerals.experiments import (
     rows_augmented,
     train_modality,
 )
-from xblip_numerals.experiments_report import compared, experiment_sections, read_variant, shares_table, title_of
+from xblip_numerals.experiments_report import (
+    compared,
+    experiment_sections,
+    matched,
+    read_variant,
+    shares_table,
+    title_of,
+)
 from xblip_numerals.phrases import MODALITIES
 from xblip_numerals.report_rows import deal, several_rows, single_rows
 
@@ -140,9 +147,10 @@ def test_variants_are_paired_over_the_seeds_that_both_have(tmp_path):
     table = shares_table({title_of(name): run for name, run in runs.items()})
     assert table[1][1:] == ["8, 48, 8, 8"] + ["100.0 (100.0, 100.0)"] * 4 + ["2"]
     assert table[2][1:] == ["25, 150, 28, 57"] + ["0.0 (0.0, 0.0)"] + ["50.0 (100.0, 0.0)"] * 3 + ["2"]
-    got = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "number")
+    [pair] = matched(runs[BASE], runs["linear"])
+    got = compared([pair], lambda row: row["kind"] == "number")
     assert (got.difference, got.n) == (-1.0, 10), "of seed 0 alone"
-    same = compared(runs[BASE], runs["linear"], lambda row: row["kind"] == "sum")
+    same = compared([pair], lambda row: row["kind"] == "sum")
     assert (same.difference, same.p) == (0.0, 1.0)
 
 
@@ -156,7 +164,7 @@ def test_what_has_no_seed_is_compared_with_the_mean_over_all_of_them(tmp_path):
     [(_, [(_, shares, plot), (_, tests, _)])] = experiment_sections(tmp_path, tmp_path / "across.jsonl")
     assert [row[0] for row in shares[1:]] == [VARIANTS[BASE].title, "the shipped model", "people's captions"]
     assert shares[3][1:] == ["–", "100.0", "0.0", "0.0", "0.0", "1"] and plot.count("<circle") == 3
-    assert tests[2][1].startswith("+33.3") and tests[2][3].startswith("-66.7")
+    assert tests[2][1] == "+33.3 (+33.3 to +33.3); +0.0, +0.0, +100.0" and tests[2][3].startswith("-66.7")
 
 
 def test_instruction_aware_queries_are_compared_with_as_many_static_ones(tmp_path):

@@ -103,9 +103,14 @@ def capfilt_sections(figures: Path) -> list[Section]:
     told = json.loads(figures.read_text())
     steps = told["steps"]
     kept = (
-        f"What is kept: a retriever ({steps['align']} steps) judges captions of which a known share is another file's"
+        f"What is kept\nA retriever ({steps['align']} steps) judges captions of which a known share is another "
+        "file's. Right: the share that is, before; precision: of the kept; recall: the share of the right that "
+        "is kept; area: under precision over recall; held out: shares of pairs there."
     )
-    gain = f"What {steps['generate']} steps of generate on each give on test files; {told['seeds']} seeds"
+    gain = (
+        f"What training gains\n{steps['generate']} steps of generate on each, asked on test files; the mean over "
+        f"{told['seeds']} seeds. Right: greedy captions that are the canonical one."
+    )
     return [
         ("CapFilt", [(kept, kept_table(told["found"]), ""), (gain, gain_table(told["found"]), "")]),
     ]

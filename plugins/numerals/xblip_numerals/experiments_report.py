@@ -1,5 +1,6 @@
 """What the experiments found: every variant beside the shipped kind of bridge, on the same questions, seeds together."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -13,8 +14,10 @@ from xblip.runs import read_lines
 from xblip_numerals.experiments import ASKED, BASE, COUNTS, VARIANTS, queries_of
 
 Line = Mapping[str, Any]
-Run = Mapping[int | None, Mapping[str, tuple[Line, float]]]
-"""By seed and row what was asked, and how right the answer is; None is the seed of what has one run alone."""
+Rows = Mapping[str, tuple[Line, float]]
+"""By row what was asked, and how right the answer is."""
+Run = Mapping[int | None, Rows]
+"""By seed; None is that of what has one run alone."""
 Runs = Mapping[str, Run]
 CUTS: dict[str, Callable[[Line], bool]] = {
     "number": lambda line: len(line["inputs"]) == 1 and line["kind"] == "number",
@@ -33,15 +36,18 @@ TOKENS = {"image": 25, "video": 150, "audio": 28, "point_cloud": 57}
 """What an encoder gives of an input at most, each of which a layer without queries lays before the LLM."""
 
 SHARES = (
-    "Right, %: the mean over seeds, and each seed's; every bridge trained as long, on as many rows, with the settings that "
-    f"suit {SHIPPED}'s, which have twice the queries and more training; slots are what the LLM is given of an image, a "
-    f"video, a recording and a point cloud; {CAPTIONS} need no bridge; the plot is of {PLOTTED}"
+    "Right, %\nThe mean over seeds, and each seed's. Every bridge was trained as long, on as many rows, with the "
+    f"settings that suit {SHIPPED}'s, which have twice the queries and more training. Slots are what the LLM is "
+    f"given of an image, a video, a recording and a point cloud; {CAPTIONS} need no bridge. The plot is of "
+    f"{PLOTTED}, with 95 % intervals over blocks of files."
 )
-UNITS = "in points, with 95 % intervals over blocks of files, and p"
-TESTS = f"What each has more than {VARIANTS[BASE].title}, mean over the seeds that both have, {UNITS}"
-AWARE = (
-    f"What instruction-aware queries have more than as many static ones, mean over the seeds that both have, {UNITS}"
+UNITS = (
+    "In points, the mean over the seeds that both have, with 95 % intervals and p over blocks of files for these "
+    "seeds alone; behind them each seed's difference, since another seed may differ by more than another set of "
+    "files."
 )
+TESTS = f"What each has more than {VARIANTS[BASE].title}\n{UNITS}"
+AWARE = f"What instruction-aware queries have more than as many static ones\n{UNITS}"
 
 
 def experiment_sections(folder: Path, asked: Path | None = None) -> list[Section]:
@@ -105,7 +111,7 @@ def _percent(shares: Sequence[float]) -> str:
 
 def plotted(runs: Runs) -> dict[str, Mapping[str, float]]:
     """Each one's share of one cut, with its interval."""
-    return {title: measure(_figure(run, list(run), CUTS[PLOTTED]))._asdict() for title, run in runs.items()}
+    return {title: measure(_figure(list(run.values()), CUTS[PLOTTED]))._asdict() for title, run in runs.items()}
 
 
 def tests_table(runs: Runs) -> list[list[str]]:
@@ -125,20 +131,27 @@ def _table(head: str, pairs: Mapping[str, tuple[Run, Run]]) -> list[list[str]]:
     """What the second of each pair has more than the first."""
     table = [[head, *(text for cut in CUTS for text in (cut, "p"))]]
     for name, (first, second) in pairs.items():
+        pairs_of_rows = matched(first, second)
         row = [name]
         for is_in in CUTS.values():
-            got = compared(first, second, is_in)
-            row += [signed(got._asdict()), shown_p(got.p)]
+            got = compared(pairs_of_rows, is_in)
+            each = [f"{100 * compared([pair], is_in).difference:+.1f}" for pair in pairs_of_rows]
+            row += [signed(got._asdict()) + (f"; {', '.join(each)}" if len(each) > 1 else ""), shown_p(got.p)]
         table.append(row)
     return table
 
 
-def compared(first: Run, second: Run, is_in: Callable[[Line], bool]) -> Difference:
-    """The difference of two over the seeds that both have, or all that each has; a row's mark is its mean over these."""
-    both = [seed for seed in first if seed in second]
-    return difference(_figure(first, both or list(first), is_in), _figure(second, both or list(second), is_in))
+def matched(first: Run, second: Run) -> list[tuple[Rows, Rows]]:
+    """The rows of two, seed by seed where both have the same, else each of the one beside each of the other."""
+    both = [(first[seed], second[seed]) for seed in first if seed in second]
+    return both or list(itertools.product(first.values(), second.values()))
 
 
-def _figure(run: Run, seeds: Sequence[int | None], is_in: Callable[[Line], bool]) -> Figure:
-    rows = {row: line for row, (line, _) in run[seeds[0]].items() if is_in(line)}
-    return Figure.of(list(rows.values()), [mean(run[seed][row][1] for seed in seeds) for row in rows])
+def compared(pairs: Sequence[tuple[Rows, Rows]], is_in: Callable[[Line], bool]) -> Difference:
+    """What the second of each pair has more; a row's mark is its mean over the pairs."""
+    return difference(*(_figure(side, is_in) for side in zip(*pairs, strict=True)))
+
+
+def _figure(runs: Sequence[Rows], is_in: Callable[[Line], bool]) -> Figure:
+    rows = {row: line for row, (line, _) in runs[0].items() if is_in(line)}
+    return Figure.of(list(rows.values()), [mean(run[row][1] for run in runs) for row in rows])

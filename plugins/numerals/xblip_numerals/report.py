@@ -27,10 +27,11 @@ from xblip_numerals.report_rows import write_rows
 from xblip_numerals.rules_report import augment_sections
 
 BATCH = 64
-CAPTION = (
-    "On files that nothing was tuned on: hands of students and synthetic voices that no part of the model has met; pictures "
-    "of handwriting and recordings that it has not met, by writers and speakers that it may know"
+AIMED = (
+    "\nOn files that nothing was tuned on: hands of students and synthetic voices that no part of the model has "
+    "met; pictures of handwriting and recordings that it has not met, by writers and speakers that it may know."
 )
+READ = "\nHow many questions each is of stands under One input: The parts."
 TASK = "across"
 SOURCES = {
     "image, handwriting": "handwriting",
@@ -77,11 +78,11 @@ def evaluate_bundle(bundle: str, world: Path, folder: Path, *, split: str, count
 
 
 def facts_table(told: Mapping[str, Any]) -> crossmodal_page.Rows:
-    """What is read of one input: facts below each other, sources side by side; the share, its interval, and how many."""
+    """What is read of one input: facts below each other, sources side by side; the share and its interval."""
     table = [["fact", *SOURCES.values()]]
     for fact in VALUES:
         found = [told["parts"].get(f"{source}: {fact}") for source in SOURCES]
-        cells = [f"{crossmodal_page.shown(got)}, n={got['n']}" if got else "–" for got in found]
+        cells = [crossmodal_page.shown(got) if got else "–" for got in found]
         if any(found):
             table.append([fact, *cells])
     return table
@@ -131,22 +132,21 @@ def readme_table(told: Mapping[str, Any]) -> str:
     return f"{markdown.table(alone)}\n{markdown.table(across)}"
 
 
-def write_report(told: Mapping[str, Any], out: Path, more: Sequence[crossmodal_page.Section] = ()) -> None:
+def write_report(told: Mapping[str, Any], out: Path, after: Sequence[crossmodal_page.Section] = ()) -> None:
     """Writes the report: Markdown, HTML beside it, and the figures as JSON.
 
     Args:
       told: figures of `evaluate_bundle`.
       out: the Markdown.
-      more: what else was measured.
+      after: what else was measured.
     """
-    sections: list[crossmodal_page.Section] = [
-        ("Aims", [(CAPTION, aims_table(told), "")]),
-        ("What is read of one input, %", [("", facts_table(told), "")]),
-        *more,
+    before: list[crossmodal_page.Section] = [
+        ("Aims", [(AIMED, aims_table(told), "")]),
+        ("What is read of one input, %", [(READ, facts_table(told), "")]),
     ]
     name = "numerals, files of the test split"
-    out.write_text(crossmodal_page.as_markdown(told, name, sections))
-    out.with_suffix(".html").write_text(crossmodal_page.as_html(told, name, sections))
+    out.write_text(crossmodal_page.as_markdown(told, name, before, after))
+    out.with_suffix(".html").write_text(crossmodal_page.as_html(told, name, before, after))
     out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -9,8 +9,14 @@ from xblip.instruct_data import KEPT
 from xblip.instruct_data import as_table as steps_table
 from xblip.intervals import Measured
 
-STEPS = "What each step keeps of the training files' captions; rules write, the numerals' LLM answers in the round trip"
-ASKED = "DisCRn's form: which of two test files of different kinds has something, each item in both orders; times 100"
+STEPS = (
+    "What each step keeps\nOf the training files' captions. Rules write, the numerals' LLM answers in the round "
+    "trip. The rules ask for what captions hold, and the LLM knows every word of them: an LLM that writes loses more."
+)
+ASKED = (
+    "Pairs of test files, in DisCRn's form\nWhich of two inputs of different kinds has something; each item in "
+    "both orders, times 100. With the question alone the LLM has nothing to name."
+)
 
 
 def augment_sections(made: Path, asked: Path | None = None) -> list[Section]:
