@@ -42,9 +42,8 @@ SHARES = (
     f"{PLOTTED}, with 95 % intervals over blocks of files."
 )
 UNITS = (
-    "In points, the mean over the seeds that both have, with 95 % intervals and p over blocks of files for these "
-    "seeds alone; behind them each seed's difference, since another seed may differ by more than another set of "
-    "files."
+    "In points, the mean over the seeds that both have. Intervals and p are over blocks of files for these seeds "
+    "alone; another seed may differ by more than another set of files, so each seed's difference stands beside."
 )
 TESTS = f"What each has more than {VARIANTS[BASE].title}\n{UNITS}"
 AWARE = f"What instruction-aware queries have more than as many static ones\n{UNITS}"
@@ -128,16 +127,15 @@ def aware_table(runs: Runs) -> list[list[str]]:
 
 
 def _table(head: str, pairs: Mapping[str, tuple[Run, Run]]) -> list[list[str]]:
-    """What the second of each pair has more than the first."""
-    table = [[head, *(text for cut in CUTS for text in (cut, "p"))]]
-    for name, (first, second) in pairs.items():
-        pairs_of_rows = matched(first, second)
-        row = [name]
-        for is_in in CUTS.values():
-            got = compared(pairs_of_rows, is_in)
-            each = [f"{100 * compared([pair], is_in).difference:+.1f}" for pair in pairs_of_rows]
-            row += [signed(got._asdict()) + (f"; {', '.join(each)}" if len(each) > 1 else ""), shown_p(got.p)]
-        table.append(row)
+    """What the second of each pair has more than the first, cut by cut."""
+    table = [["of", head, "more", "95 %", "p", "each seed"]]
+    for cut, is_in in CUTS.items():
+        for name, (first, second) in pairs.items():
+            rows = matched(first, second)
+            got = compared(rows, is_in)
+            each = [f"{100 * compared([pair], is_in).difference:+.1f}" for pair in rows]
+            more, _, interval = signed(got._asdict()).rstrip(")").partition(" (")
+            table.append([cut, name, more, interval, shown_p(got.p), ", ".join(each)])
     return table
 
 
