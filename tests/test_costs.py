@@ -189,6 +189,7 @@ class TestDryRuns:
         by_hand = 2 * (4 * 16 * 16 * 3 * width + 2 * layer)
         assert report.ways["image"].costs.encoder == real == by_hand
 
+    @pytest.mark.slow
     def test_segments_and_an_encoder_decoder(self, write):
         config = {"model_type": "t5", "d_model": 24, "d_kv": 4, "num_heads": 4, "num_layers": 2, "vocab_size": 40}
         config["decoder_start_token_id"] = 0

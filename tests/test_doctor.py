@@ -136,6 +136,7 @@ class TestCommand:
         status, out, _ = run(str(write(**pictures())), "branches.image.bridge.kind=linear")
         assert status == 0 and "linear" in out and "Memory at batch size 1" in out and "0 of 2 sources are here." in out
 
+    @pytest.mark.slow
     def test_a_fault_is_one_line(self, run, write):
         status, out, err = run(str(write(**pictures("far/unknown"))))
         assert status == 2 and "Parts" not in out and len(err.splitlines()) == 1

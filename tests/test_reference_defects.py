@@ -209,6 +209,7 @@ def test_12_a_file_is_read_that_nothing_is_taken_from(llm, llm_folder, toys, wan
     assert sorted(Path(file).parent.name for file in reads) == ["beads", "toy"]
 
 
+@pytest.mark.slow
 def test_14_defaults_and_settings_that_are_given_are_written_into(llm, toy):
     """Building twice from one config gives the same, the config stays as it was, and no two configs share a value."""
     config = BranchConfig("toy", config={"width": 8}, bridge=small_qformer(llm.config.source))

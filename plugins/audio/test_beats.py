@@ -143,6 +143,7 @@ def test_features_are_those_of_the_paper():
         BeatsFeatureExtractor()([sound], sampling_rate=8000)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_converted_checkpoint_computes_what_the_paper_says(converted):
     modality = Audio(Audio.Config(encoder=str(converted)))

@@ -97,6 +97,7 @@ def test_a_batch_of_all_kinds_gives_what_each_sample_gives_alone(model):
         assert one == pytest.approx(other, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_encoders_give_as_many_tokens_as_the_report_says(model):
     files = [json.loads(text) for text in (FOLDER / "manifest.jsonl").read_text().splitlines()]
     for modality, most in TOKENS.items():

@@ -16,6 +16,7 @@ from xblip_numerals.things import caption
 from xblip.cli import app
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", list(MODALITIES))
 def test_captions_tell_each_file_in_its_own_words_and_ever_the_same_for_a_seed(shelf, modality, tmp_path):
     texts = []

@@ -19,6 +19,7 @@ def tokenizer():
     return train_llm.build_tokenizer()
 
 
+@pytest.mark.slow
 def test_segments_tokenise_without_unknown_words_and_without_their_neighbours(tokenizer):
     rng = random.Random(0)
     for _ in range(1500):
