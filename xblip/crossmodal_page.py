@@ -57,7 +57,7 @@ def findings(told: Mapping[str, Any]) -> list[str]:
         text += "."
         against = [way for way in ("people's captions", "own captions", "question alone") if way in ways]
         told_against = [
-            f"{signed(more)} points against {way}, {_p(more['p'])}"
+            f"{_signed(more)} points against {way}, {_p(more['p'])}"
             for way in against
             for more in [ways[way]["soft_prompts_more"]]
         ]
@@ -70,18 +70,26 @@ def findings(told: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def signed(more: Mapping[str, float]) -> str:
-    """Returns a difference in points with its interval, such as "+1.2 (-0.3 to +2.6)"."""
-    return f"{100 * more['difference']:+.1f} ({100 * more['low']:+.1f} to {100 * more['high']:+.1f})"
+def difference_cells(more: Mapping[str, Any]) -> list[str]:
+    """Returns a difference in points, its interval and p for a table: "+1.2", "-0.3 to +2.6", "0.041"."""
+    return [
+        f"{100 * more['difference']:+.1f}",
+        f"{100 * more['low']:+.1f} to {100 * more['high']:+.1f}",
+        _shown_p(more["p"]),
+    ]
 
 
-def shown_p(p: float | None) -> str:
-    """Returns p for a table."""
+def _signed(more: Mapping[str, Any]) -> str:
+    difference, interval, _ = difference_cells(more)
+    return f"{difference} ({interval})"
+
+
+def _shown_p(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _p(p: float | None) -> str:
-    text = shown_p(p)
+    text = _shown_p(p)
     return text if p is None else f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
@@ -96,8 +104,8 @@ def ways_table(found: Mapping[str, Any]) -> Rows:
         row = [way, f"{100 * got['value']:.1f}", interval, str(got["n"])]
         more = got.get("soft_prompts_more")
         if more and way != BEFORE:
-            row += [f"{100 * more['difference']:+.1f}", f"{100 * more['low']:+.1f} to {100 * more['high']:+.1f}"]
-            row += [shown_p(more["p"]) if way != CHANCE else ""]
+            difference, interval, p = difference_cells(more)
+            row += [difference, interval, p if way != CHANCE else ""]
         else:
             row += ["", "", ""]
         table.append(row)

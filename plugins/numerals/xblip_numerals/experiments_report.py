@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from xblip import charts
-from xblip.crossmodal_page import Section, shown_p, signed
+from xblip.crossmodal_page import Section, difference_cells
 from xblip.crossmodal_score import SOFT, marks_of
 from xblip.intervals import Difference, Figure, difference, measure
 from xblip.runs import read_lines
@@ -132,10 +132,8 @@ def _table(head: str, pairs: Mapping[str, tuple[Run, Run]]) -> list[list[str]]:
     for cut, is_in in CUTS.items():
         for name, (first, second) in pairs.items():
             rows = matched(first, second)
-            got = compared(rows, is_in)
             each = [f"{100 * compared([pair], is_in).difference:+.1f}" for pair in rows]
-            more, _, interval = signed(got._asdict()).rstrip(")").partition(" (")
-            table.append([cut, name, more, interval, shown_p(got.p), ", ".join(each)])
+            table.append([cut, name, *difference_cells(compared(rows, is_in)._asdict()), ", ".join(each)])
     return table
 
 

@@ -171,12 +171,13 @@ def main() -> None:
         )  # fmt: skip
     except XBlipError as error:
         raise SystemExit(f"error: {error}") from None
+    if not PartialState().is_main_process:
+        return
     asked = arguments.work / "run" / f"{TASK}.jsonl"
-    more = experiment_sections(arguments.experiments, asked) if arguments.experiments else []
-    more += augment_sections(arguments.augment, arguments.discrn) if arguments.augment else []
-    more += capfilt_sections(arguments.capfilt) if arguments.capfilt else []
-    if PartialState().is_main_process:
-        write_report(told, arguments.out, more)
+    after = experiment_sections(arguments.experiments, asked) if arguments.experiments else []
+    after += augment_sections(arguments.augment, arguments.discrn) if arguments.augment else []
+    after += capfilt_sections(arguments.capfilt) if arguments.capfilt else []
+    write_report(told, arguments.out, after)
 
 
 if __name__ == "__main__":
