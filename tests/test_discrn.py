@@ -216,6 +216,7 @@ def test_wrong_items(changes, message, data, modalities):
         ({}, InputError, "entry 1: `modalities` must be a list of two"),
         ({"modalities": ["loud", "bright"]}, InputError, "entry 1: `sources` must be a list of two"),
         ({"modalities": ["dark", "loud"], "sources": ["a", "b"]}, ConfigError, 'does not read "dark"'),
+        ({"modalities": [["loud"], "loud"], "sources": ["a", "b"]}, ConfigError, r"does not read \"\['loud'\]\""),
     ],
 )
 def test_items_that_name_their_own_inputs_must_do_so(changes, error, message, data, modalities):

@@ -160,7 +160,7 @@ class DiscrnTask(EvalTask):
                     modality,
                     os.path.join(self._root, source) if isinstance(source, str) else source,
                     modalities[modality].cue,
-                    str(_of_two(values, column, place)) if column and "captions" in settings.modes else None,
+                    str(_of_two(values, column, place)) if "captions" in settings.modes else None,
                     str(_of_two(values, "captions", place)) if "descriptions" in settings.modes else None,
                     list(dict.fromkeys(own)),
                 )
@@ -229,8 +229,8 @@ def _in_both_orders(lines: Sequence[Line]) -> list[tuple[int, int]]:
     return [(found[0], found[1]) for found in places.values() if len(found) == 2]
 
 
-def _check_read(modality: str, modalities: Mapping[str, Any]) -> None:
-    if modality not in modalities:
+def _check_read(modality: Any, modalities: Mapping[str, Any]) -> None:
+    if not isinstance(modality, str) or modality not in modalities:
         raise ConfigError(f'The model does not read "{modality}".{suggest(str(modality), modalities)}')
 
 

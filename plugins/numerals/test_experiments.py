@@ -204,3 +204,14 @@ def test_without_a_build_one_line_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["experiments", "--parts", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"rows.jsonl is missing. Run xblip_numerals.build first"):
         main()
+
+
+def test_without_questions_of_augment_one_line_says_what_makes_them(tmp_path, monkeypatch):
+    for place in ("report/rows.jsonl", "llm/config.json"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_text("")
+    monkeypatch.setattr("sys.argv", ["experiments", "--parts", str(tmp_path), "--only", "augmented"])
+    with pytest.raises(
+        SystemExit, match=r"questions.jsonl is missing. Run xblip augment configs/augment/numerals.yaml"
+    ):
+        main()

@@ -170,13 +170,11 @@ def places_of(parts: Path, modality: str, stage: str = "instruct") -> dict[str, 
     }
 
 
-def check_built(*places: Path) -> None:
-    """Ends the program if the build has not left what is needed."""
+def check_built(*places: Path, by: str = "xblip_numerals.build") -> None:
+    """Ends the program if what is needed is not there; `by` is what makes it."""
     for place in places:
         if not place.exists():
-            raise SystemExit(
-                f"error: {place} is missing. Run xblip_numerals.build first, or name its folder by --parts."
-            )
+            raise SystemExit(f"error: {place} is missing. Run {by} first, or name its folder by --parts.")
 
 
 def build(data: Path, out: Path, *, seed: int, sizes: Sizes) -> None:

@@ -22,7 +22,7 @@ from xblip.tables import write_whole
 from xblip_numerals.build import CONFIGS, Lanes, Step, check_built, config_of, places_of
 from xblip_numerals.phrases import MODALITIES
 
-STEPS, BATCH = 400, 32
+STEPS, BATCH = 300, 32
 ALIGN_STEPS = 300
 DONE = "trained.json"
 ASKED = "asked"
@@ -149,8 +149,12 @@ def rows_alone(parts: Path, modality: str) -> Path:
 
 def rows_augmented(parts: Path, modality: str) -> Path:
     """Writes, beside what `xblip augment` made, its questions about one modality; returns where."""
-    made = [parts / "augment" / name for name in (QUESTIONS, YES_NO)]
-    return _chosen(made, parts / "augment" / f"{modality}-train.jsonl", lambda row: modality in row)
+    return _chosen(augmented_in(parts), parts / "augment" / f"{modality}-train.jsonl", lambda row: modality in row)
+
+
+def augmented_in(parts: Path) -> list[Path]:
+    """Where `xblip augment` leaves its questions."""
+    return [parts / "augment" / name for name in (QUESTIONS, YES_NO)]
 
 
 def _chosen(manifests: Sequence[Path], out: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> Path:
@@ -232,9 +236,10 @@ def main() -> None:
     arguments = parser.parse_args()
     parts, out = arguments.parts, arguments.out or arguments.parts / "experiments"
     rows = arguments.rows or parts / "report" / "rows.jsonl"
-    augmented = [parts / "augment" / name for name in (QUESTIONS, YES_NO)]
+    check_built(rows, parts / "llm")
     wanted = [arguments.variant] if arguments.variant else arguments.only
-    check_built(rows, parts / "llm", *(augmented if any(VARIANTS[name].rows == "augmented" for name in wanted) else ()))
+    if any(VARIANTS[name].rows == "augmented" for name in wanted):
+        check_built(*augmented_in(parts), by="xblip augment configs/augment/numerals.yaml")
     if not arguments.variant:
         run_all(parts, out, rows, names=arguments.only, seeds=arguments.seeds, steps=arguments.steps)
         return
