@@ -55,6 +55,7 @@ def trainings(monkeypatch, tmp_path):
 
     def train(config):
         found.append(config)
+        Path(config.training["output_dir"]).mkdir(parents=True)
         return {"train_runtime": 1.0}
 
     monkeypatch.setattr("xblip.train.train", train)
@@ -65,11 +66,20 @@ def trainings(monkeypatch, tmp_path):
     return found
 
 
+@pytest.mark.parametrize("name", [BASE, "aligned"])
+def test_an_interrupted_training_starts_anew(trainings, tmp_path, name):
+    folder = branch_of(tmp_path / "experiments", name, "audio", 1)
+    for left in (folder, folder.with_name("audio-align")):
+        left.mkdir(parents=True)
+        (left / "bridge.safetensors").write_bytes(b"half")
+    train_modality(tmp_path, tmp_path / "experiments", "audio", name, seed=1, steps=5)
+    assert trainings and not (folder / "bridge.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if not variant.weights])
 def test_a_variant_differs_from_the_shipped_kind_in_what_it_is_about_alone(trainings, tmp_path, name):
     out = tmp_path / "experiments"
     for variant in (BASE, name):
-        branch_of(out, variant, "audio", 1).mkdir(parents=True, exist_ok=True)
         train_modality(tmp_path, out, "audio", variant, seed=1, steps=5)
     base, last = OmegaConf.structured(trainings[0]), OmegaConf.structured(trainings[-1])
     assert len(trainings) == (1 if name == BASE else 3 if name == "aligned" else 2), "what is there is not run again"

@@ -11,6 +11,7 @@ Two lanes run side by side with one thread each. What is there is not run again;
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def queries_of(variant: Variant) -> int | None:
 def train_modality(
     parts: Path, out: Path, modality: str, name: str, *, seed: int, steps: int, align_steps: int = ALIGN_STEPS
 ) -> None:
-    """Trains one bridge of a variant into its folder.
+    """Trains one bridge of a variant into its folder, from the start if that was interrupted.
 
     Args:
       parts: folder of the build.
@@ -113,6 +114,7 @@ def train_modality(
     config = load_train_config(config_of(modality), _overrides(parts, modality, "instruct", folder, steps, seed, given))
     if variant.bridge:
         config.branch.bridge = dict(variant.bridge)
+    shutil.rmtree(folder, ignore_errors=True)
     metrics = train(config)
     (folder / DONE).write_text(json.dumps({"steps": steps, "batch": BATCH, "seconds": metrics["train_runtime"]}) + "\n")
 
@@ -121,6 +123,7 @@ def _train(parts: Path, modality: str, stage: str, folder: Path, *, steps: int, 
     from xblip.train import train
     from xblip.train_config import load_train_config
 
+    shutil.rmtree(folder, ignore_errors=True)
     train(load_train_config(config_of(modality, stage), _overrides(parts, modality, stage, folder, steps, seed, {})))
 
 
