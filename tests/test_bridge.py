@@ -10,11 +10,12 @@ from torch import nn
 
 from xblip import plugins
 from xblip.branch import Branch, BranchConfig
-from xblip.bridge import Bridge, LinearBridge, MLPBridge, QFormerBridge
+from xblip.bridge import Bridge, QFormerBridge
 from xblip.config import build
 from xblip.errors import BundleError, ConfigError, InputError
 from xblip.modality import Features
 from xblip.testing import small_qformer
+from xblip.tokenwise import LinearBridge, MLPBridge
 
 WIDTH, LLM_WIDTH = 8, 12
 every_kind = pytest.mark.parametrize("kind", KINDS)

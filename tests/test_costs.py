@@ -20,13 +20,14 @@ from transformers import (
 )
 
 from xblip import costs as costing
-from xblip.bridge import MLPBridge, QFormerBridge
+from xblip.bridge import QFormerBridge
 from xblip.costs import Costs, CountedCost, Flops, LLMCost, QFormerCost, bridge_cost, count_flops, step_flops, total
 from xblip.doctor import examine, in_flops, report_tables
 from xblip.dryrun import _on_meta
 from xblip.llm import IGNORE, FrozenLLM, LLMConfig, PromptBatch
 from xblip.modality import Features
 from xblip.testing import small_qformer, toy_tokenizer
+from xblip.tokenwise import MLPBridge
 
 TOLERANCE = 0.02
 SIZES = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -20,13 +20,14 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices", "markdown"},
-    {"config", "loading", "media", "contents", "packing", "heat"},
-    {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
+    {"config", "caches", "loading", "media", "contents", "packing", "heat"},
+    {"pictures", "checkpoint", "frozen", "encoder", "activations", "media_read", "likelihood", "parts", "provenance"},
     {"runs", "intervals", "metrics", "captions", "answers", "charts", "threshold"},
     {"modality", "qformer", "llm", "sample", "agreement"},
     {"bridge", "router", "forms", "shards", "eval_task", "lmms"},
     {
         "qformer_bridges",
+        "tokenwise",
         "retrieval_bridge",
         "sharing",
         "explain_page",

@@ -10,10 +10,11 @@ from kit import MODEL, Beads, registered
 
 import xblip
 from xblip import plugins
-from xblip.bridge import Bridge, LinearBridge
+from xblip.bridge import Bridge
 from xblip.errors import PluginError
 from xblip.modality import Modality
 from xblip.testing import ToyModality
+from xblip.tokenwise import LinearBridge
 
 IMPORTS = "import xblip\nfrom xblip.testing import ToyModality\n\n"
 HOOK = "\n\n@xblip.hookimpl\ndef register_modalities(register):\n    register({})\n"

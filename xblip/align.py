@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xblip.branch import Branch, BranchConfig, without_half_precision
-from xblip.bridge import MediaRead
 from xblip.contrast import (
     Embedded,
     Momentum,
@@ -27,16 +26,15 @@ from xblip.contrast import (
     embedded,
     key_of_media,
     key_of_text,
-    padded,
     similarities,
 )
 from xblip.errors import ConfigError, InputError
 from xblip.frozen import FrozenEncoder
 from xblip.gather import exchange, gather, largest, world
+from xblip.media_read import KeysValues, MediaRead, padded, row_table
 from xblip.modality import Features
-from xblip.qformer import KeysValues
 from xblip.retrieval import Retriever
-from xblip.retrieval_bridge import RetrievalBridge, chosen, row_table
+from xblip.retrieval_bridge import RetrievalBridge
 from xblip.sample import Sample
 
 TEMPERATURES = (0.001, 0.5)
@@ -154,7 +152,7 @@ class AlignModel(nn.Module):
         kept: KeysValues = []
         queries = bridge.embed_queries(bridge.read_queries(media, kept=kept))
         keys = [[key_of_media(item), key_of_text(caption)] for item, caption in zip(items, captions, strict=True)]
-        own = embedded(queries, media[2], bridge.embed_texts(text), torch.tensor(keys, device=queries.device))
+        own = embedded(queries, media.rows, bridge.embed_texts(text), torch.tensor(keys, device=queries.device))
         batch = self._gathered(features, media, text, own)
         if self.training:
             with torch.no_grad():
@@ -268,7 +266,7 @@ class AlignModel(nn.Module):
         media = batch.media
         fetched = self._fetch(batch, far)
         if fetched:
-            media = _joined(media, bridge.read_media(fetched))
+            media = MediaRead.join([media, bridge.read_media(fetched)])
         place = {start + item: item for item in range(size)} | {item: size + order for order, item in enumerate(far)}
         pairs: list[tuple[int, int, int, float]] = []  # medium, text, whether they match, weight
         for item, (medium, text) in enumerate(zip(wrong_media, wrong_texts, strict=True)):
@@ -279,7 +277,7 @@ class AlignModel(nn.Module):
         mediums, texts, labels, weights = zip(*pairs, strict=True)
         ids = batch.ids[list(texts)]
         logits = bridge.judge(
-            chosen(media, mediums), {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
+            media.chosen(mediums), {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long()}
         )
         losses = F.cross_entropy(logits.float(), torch.tensor(labels, device=logits.device), reduction="none")
         return (losses * torch.tensor(weights, device=logits.device)).sum()
@@ -287,7 +285,7 @@ class AlignModel(nn.Module):
     def _writing(self, batch: _Batch, kept: KeysValues) -> Tensor:
         """ITG: the captions, said on what the query tokens kept when they read the media; the mean over all tokens."""
         bridge = self.branch.bridge
-        logits, labels = bridge.write(kept, batch.media[2], bridge.to_write(batch.text))
+        logits, labels = bridge.write(kept, batch.media.rows, bridge.to_write(batch.text))
         total = gather(torch.tensor([len(labels)], device=labels.device)).sum().clamp(min=1)
         smoothing = self.settings.label_smoothing
         summed = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
@@ -317,17 +315,6 @@ class AlignModel(nn.Module):
 def _shares(equal: Tensor) -> Tensor:
     """Each row's targets, shared by all that it equals."""
     return equal / equal.sum(1, keepdim=True)
-
-
-def _joined(first: MediaRead, second: MediaRead) -> MediaRead:
-    """Read media of both, one after the other."""
-    size = max(first[1].shape[1], second[1].shape[1])
-    keys_values = [
-        tuple(torch.cat([padded(part, size, dim=2) for part in parts]) for parts in zip(*layer, strict=True))
-        for layer in zip(first[0], second[0], strict=True)
-    ]
-    mask = torch.cat([padded(part[1], size, value=False) for part in (first, second)])
-    return keys_values, mask, first[2] + second[2]
 
 
 def _check(config: AlignConfig) -> None:

@@ -1,7 +1,7 @@
 """Bridges: from frozen features to a soft prompt, the only part of a branch that trains.
 
-The Q-Former bridge is the default; `linear` and `mlp` are the field's baselines (LLaVA). A bridge returns one tensor
-per item, unpadded, since items differ in their number of segments and only the router knows the order they go in.
+The Q-Former bridge is the default. A bridge returns one tensor per item, unpadded, since items differ in their number of
+segments and only the router knows the order they go in.
 """
 
 from abc import ABC, abstractmethod
@@ -17,13 +17,12 @@ from xblip.config import at_least
 from xblip.errors import BundleError, ConfigError, InputError
 from xblip.hookspecs import hookimpl
 from xblip.loading import LOADING_ERRORS, load_weights, why_not_loaded
+from xblip.media_read import KeysValues, MediaRead
 from xblip.modality import Features
-from xblip.qformer import KeysValues, QFormer, QFormerConfig
+from xblip.qformer import QFormer, QFormerConfig
 
 TOKENIZER = "tokenizer"
 """Folder of the instructions' tokenizer in a branch's folder."""
-MediaRead = tuple[KeysValues, Tensor, list[int]]
-"""What a Q-Former bridge keeps of B media: cross-attention keys and values, their mask, each item's number of rows."""
 WEIGHTS = "bridge.safetensors"
 """The bridge's weights in a branch's folder."""
 
@@ -68,6 +67,32 @@ class Bridge(nn.Module, ABC):
         Returns:
           B tensors (L, D_llm); L may differ from item to item.
         """
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether another instruction may give another soft prompt; False lets a prompt serve all questions."""
+        return True
+
+    def read_media(self, features: Features) -> Any:
+        """Does the part of the work that no instruction changes, to be kept and reused; by default none.
+
+        Returns:
+          What `read_instructions` needs of the items, with a function `join` that makes one of several, as `Features` has.
+        """
+        return features
+
+    def read_instructions(self, media: Any, instructions: Sequence[str]) -> list[Tensor]:
+        """Finishes what `read_media` began.
+
+        Args:
+          media: of B items.
+          instructions: B, or a multiple: the first B are for one item each, so are the next B, and so on.
+
+        Returns:
+          A soft prompt (L, D_llm) for every instruction.
+        """
+        turns = len(instructions) // len(media.segments)
+        return self(Features.join([media] * turns), instructions)
 
     def attention(self, features: Features, instructions: Sequence[str]) -> list[Tensor] | None:
         """Tells what queries look at, for `xblip.explain`; a bridge without cross-attention has nothing to tell.
@@ -233,12 +258,15 @@ class QFormerBridge(Bridge):
         """Builds what follows the Q-Former; it is built last."""
         self.projector = nn.Linear(config.hidden_size, llm_width)
 
+    @property
+    def reads_instructions(self) -> bool:
+        return self.tokenizer is not None
+
     def normed(self, values: Tensor) -> Tensor:
         """Brings features (M, N, D_enc) to what the Q-Former reads."""
         return self.layer_norm(values.to(self.query_tokens.dtype))
 
     def read_media(self, features: Features) -> MediaRead:
-        """Does the part of the work that no instruction changes, to be kept and reused."""
         values = self.normed(features.values)
         if self.config.max_segments:
             values = self.segment_positions(values, features.segments)
@@ -246,7 +274,7 @@ class QFormerBridge(Bridge):
         if self.config.join_segments:
             values, mask = join_segments(values, mask, rows)
             rows = [1] * len(rows)
-        return self.qformer.read_media(values), mask, rows
+        return MediaRead(self.qformer.read_media(values), mask, rows)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Gives `input_ids` and `attention_mask` (B, T) of texts, cut to `max_instruction_tokens`."""
@@ -269,18 +297,23 @@ class QFormerBridge(Bridge):
     ) -> Tensor:
         """Lets the query tokens read media, (M, Q, D_q), in the light of B texts from `tokenize` where there are some.
 
-        `kept` and `attention` are those of `QFormer.forward`.
+        Or of a multiple of B, and then of as many times M rows. `kept` and `attention` are those of `QFormer.forward`.
         """
         keys_values, mask, rows = media
-        counts = torch.tensor(rows, device=mask.device)
-        text = {name: part.repeat_interleave(counts, 0, output_size=sum(rows)) for name, part in (text or {}).items()}
+        texts = 0 if text is None else len(text["input_ids"])
+        counts = torch.tensor(rows * max(texts // len(rows), 1), device=mask.device)
+        size = sum(rows) * max(texts // len(rows), 1)
+        text = {name: part.repeat_interleave(counts, 0, output_size=size) for name, part in (text or {}).items()}
         queries = self.qformer(self.query_tokens, keys_values, media_mask=mask, kept=kept, attention=attention, **text)
         return queries[:, : self.config.num_query_tokens]
 
     def read_instructions(self, media: MediaRead, instructions: Sequence[str]) -> list[Tensor]:
-        """Finishes what `read_media` began: B instructions to B soft prompts."""
-        soft = self.projector(self.read_queries(media, None if self.tokenizer is None else self.tokenize(instructions)))
-        return [part.flatten(0, 1) for part in soft.split(media[2])]
+        turns = len(instructions) // len(media.rows)
+        if self.tokenizer is None:
+            soft = [part.flatten(0, 1) for part in self.projector(self.read_queries(media)).split(media.rows)]
+            return soft * turns
+        soft = self.projector(self.read_queries(media, self.tokenize(instructions)))
+        return [part.flatten(0, 1) for part in soft.split(media.rows * turns)]
 
     def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
         return self.read_instructions(self.read_media(features), instructions)
@@ -304,51 +337,6 @@ class QFormerBridge(Bridge):
                 raise BundleError(f"It lacks its folder {TOKENIZER}: copy it again, whole.")
             config.tokenizer = str(folder / TOKENIZER)
         return config
-
-
-class _TokenwiseBridge(Bridge):
-    """Projects every real feature token alone; instructions are ignored."""
-
-    def __init__(self, config: Any, *, encoder_width: int, llm_width: int):
-        super().__init__(config, encoder_width=encoder_width, llm_width=llm_width)
-        self.projector = self.build_projector()
-
-    @abstractmethod
-    def build_projector(self) -> nn.Module:
-        """Builds the module from (..., D_enc) to (..., D_llm)."""
-
-    def forward(self, features: Features, instructions: Sequence[str]) -> list[Tensor]:
-        values = features.values.to(next(self.projector.parameters()).dtype)
-        return [
-            self.projector(part.values[part.mask])
-            for part in Features(values, features.mask, features.segments).split()
-        ]
-
-
-class LinearBridge(_TokenwiseBridge):
-    """One linear layer per feature token (LLaVA's first projector)."""
-
-    name = "linear"
-
-    def build_projector(self) -> nn.Module:
-        return nn.Linear(self.encoder_width, self.llm_width)
-
-
-class MLPBridge(_TokenwiseBridge):
-    """Two linear layers with a GELU between them, per feature token (LLaVA-1.5)."""
-
-    name = "mlp"
-
-    @dataclass
-    class Config:
-        """`hidden_size`: width between the two layers; 0 means D_llm, as in LLaVA-1.5."""
-
-        hidden_size: int = 0
-
-    def build_projector(self) -> nn.Module:
-        at_least(self.config, hidden_size=0)
-        hidden = self.config.hidden_size or self.llm_width
-        return nn.Sequential(nn.Linear(self.encoder_width, hidden), nn.GELU(), nn.Linear(hidden, self.llm_width))
 
 
 def load_bridge(
@@ -389,5 +377,4 @@ def load_bridge(
 @hookimpl
 def register_bridges(register: Callable[[type[Bridge]], None]) -> None:
     """The bridges that come with xblip, through the same door as any plugin's."""
-    for bridge in (QFormerBridge, LinearBridge, MLPBridge):
-        register(bridge)
+    register(QFormerBridge)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from xblip.errors import ConfigError
 from xblip.gather import gather, gather_with_gradient
+from xblip.media_read import padded, row_table
 from xblip.modality import Features
-from xblip.retrieval_bridge import RetrievalBridge, row_table
+from xblip.retrieval_bridge import RetrievalBridge
 
 SAMPLED = 4096
 """Values of a tensor that tell it from others, evenly spaced."""
@@ -51,12 +52,6 @@ def embedded(queries: Tensor, rows: list[int], texts: Tensor, keys: Tensor) -> E
     index, real = row_table(rows, queries.device)
     real = real.repeat_interleave(queries.shape[1], 1)
     return Embedded(queries.float()[index].flatten(1, 2), real, texts.float(), keys)
-
-
-def padded(values: Tensor, size: int, *, dim: int = 1, value: float = 0) -> Tensor:
-    """Appends `value` along a dimension up to `size`."""
-    after = values.dim() - 1 - dim
-    return F.pad(values, (0, 0) * after + (0, size - values.shape[dim]), value=value)
 
 
 def similarities(own: Embedded, others: Iterable[Embedded]) -> tuple[Tensor, Tensor]:
@@ -165,7 +160,7 @@ class Momentum(nn.Module):
         """Gives pairs as this bridge sees them."""
         media = self.bridge.read_media(features)
         queries = self.bridge.embed_queries(self.bridge.read_queries(media))
-        return embedded(queries, media[2], self.bridge.embed_texts(text), keys)
+        return embedded(queries, media.rows, self.bridge.embed_texts(text), keys)
 
     def queue(self) -> Embedded:
         """Pairs of earlier steps, as many as there are; a copy, since backward needs them after `remember`."""

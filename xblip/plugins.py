@@ -21,7 +21,7 @@ GROUP = "xblip"
 RESTRICT = "XBLIP_PLUGINS"
 KINDS = ("modality", "bridge", "model", "task")
 CORE = "xblip"
-BUILT_IN = ("xblip.bridge", "xblip.qformer_bridges", "xblip.pooled", "xblip.resamplers")
+BUILT_IN = ("xblip.bridge", "xblip.tokenwise", "xblip.qformer_bridges", "xblip.pooled", "xblip.resamplers")
 BUILT_IN_TASKS = ("xblip.eval_kinds", "xblip.discrn", "xblip.crossmodal", "xblip.eval_retrieval")
 """Apart, since they import what evaluation needs."""
 BY_HAND = "registered by hand"

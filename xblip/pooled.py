@@ -24,6 +24,7 @@ class PooledLinearBridge(Bridge):
     """
 
     name = "pooled_linear"
+    reads_instructions = False
 
     @dataclass
     class Config:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KeysValues = list[tuple[Tensor, Tensor]]
+from xblip.media_read import KeysValues
 
 
 @dataclass
@@ -97,8 +97,9 @@ class QFormer(nn.Module):
 
         Args:
           query_tokens: (M, Q, D_q) or (1, Q, D_q).
-          media: from `read_media`, M rows, or 1 row that serves M instructions.
-          media_mask: (M, N) boolean, True for real features; None when all are.
+          media: from `read_media`, M rows, or R of which M is a multiple: then rows r, R + r, 2 R + r, ... read the r-th,
+            each in the light of its own instruction, and nothing of the media is copied.
+          media_mask: (M or R, N) boolean, True for real features; None when all are.
           input_ids: (M, T) the instruction's tokens; None for none.
           attention_mask: (M, T), 1 for real tokens; None when all are.
           kept: an empty list, to which the query tokens' own keys and values (M, heads, Q, D_head) of every layer are
@@ -111,7 +112,6 @@ class QFormer(nn.Module):
         """
         rows = max(query_tokens.shape[0], media[0][0].shape[0], 1 if input_ids is None else input_ids.shape[0])
         query_tokens = query_tokens.expand(rows, -1, -1)
-        media = [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in media]
         hidden = self.embeddings(query_tokens, input_ids)
         num_queries = query_tokens.shape[1]
         self_mask = None
@@ -303,9 +303,13 @@ class _Layer(nn.Module):
         hidden = self.attention(hidden, own, self_mask)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
         if self.crossattention is not None:
+            turns = len(queries) // len(media[0])
+            queries = queries.unflatten(0, (turns, -1)).transpose(0, 1).flatten(1, 2)
             if attention is not None:
-                attention.append(self.crossattention.attention.weights(queries, media[0], media_mask))
+                weights = self.crossattention.attention.weights(queries, media[0], media_mask)
+                attention.append(weights.unflatten(2, (turns, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1))
             queries = self.crossattention(queries, media, media_mask)
+            queries = queries.unflatten(1, (turns, -1)).transpose(0, 1).flatten(0, 1)
         queries = self.output_query(self.intermediate_query(queries), queries)
         if text.shape[1] == 0:
             return queries

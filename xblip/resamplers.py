@@ -24,6 +24,7 @@ class PerceiverBridge(Bridge):
     """Flamingo's resampler, and a linear projector: Q soft tokens of an item, however many segments it has."""
 
     name = "perceiver"
+    reads_instructions = False
 
     @dataclass
     class Config:
@@ -133,6 +134,7 @@ class Resampler2DBridge(Bridge):
     """Qwen-VL's resampler: one cross-attention from learned queries to a square grid of tokens, Q of a segment."""
 
     name = "resampler_2d"
+    reads_instructions = False
 
     @dataclass
     class Config:

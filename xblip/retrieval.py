@@ -21,7 +21,7 @@ from xblip.errors import BundleError, ConfigError, InputError
 from xblip.frozen import FrozenEncoder
 from xblip.loading import snapshot
 from xblip.modality import Features
-from xblip.retrieval_bridge import RetrievalBridge, chosen
+from xblip.retrieval_bridge import RetrievalBridge
 
 FILE = "retriever.yaml"
 ENCODER = "encoder"
@@ -238,7 +238,7 @@ class Gallery:
         for part in _parts(pairs):
             own = sorted({source for source, _ in part})
             media = bridge.read_media(Features.join([self._features[source] for source in own]))
-            media = chosen(media, [own.index(source) for source, _ in part])
+            media = media.chosen([own.index(source) for source, _ in part])
             logits = bridge.judge(media, bridge.tokenize([self.texts[text] for _, text in part]))
             match.update(zip(part, logits[:, 1].tolist(), strict=True))
         return match

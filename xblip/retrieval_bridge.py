@@ -1,7 +1,7 @@
 """The Q-Former of BLIP-2's first stage: it ends in heads for media and texts, where other bridges make a soft prompt.
 
 Media are read once: what cross-attention needs of them, and what the query tokens have read without a text, serve all of
-its passes. Items are padded in numbers of rows only where they differ, by one table of which rows are whose.
+its passes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xblip.bridge import MediaRead, QFormerBridge
+from xblip.bridge import QFormerBridge
 from xblip.config import at_least
 from xblip.errors import ConfigError
+from xblip.media_read import KeysValues, MediaRead, row_table
 from xblip.modality import Features
-from xblip.qformer import KeysValues
 
 BEGIN = "[DEC]"
 """The token that begins texts which are written."""
@@ -79,7 +79,7 @@ class RetrievalBridge(QFormerBridge):
     def embed_media(self, features: Features) -> list[Tensor]:
         """Gives B tensors (L, W), an embedding of length 1 for each query token of each segment."""
         media = self.read_media(features)
-        return [part.flatten(0, 1) for part in self.embed_queries(self.read_queries(media)).split(media[2])]
+        return [part.flatten(0, 1) for part in self.embed_queries(self.read_queries(media)).split(media.rows)]
 
     def embed_queries(self, queries: Tensor) -> Tensor:
         """Gives embeddings (M, Q, W) of length 1 of queries (M, Q, D_q) that have read media without a text."""
@@ -93,7 +93,7 @@ class RetrievalBridge(QFormerBridge):
     def judge(self, media: MediaRead, text: Mapping[str, Tensor]) -> Tensor:
         """Gives logits (B, 2) of B pairs of read media and texts from `tokenize`, as `forward`."""
         logits = self.matching_head(self.read_queries(media, text)).mean(1)
-        index, real = row_table(media[2], logits.device)
+        index, real = row_table(media.rows, logits.device)
         return (logits[index] * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
     def forward(self, features: Features, texts: Sequence[str]) -> Tensor:
@@ -127,21 +127,3 @@ class RetrievalBridge(QFormerBridge):
         ids = torch.cat([start, ids[:, begins:]], 1)[:, : self.config.max_instruction_tokens]
         mask = torch.cat([torch.ones_like(start), mask[:, begins:]], 1)[:, : self.config.max_instruction_tokens]
         return {"input_ids": ids, "attention_mask": mask}
-
-
-def row_table(rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which rows each item has, (B, max(S)), where items have `rows` one after another; and which of them are real."""
-    ends = torch.tensor(rows).cumsum(0)
-    order = torch.arange(max(rows)).expand(len(rows), -1)
-    real = order < torch.tensor(rows)[:, None]
-    index = torch.where(real, order + (ends - torch.tensor(rows))[:, None], 0)
-    return index.to(device), real.to(device)
-
-
-def chosen(media: MediaRead, items: Sequence[int]) -> MediaRead:
-    """Read media of these items, in this order; an item may come more than once."""
-    keys_values, mask, rows = media
-    index, real = row_table(rows, mask.device)
-    wanted = torch.tensor(items, device=mask.device)
-    index = index[wanted][real[wanted]]
-    return [(keys[index], values[index]) for keys, values in keys_values], mask[index], [rows[item] for item in items]

@@ -1,0 +1,158 @@
+"""Caches with a budget in bytes, safe under threads: what was made once for a question is there for the next.
+
+A value is made by one thread and the others wait for it: a film that a hundred callers send at once is encoded once.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class CacheCounters:
+    """What a cache has done.
+
+    Attributes:
+      hits: values that were there, or that another thread was making.
+      misses: values that were made.
+      evictions: values that made room for others.
+      entries, bytes: what it holds now.
+      budget_bytes: what it may hold.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    entries: int
+    bytes: int
+    budget_bytes: int
+
+
+class ByteCache:
+    """Values by key, those not used for longest going first; a value above the budget is not kept at all."""
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes = budget_bytes
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._making: dict[Hashable, Future] = {}
+        self._bytes = self._hits = self._misses = self._evictions = 0
+
+    def get_or_make(self, keys: Sequence[Hashable], make: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+        """Returns the values of keys, made all at once where they are missing.
+
+        Args:
+          keys: of the values wanted; a key may come twice.
+          make: takes places in `keys`, each of another key, and returns their values.
+
+        Raises:
+          Whatever `make` raises, here or in the thread that was making a value; nothing is kept of it then.
+        """
+        wanted: dict[Hashable, Future] = {}
+        own: dict[Hashable, int] = {}
+        with self._lock:
+            for place, key in enumerate(keys):
+                if key in wanted:
+                    self._hits += 1
+                    continue
+                wanted[key] = self._claim(key)
+                if wanted[key] is None:
+                    wanted[key] = self._making[key] = Future()
+                    own[key] = place
+        if own:
+            self._make(own, make)
+        return [wanted[key].result() for key in keys]
+
+    def _claim(self, key: Hashable) -> Future | None:
+        """Returns where a value is or will be; None if nobody makes it yet. Runs under the lock."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            self._hits += 1
+            done: Future = Future()
+            done.set_result(self._held[key][0])
+            return done
+        if key in self._making:
+            self._hits += 1
+            return self._making[key]
+        self._misses += 1
+        return None
+
+    def _make(self, own: dict[Hashable, int], make: Callable[[list[int]], Sequence[Any]]) -> None:
+        try:
+            values = list(make(list(own.values())))
+            assert len(values) == len(own)
+        except BaseException as error:
+            with self._lock:
+                for key in own:
+                    self._making.pop(key).set_exception(error)
+            raise
+        with self._lock:
+            for key, value in zip(own, values, strict=True):
+                self._keep(key, value)
+                self._making.pop(key).set_result(value)
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Keeps a value in the place of an earlier one."""
+        with self._lock:
+            self._keep(key, value)
+
+    def _keep(self, key: Hashable, value: Any) -> None:
+        size = bytes_of(value)
+        if key in self._held:
+            self._bytes -= self._held.pop(key)[1]
+        if size > self.budget_bytes:
+            return
+        self._held[key] = value, size
+        self._bytes += size
+        while self._bytes > self.budget_bytes:
+            _, (_, freed) = self._held.popitem(last=False)
+            self._bytes -= freed
+            self._evictions += 1
+
+    def items(self) -> list[tuple[Hashable, Any]]:
+        """Returns what is held, the least used first; looking is no use."""
+        with self._lock:
+            return [(key, value) for key, (value, _) in self._held.items()]
+
+    def clear(self) -> None:
+        """Forgets all values; the counters go on."""
+        with self._lock:
+            self._held.clear()
+            self._bytes = 0
+
+    @property
+    def counters(self) -> CacheCounters:
+        with self._lock:
+            return CacheCounters(
+                self._hits, self._misses, self._evictions, len(self._held), self._bytes, self.budget_bytes
+            )
+
+
+def bytes_of(value: Any) -> int:
+    """How much the tensors in a value hold, found in lists, tuples, dictionaries and objects' attributes.
+
+    A view counts with all of what it is a view of, since that is what stays in memory; each storage counts once.
+    """
+    storages: dict[int, int] = {}
+    _collect(value, storages)
+    return sum(storages.values())
+
+
+def _collect(value: Any, storages: dict[int, int]) -> None:
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _collect(part, storages)
+    elif isinstance(value, dict):
+        _collect(list(value.values()), storages)
+    elif hasattr(value, "__dict__"):
+        _collect(list(vars(value).values()), storages)
