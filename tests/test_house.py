@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices", "markdown"},
-    {"config", "caches", "loading", "media", "contents", "packing", "heat"},
+    {"config", "caches", "generation", "loading", "media", "contents", "packing", "heat"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "media_read", "likelihood", "parts", "provenance"},
     {"runs", "intervals", "metrics", "captions", "answers", "charts", "threshold"},
     {"modality", "qformer", "llm", "sample", "agreement"},
-    {"bridge", "router", "forms", "shards", "eval_task", "lmms"},
+    {"bridge", "router", "prefixes", "forms", "shards", "eval_task", "lmms"},
     {
         "qformer_bridges",
         "tokenwise",
@@ -41,7 +41,8 @@ LAYERS = [
     },
     {"plugins", "tables", "crossmodal_rows", "crossmodal_score"},
     {"branch", "lavis", "data", "crossmodal_page"},
-    {"bundle", "stored", "mixture", "examples", "explain"},
+    {"bundle", "stored", "mixture", "examples", "explain", "reading"},
+    {"context"},
     {"model", "retrieval", "contrast", "encoding", "streaming"},
     {"export", "lmms_model", "align", "layers", "resume", "meters", "precompute_ray", "writer"},
     {"tasks", "train_config", "precompute", "rule_writer"},

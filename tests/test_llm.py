@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xblip.errors import BundleError, ConfigError
-from xblip.llm import IGNORE, FrozenLLM, LLMConfig, PromptBatch, check_generation_options
+from xblip.generation import check_generation_options
+from xblip.llm import IGNORE, FrozenLLM, LLMConfig, PromptBatch
 from xblip.testing import WORDS, save_toy_llm
 
 
@@ -260,6 +261,16 @@ class TestGenerate:
         rows = [[1, 4, 5, 6], [1, 9], [1, 4, 8, 20, 21, 22, 7]]
         together = llm.generate(self.batch(llm, *rows), max_new_tokens=6)
         assert together == [llm.generate(self.batch(llm, row), max_new_tokens=6)[0] for row in rows]
+
+    def test_left_padding_does_not_hide_what_was_said_from_the_repetition_penalty(self, llm):
+        """That of transformers forgets as many new tokens as a row has padding."""
+        rows = [[1, 4, 5, 6], [1, 9], [1, 4, 8, 20, 21, 22, 7, 9, 10, 11, 12, 13]]
+        options = {"max_new_tokens": 8, "repetition_penalty": 1.7}
+        alone = [llm.generate(self.batch(llm, row), **options)[0] for row in rows]
+        assert alone != [llm.generate(self.batch(llm, row), max_new_tokens=8)[0] for row in rows]
+        assert llm.generate(self.batch(llm, *rows), **options) == alone
+        with pytest.raises(ConfigError, match="strictly positive float"):
+            llm.generate(self.batch(llm, [1, 4]), max_new_tokens=3, repetition_penalty=-1.0)
 
     def test_an_answer_ends_before_the_end_token(self, llm):
         free = llm.generate(self.batch(llm, [1, 4, 5, 6]), max_new_tokens=6)[0]

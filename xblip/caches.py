@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-MIB = 2**20
-
 
 @dataclass(frozen=True)
 class CacheCounters:
@@ -98,6 +96,15 @@ class ByteCache:
                 self._keep(key, value)
                 self._making.pop(key).set_result(value)
 
+    def get(self, key: Hashable) -> Any:
+        """Returns a value that is there, or None."""
+        with self._lock:
+            if key not in self._held:
+                return None
+            self._held.move_to_end(key)
+            self._hits += 1
+            return self._held[key][0]
+
     def put(self, key: Hashable, value: Any) -> None:
         """Keeps a value in the place of an earlier one."""
         with self._lock:
@@ -121,6 +128,10 @@ class ByteCache:
         with self._lock:
             return [(key, value) for key, (value, _) in self._held.items()]
 
+    def __reduce__(self) -> tuple:
+        """A copy begins empty: what is held may be gigabytes, and is of this process."""
+        return ByteCache, (self.budget_bytes,)
+
     def clear(self) -> None:
         """Forgets all values; the counters go on."""
         with self._lock:
@@ -133,6 +144,32 @@ class ByteCache:
             return CacheCounters(
                 self._hits, self._misses, self._evictions, len(self._held), self._bytes, self.budget_bytes
             )
+
+
+class Caches:
+    """What a model keeps between questions, each kind with a budget of its own.
+
+    Attributes:
+      features: what encoders gave, by the source's content, the modality's settings and the encoder.
+      prompts: what bridges read of features (cross-attention's keys and values), and soft prompts: by the features, the
+        bridge's weights and, if the bridge reads it, the instruction.
+      prefixes: the LLM's keys and values of how prompts begin, by what is in them.
+    """
+
+    def __init__(self, *, features_bytes: int = 2**30, prompts_bytes: int = 2**30, prefixes_bytes: int = 2**30):
+        """Makes empty caches; a budget of 0 keeps nothing."""
+        self.features = ByteCache(features_bytes)
+        self.prompts = ByteCache(prompts_bytes)
+        self.prefixes = ByteCache(prefixes_bytes)
+
+    @property
+    def counters(self) -> dict[str, CacheCounters]:
+        """By the cache's name."""
+        return {name: cache.counters for name, cache in vars(self).items()}
+
+    def clear(self) -> None:
+        for cache in vars(self).values():
+            cache.clear()
 
 
 def bytes_of(value: Any) -> int:

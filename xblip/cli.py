@@ -289,7 +289,7 @@ def _options(overrides: list[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from xblip.llm import check_generation_options, generation_option_names
+    from xblip.generation import check_generation_options, generation_option_names
 
     try:
         options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))

@@ -6,7 +6,7 @@ input. Attention only says where a bridge looked, not whether what it saw matter
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,7 @@ class Asked:
     def read(cls, model: "XBlip", sample: Sample) -> "Asked":
         """Reads the inputs of a checked sample."""
         sources = [describe(media.source) for media in sample.all_media]
-        read = _changed(
-            sample,
+        read = sample.changed(
             lambda _, media: media.with_source(model.branches[media.modality].read(media.source)),
         )
         return cls(model, read, sources)
@@ -187,7 +186,7 @@ def explain(asked: Asked, answer: str, token_ids: Sequence[int]) -> Explanation:
             "The question came without inputs, so the answer came from none of them: give it at least one."
         )
     features = [model.branches[part.modality].encode([part.source]) for part in media]
-    sample = _changed(asked.sample, lambda index, part: part.with_source(features[index]))
+    sample = asked.sample.changed(lambda index, part: part.with_source(features[index]))
     scores = _Scores(model, sample, token_ids)
     whole, bare, *without = scores.of(scores.cases([None, set(range(len(media))), *({i} for i in range(len(media)))]))
     names, cues = _names(media), model.router.cues if model.router.config.cues else {}
@@ -246,7 +245,7 @@ class _Scores:
         """The sample without each of these sets of inputs."""
         return [
             (
-                _changed(self.sample, lambda index, part, gone=gone: None if gone and index in gone else part),
+                self.sample.changed(lambda index, part, gone=gone: None if gone and index in gone else part),
                 [prompt for index, prompt in enumerate(self.prompts) if not gone or index not in gone],
             )
             for gone in left_out
@@ -275,25 +274,6 @@ class _Scores:
             values, mask = self.model.llm.token_log_likelihoods(batch)
             scores += [row[real].cpu() for row, real in zip(values, mask, strict=True)]
         return scores
-
-
-def _changed(sample: Sample, change: Callable[[int, Media], Media | None]) -> Sample:
-    """A sample whose inputs, counted as `all_media` does, are others; None leaves one out."""
-    count = -1
-
-    def parts(content: Sequence[str | Media]) -> list[str | Media]:
-        nonlocal count
-        kept = []
-        for part in content:
-            if isinstance(part, Media):
-                count += 1
-                part = change(count, part)
-            if part is not None:
-                kept.append(part)
-        return kept
-
-    history = [dataclasses.replace(turn, content=tuple(parts(turn.content))) for turn in sample.history]
-    return dataclasses.replace(sample, history=history, media=parts(sample.media))
 
 
 def _names(media: Sequence[Media]) -> list[str]:

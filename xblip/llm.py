@@ -10,7 +10,6 @@ import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,16 @@ from torch import Tensor
 from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
+from xblip.generation import check_generation_options
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
+from xblip.media_read import KeysValues
 from xblip.packing import Packing
 from xblip.parts import Rows, positions_at_once, sum_in_parts
 
 IGNORE = -100
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
-MISPLACED = {
-    "generation_config": "give its options one by one, e.g. max_new_tokens=20.",
-    "max_length": "prompts differ in length by their inputs; use max_new_tokens.",
-    "return_dict_in_generate": "answers are text. For likelihoods use `score`.",
-}
-"""Generation options of transformers that are refused, and what to do instead."""
 
 
 @dataclass
@@ -67,12 +61,15 @@ class PromptBatch:
       labels: (B, T), token ids to learn or score, -100 elsewhere, on the CPU; None when generating. An encoder-decoder's
         are the answers alone, (B, T_answer).
       lengths: positions of each row that the mask holds 1 for, where it is right-padded; None if they are not known.
+      past: keys and values (1, heads, P, D_head) of every layer for the first P positions, which all rows share; padding
+        then stands after these. None if nothing is known of any.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     labels: Tensor | None = None
     lengths: list[int] | None = None
+    past: KeysValues | None = None
 
 
 class FrozenLLM(Frozen):
@@ -308,11 +305,13 @@ class FrozenLLM(Frozen):
         packed = self._run(rows, {"position_ids": positions}).logits[places].float()
         return bool((packed - alone).norm() < (1e-3 if self.dtype is torch.float32 else 0.05) * alone.norm())
 
-    def generate(self, batch: PromptBatch, **options: Any) -> list[list[int]]:
+    def generate(self, batch: PromptBatch, *, kept: KeysValues | None = None, **options: Any) -> list[list[int]]:
         """Generates by transformers' `generate`.
 
         Args:
           batch: left-padded; for an encoder-decoder right-padded.
+          kept: an empty list, to which keys and values of every layer are added, of the prompt and all of its answer that
+            the model read; for one row.
           options: transformers' generation options.
 
         Returns:
@@ -323,10 +322,17 @@ class FrozenLLM(Frozen):
         """
         check_generation_options(options)
         defaults = {"pad_token_id": self.tokenizer.pad_token_id, "tokenizer": self.tokenizer}
+        cache = None
+        if batch.past is not None or kept is not None:
+            copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+            cache = begun(self.model, batch.past, rows=len(batch.inputs_embeds) * copies)
+            defaults["past_key_values"] = cache
         try:
             with torch.no_grad():
                 rows = self.model.generate(
-                    inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask, **{**defaults, **options}
+                    inputs_embeds=batch.inputs_embeds,
+                    attention_mask=batch.attention_mask,
+                    **{**defaults, **options, **self._penalty(options)},
                 )
         except torch.OutOfMemoryError:
             raise
@@ -342,40 +348,38 @@ class FrozenLLM(Frozen):
         for stop in (self.model.generation_config.eos_token_id, options.get("eos_token_id")):
             if stop is not None:
                 ends.update(torch.as_tensor(stop).flatten().tolist())
+        if kept is not None:
+            kept += [(layer.keys, layer.values) for layer in cache.layers]
         start = 1 if self.is_encoder_decoder else 0  # the decoder's start token
         return [_until(row[start:].tolist(), ends) for row in rows]
+
+    def _penalty(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Puts a processor of our own in the place of `repetition_penalty`.
+
+        That of transformers (5.23) leaves out as many ids as a row has padding, but of embeddings only the answer has ids: the
+        more padding, the fewer of an answer's tokens would count as said.
+        """
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        penalty = options.get("repetition_penalty", self.model.generation_config.repetition_penalty)
+        if penalty in (None, 1):
+            return {}
+        own = RepetitionPenaltyLogitsProcessor(penalty)
+        return {"repetition_penalty": 1.0, "logits_processor": [own, *(options.get("logits_processor") or ())]}
 
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
         return self.tokenize("abcdef") == [self.tokenizer.unk_token_id]
 
 
-def check_generation_options(options: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for an option that transformers' generation does not know, or that has no place here."""
-    if not isinstance(options, Mapping):
-        raise ConfigError(
-            f'Generation options must be names with values, such as {{"max_new_tokens": 20}}, not {options!r:.80}.'
-        )
-    known = generation_option_names()
-    for name, value in options.items():
-        if name not in known:
-            raise ConfigError(
-                f'Unknown generation option "{name}".{suggest(str(name), known)} '
-                "They are those of transformers' GenerationConfig."
-            )
-        if name in MISPLACED:
-            raise ConfigError(f"{name} has no place here: {MISPLACED[name]}")
-        if name in COUNTS and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+def begun(model: Any, past: KeysValues | None = None, *, rows: int = 1) -> Any:
+    """Makes transformers' cache for a model, each of whose rows begins with `past`, as `PromptBatch` has it."""
+    from transformers import DynamicCache
 
-
-def generation_option_names(*, objects: bool = True) -> set[str]:
-    """Returns the names of transformers' generation options: settings, and `objects` such as `streamer`."""
-    from transformers import GenerationConfig, GenerationMixin
-
-    settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
-    parameters = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
-    return settings | parameters if objects else settings
+    cache = DynamicCache(config=model.config)
+    for index, parts in enumerate(past or ()):
+        cache.update(*(part.expand(rows, -1, -1, -1) for part in parts), index)
+    return cache
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:

@@ -56,7 +56,7 @@ def wanted(settings: Mapping[str, Any]) -> Wanted:
     Raises:
       ConfigError: a setting is unknown or refused, or would give several answers.
     """
-    from xblip.llm import check_generation_options, generation_option_names
+    from xblip.generation import check_generation_options, generation_option_names
 
     if any(name in settings for name in FOREIGN):
         log.warning("%s is for other models: xblip's modalities read media their own way.", ", ".join(FOREIGN))

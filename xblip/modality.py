@@ -201,11 +201,13 @@ class Features:
       values: (M, N, D_enc), the segments of all items one after another.
       mask: (M, N) boolean, True for real tokens.
       segments: S of each item; sums to M.
+      key: of one item, what source, settings and encoder it comes from, for caches; None if nobody said.
     """
 
     values: Tensor
     mask: Tensor
     segments: list[int]
+    key: bytes | None = None
 
     def split(self) -> "list[Features]":
         """Returns one `Features` per item."""

@@ -5,7 +5,7 @@ per sample by the router, and run through the LLM together; a sample gets in a b
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from xblip import bundle, plugins
 from xblip import config as configs
 from xblip.branch import Branch
+from xblip.caches import Caches
+from xblip.context import Context
 from xblip.errors import ConfigError, InputError, PluginError, nearest, suggest
 from xblip.explain import Asked, Explanation, explain
-from xblip.llm import FrozenLLM, LLMConfig, check_generation_options, generation_option_names
+from xblip.generation import check_generation_options, generation_option_names
+from xblip.llm import FrozenLLM, LLMConfig
+from xblip.prefixes import Prefixes
+from xblip.reading import MediaReader
 from xblip.router import Router, RouterConfig
-from xblip.sample import Media, Sample, as_parts, check_text, from_messages, from_row
+from xblip.sample import Media, Sample, as_parts, by_modality, check_text, from_messages, from_row
 from xblip.sharing import share
 
 DEFAULT_GENERATION = {"max_new_tokens": 64}
@@ -51,6 +56,21 @@ class Answer:
     def __getstate__(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def of(cls, llm: FrozenLLM, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> "list[Answer]":
+        """Makes answers of what was generated, as many a prompt as there are more rows than prompts' lengths."""
+        repeats = len(rows) // len(lengths)
+        texts = [llm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
+        return [
+            cls(text, lengths[index // repeats], len(ids), tuple(ids))
+            for index, (text, ids) in enumerate(zip(texts, rows, strict=True))
+        ]
+
+    def asked_as(self, asked: Callable[[], Asked]) -> "Answer":
+        """Lets an answer know how it was asked for, told when it is to be explained; returns it."""
+        object.__setattr__(self, "_asked", asked)
+        return self
+
     def explain(self) -> Explanation:
         """Measures what the answer came from: its inputs, their segments, and where in them queries looked.
 
@@ -62,7 +82,7 @@ class Answer:
                 "This answer does not hold what it came from, so that it can be small: ask again by `ask` or `chat`, and "
                 "explain what that returns, not a copy of it nor an answer of `generate`."
             )
-        return explain(self._asked, self.text, self.token_ids)
+        return explain(self._asked(), self.text, self.token_ids)
 
 
 class XBlip(nn.Module):
@@ -73,6 +93,9 @@ class XBlip(nn.Module):
       branches: by modality name.
       router: lays out prompts.
       generation: default generation options.
+      caches: what `encode` and its contexts keep.
+      reader: reads media by these caches.
+      prefixes: how prompts begin, in these caches.
     """
 
     def __init__(
@@ -92,6 +115,9 @@ class XBlip(nn.Module):
         self.router = Router(configs.build(RouterConfig, settings, where="router"), llm=llm, cues=cues)
         check_generation_options(generation or {})
         self.generation = {**DEFAULT_GENERATION, **(generation or {})}
+        self.caches = Caches()
+        self.reader = MediaReader(self.branches, self.caches)
+        self.prefixes = Prefixes(llm, self.caches.prefixes)
 
     @classmethod
     def compose(
@@ -173,17 +199,11 @@ class XBlip(nn.Module):
         Returns:
           For each sample, one (L, D_llm) per input in the order of `Sample.all_media`.
         """
-        places: dict[str, list[tuple[int, int]]] = {}
-        media = [sample.all_media for sample in samples]
-        for row, items in enumerate(media):
-            for column, item in enumerate(items):
-                places.setdefault(item.modality, []).append((row, column))
-        prompts: list[list[Tensor]] = [[None] * len(items) for items in media]
-        for name, at in places.items():
-            sources = [media[row][column].source for row, column in at]
-            instructions = [media[row][column].instruction or samples[row].instruction or "" for row, column in at]
-            for (row, column), prompt in zip(at, self.branches[name](sources, instructions), strict=True):
-                prompts[row][column] = prompt
+        prompts: list[list[Tensor]] = [[None] * len(sample.all_media) for sample in samples]
+        for name, inputs in by_modality(samples).items():
+            made = self.branches[name]([part.source for part in inputs], [part.instruction for part in inputs])
+            for part, prompt in zip(inputs, made, strict=True):
+                prompts[part.row][part.column] = prompt
         return prompts
 
     def forward(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -236,13 +256,7 @@ class XBlip(nn.Module):
             room=options["max_new_tokens"],
         )
         rows = self.llm.generate(batch, **options)
-        lengths = batch.attention_mask.sum(1).tolist()
-        repeats = len(rows) // len(samples)
-        texts = [self.llm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
-        return [
-            Answer(text, lengths[index // repeats], len(ids), tuple(ids))
-            for index, (text, ids) in enumerate(zip(texts, rows, strict=True))
-        ]
+        return Answer.of(self.llm, rows, batch.attention_mask.sum(1).tolist())
 
     def ask(
         self, instruction: str, *, media: Sequence[str | Media | tuple[str, Any]] | None = None, **inputs: Any
@@ -257,20 +271,55 @@ class XBlip(nn.Module):
         Returns:
           The answer.
         """
-        options = {name: inputs.pop(name) for name in list(inputs) if self._is_option(name)}
-        for name in inputs:
-            self._require(name)
-        parts = as_parts(() if media is None else media)
-        sample = Sample(instruction, [*parts, *(Media(name, source) for name, source in inputs.items())])
-        return self._answer(sample, options)
+        options = self.take_options(inputs)
+        return self._answer(Sample(instruction, self.parts(media, inputs)), options)
 
     def _answer(self, sample: Sample, options: Mapping[str, Any]) -> Answer:
-        if {**self.generation, **options}.get("num_return_sequences", 1) != 1:
-            raise ConfigError("num_return_sequences: one question has one answer here; for several use `generate`.")
+        self.check_for_one(options)
         asked = Asked.read(self, self.sample(sample))
         [answer] = self.generate([asked.sample], **options)
-        object.__setattr__(answer, "_asked", asked)
-        return answer
+        return answer.asked_as(lambda: asked)
+
+    def check_for_one(self, options: Mapping[str, Any]) -> None:
+        """Raises `ConfigError` for options that a question with one answer cannot have."""
+        check_generation_options(options)
+        if {**self.generation, **options}.get("num_return_sequences", 1) != 1:
+            raise ConfigError("num_return_sequences: one question has one answer here; for several use `generate`.")
+
+    def encode(
+        self,
+        *,
+        media: Sequence[str | Media | tuple[str, Any]] | None = None,
+        requery: bool = True,
+        instruction: str | None = None,
+        **inputs: Any,
+    ) -> Context:
+        """Encodes inputs once, to ask about them many times.
+
+        Args:
+          media, inputs: as for `ask`.
+          requery: bridges read the inputs anew in the light of each question, as `ask` does. False keeps the soft prompts of
+            one instruction for all questions, and with them what the LLM has read of these.
+          instruction: which one; None for the first question.
+
+        Raises:
+          InputError, MediaError, PluginError: what is given, a source or a modality is wrong.
+        """
+        return Context(self, self.parts(media, inputs), requery=requery, instruction=instruction)
+
+    def parts(
+        self, media: Sequence[str | Media | tuple[str, Any]] | None, inputs: Mapping[str, Any]
+    ) -> list[str | Media]:
+        """Returns inputs in order, those of `media` first, checked as far as that goes without reading them."""
+        parts = [*as_parts(() if media is None else media), *(Media(name, source) for name, source in inputs.items())]
+        for part in parts:
+            if isinstance(part, Media):
+                self._require(part.modality)
+        return parts
+
+    def take_options(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Takes the generation options out of keyword arguments, misspelt ones too."""
+        return {name: inputs.pop(name) for name in list(inputs) if self._is_option(name)}
 
     def _is_option(self, name: str) -> bool:
         """Tells options, misspelt ones too, from modalities."""

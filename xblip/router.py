@@ -193,7 +193,9 @@ class Router:
         ]
         for index, (pieces, softs) in enumerate(zip(samples, soft_prompts, strict=True)):
             row = self._lay_out(pieces, softs, [] if apart or answers is None else spoken[index], ids)
-            self._check_length(row, 0 if apart else room, index)
+            text = sum(part.stop - part.start for part in row if isinstance(part, slice))
+            soft = sum(part.shape[0] for part in row if not isinstance(part, slice))
+            self.check_length(text=text, soft=soft, room=0 if apart else room, index=index)
             rows.append(row)
         embedded = self.llm.embed(ids)
         embeds = [
@@ -226,10 +228,14 @@ class Router:
             if isinstance(piece, Media):
                 row.append(next(softs))
                 continue
-            new = [piece] if isinstance(piece, int) else self._tokenize(piece) if isinstance(piece, str) else piece
+            new = self.ids_of(piece)
             row.append(slice(len(ids), len(ids) + len(new)))
             ids.extend(new)
         return row
+
+    def ids_of(self, piece: str | int | list[int]) -> list[int]:
+        """Returns the token ids of a piece that is no input."""
+        return [piece] if isinstance(piece, int) else self._tokenize(piece) if isinstance(piece, str) else piece
 
     def _tokenize(self, text: str) -> list[int]:
         """Returns the ids of a text, of a prompt or an answer."""
@@ -255,9 +261,8 @@ class Router:
             stacklevel=3,
         )
 
-    def _check_length(self, row: list[slice | Tensor], room: int, index: int) -> None:
-        text = sum(part.stop - part.start for part in row if isinstance(part, slice))
-        soft = sum(part.shape[0] for part in row if not isinstance(part, slice))
+    def check_length(self, *, text: int, soft: int, room: int, index: int) -> None:
+        """Raises `InputError` if the positions of a sample's text and soft prompts, and `room`, exceed the LLM's context."""
         limit = self.llm.context_length
         if limit is not None and text + soft + room > limit:
             error = InputError(

@@ -4,11 +4,12 @@ Everything that is asked or trained on becomes a `Sample` first: keyword argumen
 are three ways of writing one. The instruction always comes last, as in InstructBLIP; it is what the Q-Formers read too.
 """
 
+import itertools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xblip.errors import InputError, suggest
 from xblip.media import is_url
@@ -83,6 +84,36 @@ class Sample:
         """Every input of the sample, those of earlier turns first."""
         parts = [part for turn in self.history for part in turn.content] + list(self.media)
         return [part for part in parts if isinstance(part, Media)]
+
+    def changed(self, change: Callable[[int, Media], Media | None]) -> "Sample":
+        """Returns a sample with other inputs: what `change` gives of each, counted as in `all_media`; None leaves it out."""
+        count = itertools.count()
+
+        def parts(content: Sequence[str | Media]) -> list[str | Media]:
+            new = [change(next(count), part) if isinstance(part, Media) else part for part in content]
+            return [part for part in new if part is not None]
+
+        history = [replace(turn, content=tuple(parts(turn.content))) for turn in self.history]
+        return replace(self, history=history, media=parts(self.media))
+
+
+class Input(NamedTuple):
+    """One input of a batch: whose it is, its place in `Sample.all_media`, and what its bridge reads it for."""
+
+    row: int
+    column: int
+    source: Any
+    instruction: str
+
+
+def by_modality(samples: Sequence[Sample]) -> dict[str, list[Input]]:
+    """Groups the inputs of a batch."""
+    groups: dict[str, list[Input]] = {}
+    for row, sample in enumerate(samples):
+        for column, media in enumerate(sample.all_media):
+            given = media.instruction or sample.instruction or ""
+            groups.setdefault(media.modality, []).append(Input(row, column, media.source, given))
+    return groups
 
 
 def check_text(text: Any, what: str) -> None:

@@ -1,0 +1,44 @@
+"""Generation options: those of transformers, checked by name before anything heavy begins."""
+
+import inspect
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+from xblip.errors import ConfigError, suggest
+
+COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
+MISPLACED = {
+    "generation_config": "give its options one by one, e.g. max_new_tokens=20.",
+    "max_length": "prompts differ in length by their inputs; use max_new_tokens.",
+    "return_dict_in_generate": "answers are text. For likelihoods use `score`.",
+}
+"""Generation options of transformers that are refused, and what to do instead."""
+
+
+def check_generation_options(options: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for an option that transformers' generation does not know, or that has no place here."""
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f'Generation options must be names with values, such as {{"max_new_tokens": 20}}, not {options!r:.80}.'
+        )
+    known = generation_option_names()
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(
+                f'Unknown generation option "{name}".{suggest(str(name), known)} '
+                "They are those of transformers' GenerationConfig."
+            )
+        if name in MISPLACED:
+            raise ConfigError(f"{name} has no place here: {MISPLACED[name]}")
+        if name in COUNTS and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+
+
+def generation_option_names(*, objects: bool = True) -> set[str]:
+    """Returns the names of transformers' generation options: settings, and `objects` such as `streamer`."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    parameters = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
+    return settings | parameters if objects else settings

@@ -1,0 +1,159 @@
+"""Media read once for many questions: features by what a source holds, soft prompts by features and instruction.
+
+A soft prompt is kept under its instruction where the bridge reads it: of a cache by media alone, an instruction-aware bridge
+would give the second question the first one's prompt.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xblip import config as configs
+from xblip.branch import Branch, without_half_precision
+from xblip.bridge import Bridge
+from xblip.caches import Caches
+from xblip.contents import KnownFiles, content_key, is_file
+from xblip.errors import InputError, MediaError
+from xblip.modality import Features
+
+
+class MediaReader:
+    """Reads media for the branches of one model, by its caches."""
+
+    def __init__(self, branches: Mapping[str, Branch], caches: Caches):
+        self.branches = branches
+        self.caches = caches
+        self._files = KnownFiles()
+        self._bridges: weakref.WeakKeyDictionary[Bridge, tuple[Any, bytes]] = weakref.WeakKeyDictionary()
+        self._count = itertools.count()
+
+    def key(self, name: str, source: Any) -> bytes | None:
+        """Returns what tells a source's features from others, by its content; None if an object does not say what it holds.
+
+        Raises:
+          MediaError: a file cannot be read.
+        """
+        if isinstance(source, Features):
+            return source.key
+        held = self._files.key(source) if is_file(source) else _content(source)
+        if held is None:
+            return None
+        branch = self.branches[name]
+        settings = configs.plain(branch.modality.config)
+        return _hash(held, json.dumps([name, settings, branch.encoder.fingerprint], default=str).encode())
+
+    @torch.no_grad()
+    def encode(self, name: str, sources: Sequence[Any]) -> list[Features]:
+        """Gives the frozen features of sources of one modality, each with its key.
+
+        Raises:
+          MediaError: one cannot be read, or changed meanwhile.
+        """
+        keys = [self.key(name, source) or os.urandom(16) for source in sources]
+
+        def make(places: list[int]) -> list[Features]:
+            items = self.branches[name].encode([sources[place] for place in places]).split()
+            for place in places:
+                if is_file(sources[place]) and self.key(name, sources[place]) != keys[place]:
+                    raise MediaError(f'Cannot read "{sources[place]}": it changed while it was read. Ask again.')
+            return [replace(_own(item), key=keys[place]) for item, place in zip(items, places, strict=True)]
+
+        return self.caches.features.get_or_make(keys, make)
+
+    @torch.no_grad()
+    def soft_prompts(
+        self, name: str, features: Sequence[Features], instructions: Sequence[str]
+    ) -> list[tuple[Tensor, bytes]]:
+        """Makes the soft prompts of B items in the light of B instructions.
+
+        Args:
+          name: of the modality.
+          features: from `encode`; an item may come several times.
+          instructions: one for each.
+
+        Returns:
+          (L, D_llm) each, with a key that equal ones share.
+        """
+        bridge = self.branches[name].bridge
+        version = self._version(bridge)
+        asked = instructions if bridge.reads_instructions else [""] * len(features)
+        keys = [_hash(item.key, version, text.encode()) for item, text in zip(features, asked, strict=True)]
+
+        def make(places: list[int]) -> list[Tensor]:
+            made: dict[int, Tensor] = {}
+            for group in _alike([features[place].key for place in places], [features[place] for place in places]):
+                turns = list(zip(*([places[index] for index in item] for item in group), strict=True))
+                media = self._read(bridge, version, [features[place] for place in turns[0]])
+                softs = bridge.read_instructions(media, [asked[place] for turn in turns for place in turn])
+                made.update(zip((place for turn in turns for place in turn), map(_own, softs), strict=True))
+            return [made[place] for place in places]
+
+        with without_half_precision(features[0].values.device.type):
+            return list(zip(self.caches.prompts.get_or_make(keys, make), keys, strict=True))
+
+    def _read(self, bridge: Bridge, version: bytes, features: Sequence[Features]) -> Any:
+        """Does the part of a bridge's work that no instruction changes, as one for all items."""
+        keys = [("read", item.key, version) for item in features]
+
+        def make(places: list[int]) -> list[Any]:
+            return [bridge.read_media(features[place]) for place in places]
+
+        if not bridge.reads_instructions:
+            return bridge.read_media(Features.join(features))
+        parts = self.caches.prompts.get_or_make(keys, make)
+        return type(parts[0]).join(parts)
+
+    def _version(self, bridge: Bridge) -> bytes:
+        """Tells a bridge's weights from what they were before a step of training, and from other bridges'."""
+        if bridge.training:
+            return os.urandom(16)
+        weights = itertools.chain(bridge.parameters(), bridge.buffers())
+        stamp = [(weight.data_ptr(), weight._version) for weight in weights]
+        known = self._bridges.get(bridge)
+        if known is None or known[0] != stamp:
+            known = self._bridges[bridge] = stamp, next(self._count).to_bytes(8, "little")
+        return known[1]
+
+
+def _alike(keys: Sequence[bytes], features: Sequence[Features]) -> list[list[list[int]]]:
+    """Groups places: those of one item together, then items that are asked about equally often and have as many tokens."""
+    items: dict[bytes, list[int]] = {}
+    for index, key in enumerate(keys):
+        items.setdefault(key, []).append(index)
+    groups: dict[tuple[int, int], list[list[int]]] = {}
+    for places in items.values():
+        groups.setdefault((len(places), features[places[0]].values.shape[1]), []).append(places)
+    return list(groups.values())
+
+
+def _content(source: Any) -> bytes | None:
+    if isinstance(source, (np.ndarray, Tensor)):
+        array = np.ascontiguousarray(source.detach().cpu().numpy() if isinstance(source, Tensor) else source)
+        return None if array.dtype == object else _hash(f"{array.dtype} {array.shape}".encode(), array.tobytes())
+    try:
+        return content_key(source)
+    except InputError:
+        return None
+
+
+def _own(value: Any) -> Any:
+    """Copies what is a view of a batch, so that keeping it does not keep the batch."""
+    if isinstance(value, Features):
+        return Features(value.values.clone(), value.mask.clone(), value.segments)
+    return value.clone()
+
+
+def _hash(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
