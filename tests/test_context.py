@@ -7,9 +7,10 @@ import pytest
 import torch
 from kit import BEADS, LONG, MORE_BEADS, ONE, TWO, FileToy, make_branch, make_model, registered
 
+from xblip.answer import Answer
 from xblip.errors import ConfigError, InputError, MediaError, PluginError
 from xblip.llm import FrozenLLM, LLMConfig
-from xblip.model import Answer, XBlip
+from xblip.model import XBlip
 from xblip.sample import Media, Sample, Turn
 from xblip.testing import toy_tokenizer
 

@@ -173,7 +173,7 @@ class TestAnswers:
 
     def test_what_was_read_goes_with_the_answer(self, model):
         answer = model.ask("what ?", toy=TWO, max_new_tokens=2)
-        tensor = weakref.ref(answer._asked.sample.media[0].source["values"])
+        tensor = weakref.ref(answer._asked().sample.media[0].source["values"])
         assert tensor() is not None
         del answer
         gc.collect()

@@ -10,7 +10,7 @@ from xblip.errors import BundleError, ConfigError, InputError, MediaError, Plugi
 from xblip.hookspecs import hookimpl
 
 _HOMES = {
-    "Answer": "xblip.model",
+    "Answer": "xblip.answer",
     "Bridge": "xblip.bridge",
     "Example": "xblip.modality",
     "Features": "xblip.modality",

@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xblip.answer import Answer
 from xblip.contents import describe
 from xblip.errors import InputError
 from xblip.explain import Asked
 from xblip.media_read import KeysValues
 from xblip.modality import Features
 from xblip.prefixes import Prompt, lay_out, shared_by_all, soft_units
+from xblip.router import Piece
 from xblip.sample import Media, Sample, Turn, by_modality
 
 if TYPE_CHECKING:
-    from xblip.model import Answer, XBlip
+    from xblip.model import XBlip
 
 OWN_CACHE = {"past_key_values", "cache_implementation", "use_cache", "assistant_model", "prompt_lookup_num_tokens"}
 """Generation options that do not go with beginnings read before."""
@@ -51,11 +53,11 @@ class Context:
         self.media = self.encoded(media)
         self._kept = {} if instruction is None else {"instruction": Sample(instruction).instruction}
 
-    def ask(self, instruction: str, /, **options: Any) -> "Answer":
+    def ask(self, instruction: str, /, **options: Any) -> Answer:
         """Asks one question; `options` are transformers' generation options."""
         return self.ask_many([instruction], **options)[0]
 
-    def ask_many(self, instructions: Sequence[str], /, **options: Any) -> "list[Answer]":
+    def ask_many(self, instructions: Sequence[str], /, **options: Any) -> list[Answer]:
         """Asks several questions as one batch.
 
         Args:
@@ -90,7 +92,7 @@ class Context:
         ordered = iter([found[column] for column in sorted(found)])
         return [part.with_source(next(ordered)) if isinstance(part, Media) else part for part in parts]
 
-    def answers(self, samples: Sequence[Sample], options: Mapping[str, Any], *, go_on: bool = False) -> "list[Answer]":
+    def answers(self, samples: Sequence[Sample], options: Mapping[str, Any], *, go_on: bool = False) -> list[Answer]:
         """Answers samples whose sources are features; see `answer_all`."""
         return [
             answer.asked_as(lambda sample=sample: self._asked(sample))
@@ -132,7 +134,7 @@ class Chat:
 
     def ask(
         self, instruction: str, /, *, media: Sequence[str | Media | tuple[str, Any]] | None = None, **inputs: Any
-    ) -> "Answer":
+    ) -> Answer:
         """Asks the next question; one that fails is no turn.
 
         Args:
@@ -150,7 +152,7 @@ class Chat:
 
 def answer_all(
     model: "XBlip", samples: Sequence[Sample], options: Mapping[str, Any], *, go_on: bool = False
-) -> "list[Answer]":
+) -> list[Answer]:
     """Answers a batch by what the model's caches hold.
 
     Args:
@@ -162,8 +164,6 @@ def answer_all(
     Returns:
       One answer for each.
     """
-    from xblip.model import Answer
-
     model.check_for_one(options)
     options = {**model.generation, **options}
     prompts = make_prompts(model, samples, room=options["max_new_tokens"])
@@ -199,19 +199,19 @@ def make_prompts(model: "XBlip", samples: Sequence[Sample], *, room: int) -> lis
             softs[part.row][part.column] = soft
     prompts = []
     for index, (sample, own) in enumerate(zip(samples, softs, strict=True)):
-        prompts.append(_make_prompt(model, sample, [own[column] for column in sorted(own)]))
-        soft = sum(len(tensor) for tensor, _ in own.values())
-        text = len(prompts[-1].units) - soft
-        model.router.check_length(text=text, soft=soft, room=0 if model.llm.is_encoder_decoder else room, index=index)
+        ordered = [own[column] for column in sorted(own)]
+        pieces = model.router.pieces(sample)
+        model.router.measure(pieces, [soft for soft, _ in ordered], room=room, index=index)
+        prompts.append(_make_prompt(model, pieces, ordered))
     return prompts
 
 
-def _make_prompt(model: "XBlip", sample: Sample, softs: Sequence[tuple[Tensor, bytes]]) -> Prompt:
+def _make_prompt(model: "XBlip", pieces: Sequence[Piece], softs: Sequence[tuple[Tensor, bytes]]) -> Prompt:
     given = iter(softs)
     units: list[np.ndarray] = []
     embeds: list[Tensor] = []
     stable, is_stable, length = 0, True, 0
-    for piece in model.router.pieces(sample):
+    for piece in pieces:
         if isinstance(piece, Media):
             soft, key = next(given)
             embeds.append(soft.to(model.llm.device, model.llm.dtype))

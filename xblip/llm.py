@@ -356,8 +356,8 @@ class FrozenLLM(Frozen):
     def _penalty(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Puts a processor of our own in the place of `repetition_penalty`.
 
-        That of transformers (5.23) leaves out as many ids as a row has padding, but of embeddings only the answer has ids: the
-        more padding, the fewer of an answer's tokens would count as said.
+        That of transformers (5.23) leaves out as many ids as a row has padding, but of embeddings only the answer has ids:
+        the more padding, the fewer of an answer's tokens would count as said.
         """
         from transformers import RepetitionPenaltyLogitsProcessor
 

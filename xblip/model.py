@@ -5,8 +5,7 @@ per sample by the router, and run through the LLM together; a sample gets in a b
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 
 from xblip import bundle, plugins
 from xblip import config as configs
+from xblip.answer import Answer
+from xblip.batches import generate
 from xblip.branch import Branch
 from xblip.caches import Caches
 from xblip.context import Context
 from xblip.errors import ConfigError, InputError, PluginError, nearest, suggest
-from xblip.explain import Asked, Explanation, explain
+from xblip.explain import Asked
 from xblip.generation import check_generation_options, generation_option_names
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.prefixes import Prefixes
@@ -29,60 +30,6 @@ from xblip.sample import Media, Sample, as_parts, by_modality, check_text, from_
 from xblip.sharing import share
 
 DEFAULT_GENERATION = {"max_new_tokens": 64}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the LLM said.
-
-    Attributes:
-      text: the answer.
-      num_prompt_tokens: positions of the prompt, soft ones included.
-      num_new_tokens: tokens generated, the end of sequence not counted.
-      token_ids: these tokens.
-    """
-
-    text: str
-    num_prompt_tokens: int
-    num_new_tokens: int
-    token_ids: tuple[int, ...] = field(default=(), repr=False)
-
-    # How it was asked for; no field, since comparing, printing and copying an answer is about what it says.
-    _asked = None
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def of(cls, llm: FrozenLLM, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> "list[Answer]":
-        """Makes answers of what was generated, as many a prompt as there are more rows than prompts' lengths."""
-        repeats = len(rows) // len(lengths)
-        texts = [llm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
-        return [
-            cls(text, lengths[index // repeats], len(ids), tuple(ids))
-            for index, (text, ids) in enumerate(zip(texts, rows, strict=True))
-        ]
-
-    def asked_as(self, asked: Callable[[], Asked]) -> "Answer":
-        """Lets an answer know how it was asked for, told when it is to be explained; returns it."""
-        object.__setattr__(self, "_asked", asked)
-        return self
-
-    def explain(self) -> Explanation:
-        """Measures what the answer came from: its inputs, their segments, and where in them queries looked.
-
-        Raises:
-          InputError: it is not what `ask` or `chat` returned, is empty, or came without inputs.
-        """
-        if self._asked is None:
-            raise InputError(
-                "This answer does not hold what it came from, so that it can be small: ask again by `ask` or `chat`, and "
-                "explain what that returns, not a copy of it nor an answer of `generate`."
-            )
-        return explain(self._asked(), self.text, self.token_ids)
 
 
 class XBlip(nn.Module):
@@ -174,12 +121,15 @@ class XBlip(nn.Module):
         return value
 
     def _samples(self, values: Sequence[Sample | Mapping[str, Any]]) -> list[Sample]:
+        return [self.sample(value) for value in self._listed(values)]
+
+    def _listed(self, values: Any) -> Sequence[Sample | Mapping[str, Any]]:
         if not isinstance(values, Sequence) or not all(isinstance(value, (Sample, Mapping)) for value in values):
             raise InputError(
                 'Expected a list of samples, each an xblip.Sample or a dictionary such as {"instruction": "..."}, not '
                 f"{values!r:.80}."
             )
-        return [self.sample(value) for value in values]
+        return values
 
     def _require(self, modality: str) -> None:
         if modality not in self.branches:
@@ -232,31 +182,26 @@ class XBlip(nn.Module):
         }
 
     @torch.no_grad()
-    def generate(self, samples: Sequence[Sample | Mapping[str, Any]], /, **options: Any) -> list[Answer]:
+    def generate(
+        self, samples: Sequence[Sample | Mapping[str, Any]], /, *, return_exceptions: bool = False, **options: Any
+    ) -> list[Answer]:
         """Answers a batch of samples, which may differ in modalities and number of inputs.
 
         Args:
           samples: `Sample`s or dictionaries.
+          return_exceptions: the error of a sample that cannot be asked stands in the place of its answer, and the others are
+            answered; if not, it is raised.
           options: transformers' generation options.
 
         Returns:
-          One answer per sample, or `num_return_sequences` of them in a row.
+          One answer per sample, or `num_return_sequences` of them in a row (of an error too).
 
         Raises:
           InputError, MediaError, PluginError, ConfigError: what is asked, a source, a modality or an option is wrong.
         """
-        samples = self._samples(samples)
-        if not samples:
-            return []
         options = {**self.generation, **options}
         check_generation_options(options)
-        batch = self.router.assemble(
-            [self.router.pieces(sample) for sample in samples],
-            self.soft_prompts(samples),
-            room=options["max_new_tokens"],
-        )
-        rows = self.llm.generate(batch, **options)
-        return Answer.of(self.llm, rows, batch.attention_mask.sum(1).tolist())
+        return generate(self, self._listed(samples), options, return_exceptions=return_exceptions)
 
     def ask(
         self, instruction: str, *, media: Sequence[str | Media | tuple[str, Any]] | None = None, **inputs: Any
@@ -282,9 +227,9 @@ class XBlip(nn.Module):
 
     def check_for_one(self, options: Mapping[str, Any]) -> None:
         """Raises `ConfigError` for options that a question with one answer cannot have."""
-        check_generation_options(options)
         if {**self.generation, **options}.get("num_return_sequences", 1) != 1:
             raise ConfigError("num_return_sequences: one question has one answer here; for several use `generate`.")
+        check_generation_options(options)
 
     def encode(
         self,

@@ -1,8 +1,9 @@
-"""Packing: several samples in one row before the LLM, in the place of padding.
+"""Packing: several samples in one row before the LLM, in the place of padding; and groups of like length, to generate.
 
-Samples of a batch differ in length, and padding is work like any other; so short ones share rows, each with positions and
-attention of its own. Chosen over grouping samples of like lengths: batches stay as they were drawn, no micro-batch is
-larger than another (the one with all long samples would need the most memory), and nothing is left to pad.
+Samples of a batch differ in length, and padding is work like any other; so where nothing is generated, short ones share
+rows, each with positions and attention of its own. Chosen over grouping samples of like lengths: batches stay as they were
+drawn, no micro-batch is larger than another (the one with all long samples would need the most memory), and nothing is
+left to pad.
 """
 
 import heapq
@@ -94,6 +95,29 @@ class Packing:
                 row_of[sample], start_of[sample] = number, start
                 start += self.lengths[sample]
         return row_of[samples], start_of[samples] + columns
+
+
+def groups_of_like_length(lengths: Sequence[int], step: int) -> list[list[int]]:
+    """Parts a batch for generation, so that short samples are not padded to the longest where that costs more than it saves.
+
+    Args:
+      lengths: of prompts.
+      step: of how many positions reading the weights once for each new token is worth, which every group does.
+
+    Returns:
+      Indices of each group's samples; samples of a group are neighbours in length.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first n: the least cost, and where the last group begins
+    for stop in range(1, len(order) + 1):
+        longest = lengths[order[stop - 1]]
+        best.append(min((best[start][0] + (stop - start) * longest + step, start) for start in range(stop)))
+    groups, stop = [], len(order)
+    while stop:
+        start = best[stop][1]
+        groups.append(order[start:stop])
+        stop = start
+    return groups
 
 
 class EachAlone(TorchFunctionMode):

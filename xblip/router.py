@@ -193,9 +193,7 @@ class Router:
         ]
         for index, (pieces, softs) in enumerate(zip(samples, soft_prompts, strict=True)):
             row = self._lay_out(pieces, softs, [] if apart or answers is None else spoken[index], ids)
-            text = sum(part.stop - part.start for part in row if isinstance(part, slice))
-            soft = sum(part.shape[0] for part in row if not isinstance(part, slice))
-            self.check_length(text=text, soft=soft, room=0 if apart else room, index=index)
+            self._check_length(row, room, index)
             rows.append(row)
         embedded = self.llm.embed(ids)
         embeds = [
@@ -261,8 +259,17 @@ class Router:
             stacklevel=3,
         )
 
-    def check_length(self, *, text: int, soft: int, room: int, index: int) -> None:
-        """Raises `InputError` if the positions of a sample's text and soft prompts, and `room`, exceed the LLM's context."""
+    def measure(self, pieces: Sequence[Piece], softs: Sequence[Tensor], *, room: int, index: int = 0) -> int:
+        """Returns how many positions a sample takes; arguments and errors are those of `assemble`, `index` the sample's."""
+        row = self._lay_out(pieces, softs, [], [])
+        text, soft = self._check_length(row, room, index)
+        return text + soft
+
+    def _check_length(self, row: list[slice | Tensor], room: int, index: int) -> tuple[int, int]:
+        """Returns a row's positions of text and of soft prompts."""
+        text = sum(part.stop - part.start for part in row if isinstance(part, slice))
+        soft = sum(part.shape[0] for part in row if not isinstance(part, slice))
+        room = 0 if self.llm.is_encoder_decoder else room
         limit = self.llm.context_length
         if limit is not None and text + soft + room > limit:
             error = InputError(
@@ -272,6 +279,7 @@ class Router:
             )
             error.row = index
             raise error
+        return text, soft
 
 
 def _labels(answers: Sequence[list[int]], ends: Sequence[int] | None) -> Tensor:
