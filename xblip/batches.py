@@ -5,16 +5,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from xblip.answer import Answer
 from xblip.errors import XBlipError
-from xblip.packing import groups_of_like_length
+from xblip.packing import POSITIONS_PER_STEP, groups_of_like_length
 from xblip.sample import Sample
 
 if TYPE_CHECKING:
     from xblip.model import XBlip
-
-POSITIONS_PER_STEP = {"cpu": 12, "cuda": 240}
-"""What reading the LLM's weights once takes, in positions of a prompt: how many operations a machine does in the time that
-it takes to read a weight, over the two that a position needs. (2 cores, float32: 60 GFLOP/s beside 10 GB/s; H100, bfloat16:
-800 TFLOP/s beside 3.3 TB/s.)"""
 
 T = TypeVar("T")
 

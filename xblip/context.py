@@ -17,7 +17,6 @@ from xblip.contents import describe
 from xblip.errors import InputError
 from xblip.explain import Asked
 from xblip.media_read import KeysValues
-from xblip.modality import Features
 from xblip.prefixes import Prompt, lay_out, shared_by_all, soft_units
 from xblip.router import Piece
 from xblip.sample import Media, Sample, Turn, by_modality
@@ -83,14 +82,11 @@ class Context:
 
     def encoded(self, parts: Sequence[str | Media]) -> list[str | Media]:
         """Returns parts whose sources are features, and remembers where these are from."""
-        found: dict[int, Features] = {}
-        for name, inputs in by_modality([Sample(None, list(parts))]).items():
-            features = self.model.reader.encode(name, [part.source for part in inputs])
-            for part, own in zip(inputs, features, strict=True):
-                found[part.column] = own
-                self._sources[own.key] = part.source
-        ordered = iter([found[column] for column in sorted(found)])
-        return [part.with_source(next(ordered)) if isinstance(part, Media) else part for part in parts]
+        given = Sample(None, list(parts))
+        [read] = self.model.reader.encoded([given])
+        for before, after in zip(given.all_media, read.all_media, strict=True):
+            self._sources[after.source.key] = before.source
+        return read.media
 
     def answers(self, samples: Sequence[Sample], options: Mapping[str, Any], *, go_on: bool = False) -> list[Answer]:
         """Answers samples whose sources are features; see `answer_all`."""
@@ -166,7 +162,7 @@ def answer_all(
     """
     model.check_for_one(options)
     options = {**model.generation, **options}
-    prompts = make_prompts(model, samples, room=options["max_new_tokens"])
+    prompts = make_prompts(model, samples, [options["max_new_tokens"]] * len(samples))
     shared = shared_by_all(prompts)
     reuses = not OWN_CACHE & options.keys() and (go_on or shared > 0) and model.prefixes.work
     past = None
@@ -181,13 +177,13 @@ def answer_all(
 
 
 @torch.no_grad()
-def make_prompts(model: "XBlip", samples: Sequence[Sample], *, room: int) -> list[Prompt]:
+def make_prompts(model: "XBlip", samples: Sequence[Sample], rooms: Sequence[int]) -> list[Prompt]:
     """Makes the prompts of samples whose sources are features.
 
     Args:
       model: whose bridges, router and LLM.
       samples: B.
-      room: positions that generation will add, which must fit the LLM's context too.
+      rooms: positions that generation will add to each, which must fit the LLM's context too.
 
     Raises:
       InputError: a sample is longer than the LLM's context.
@@ -198,7 +194,7 @@ def make_prompts(model: "XBlip", samples: Sequence[Sample], *, room: int) -> lis
         for part, soft in zip(inputs, made, strict=True):
             softs[part.row][part.column] = soft
     prompts = []
-    for index, (sample, own) in enumerate(zip(samples, softs, strict=True)):
+    for index, (sample, own, room) in enumerate(zip(samples, softs, rooms, strict=True)):
         ordered = [own[column] for column in sorted(own)]
         pieces = model.router.pieces(sample)
         model.router.measure(pieces, [soft for soft, _ in ordered], room=room, index=index)

@@ -42,6 +42,14 @@ class InputError(XBlipError):
     row: int | None = None
 
 
+class BusyError(XBlipError):
+    """Too much is asked at once: ask again later."""
+
+
+class LateError(XBlipError):
+    """A request's time was over before its answer was whole."""
+
+
 class UnknownWordsWarning(UserWarning):
     """The LLM's tokenizer does not know words that it is given."""
 

@@ -42,3 +42,23 @@ def generation_option_names(*, objects: bool = True) -> set[str]:
     settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
     parameters = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
     return settings | parameters if objects else settings
+
+
+def counted_penalty(options: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
+    """Puts a processor of our own in the place of `repetition_penalty`; `defaults` are the model's generation config.
+
+    That of transformers (5.23) leaves out as many ids as a row has padding, but of embeddings only the answer has ids: the
+    more padding, the fewer of an answer's tokens would count as said.
+    """
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    penalty = options.get("repetition_penalty", defaults.repetition_penalty)
+    if penalty in (None, 1):
+        return {}
+    own = RepetitionPenaltyLogitsProcessor(penalty)
+    return {"repetition_penalty": 1.0, "logits_processor": [own, *(options.get("logits_processor") or ())]}
+
+
+def until(ids: list[int], ends: set[int]) -> list[int]:
+    """Returns ids before the first that ends an answer."""
+    return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)

@@ -19,7 +19,7 @@ from torch import Tensor
 from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
-from xblip.generation import check_generation_options
+from xblip.generation import check_generation_options, counted_penalty, until
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 from xblip.media_read import KeysValues
@@ -305,6 +305,16 @@ class FrozenLLM(Frozen):
         packed = self._run(rows, {"position_ids": positions}).logits[places].float()
         return bool((packed - alone).norm() < (1e-3 if self.dtype is torch.float32 else 0.05) * alone.norm())
 
+    def ends(self, options: Mapping[str, Any]) -> set[int]:
+        """Returns the ids that end an answer, those of generation options among them."""
+        stops = (self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id, options.get("eos_token_id"))
+        return {end for stop in stops if stop is not None for end in torch.as_tensor(stop).flatten().tolist()}
+
+    @functools.cached_property
+    def last_logits_alone(self) -> dict[str, int]:
+        """What lets the model compute logits at the last position alone, where it can."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
     def generate(self, batch: PromptBatch, *, kept: KeysValues | None = None, **options: Any) -> list[list[int]]:
         """Generates by transformers' `generate`.
 
@@ -332,7 +342,7 @@ class FrozenLLM(Frozen):
                 rows = self.model.generate(
                     inputs_embeds=batch.inputs_embeds,
                     attention_mask=batch.attention_mask,
-                    **{**defaults, **options, **self._penalty(options)},
+                    **{**defaults, **options, **counted_penalty(options, self.model.generation_config)},
                 )
         except torch.OutOfMemoryError:
             raise
@@ -344,28 +354,11 @@ class FrozenLLM(Frozen):
                 ) from cause
             given = ", ".join(f"{name}={value!r:.80}" for name, value in options.items())
             raise ConfigError(f"These generation options are refused, {given}: {first_line(cause)}") from cause
-        ends = {self.tokenizer.eos_token_id}
-        for stop in (self.model.generation_config.eos_token_id, options.get("eos_token_id")):
-            if stop is not None:
-                ends.update(torch.as_tensor(stop).flatten().tolist())
+        ends = self.ends(options)
         if kept is not None:
             kept += [(layer.keys, layer.values) for layer in cache.layers]
         start = 1 if self.is_encoder_decoder else 0  # the decoder's start token
-        return [_until(row[start:].tolist(), ends) for row in rows]
-
-    def _penalty(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts a processor of our own in the place of `repetition_penalty`.
-
-        That of transformers (5.23) leaves out as many ids as a row has padding, but of embeddings only the answer has ids:
-        the more padding, the fewer of an answer's tokens would count as said.
-        """
-        from transformers import RepetitionPenaltyLogitsProcessor
-
-        penalty = options.get("repetition_penalty", self.model.generation_config.repetition_penalty)
-        if penalty in (None, 1):
-            return {}
-        own = RepetitionPenaltyLogitsProcessor(penalty)
-        return {"repetition_penalty": 1.0, "logits_processor": [own, *(options.get("logits_processor") or ())]}
+        return [until(row[start:].tolist(), ends) for row in rows]
 
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
@@ -380,10 +373,6 @@ def begun(model: Any, past: KeysValues | None = None, *, rows: int = 1) -> Any:
     for index, parts in enumerate(past or ()):
         cache.update(*(part.expand(rows, -1, -1, -1) for part in parts), index)
     return cache
-
-
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)
 
 
 def _fingerprint(model: Any, tokenizer: Any, config: LLMConfig) -> str:

@@ -112,15 +112,10 @@ class Prefixes:
             known = self.longest(units)
             cache = begun(self.llm.model, known and known.keys_values)
             rest = prompt.embeds[None, cache.get_seq_length() : length]
-            self.llm.model(inputs_embeds=rest, past_key_values=cache, use_cache=True, **self._last_logits_alone)
+            self.llm.model(inputs_embeds=rest, past_key_values=cache, use_cache=True, **self.llm.last_logits_alone)
             return [Beginning(units, [(layer.keys, layer.values) for layer in cache.layers])]
 
         return self.cache.get_or_make([units.tobytes()], make)[0]
-
-    @functools.cached_property
-    def _last_logits_alone(self) -> dict[str, int]:
-        known = "logits_to_keep" in inspect.signature(self.llm.model.forward).parameters
-        return {"logits_to_keep": 1} if known else {}
 
     def keep(self, units: np.ndarray, keys_values: KeysValues) -> None:
         """Keeps what a prompt with its answer gave; the units of the first P positions are known."""

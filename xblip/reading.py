@@ -24,6 +24,7 @@ from xblip.caches import Caches
 from xblip.contents import KnownFiles, content_key, is_file
 from xblip.errors import InputError, MediaError
 from xblip.modality import Features
+from xblip.sample import Sample, by_modality
 
 
 class MediaReader:
@@ -68,6 +69,17 @@ class MediaReader:
             return [replace(_own(item), key=keys[place]) for item, place in zip(items, places, strict=True)]
 
         return self.caches.features.get_or_make(keys, make)
+
+    def encoded(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Returns samples whose sources are features, those of a modality encoded together."""
+        found: dict[tuple[int, int], Features] = {}
+        for name, inputs in by_modality(samples).items():
+            features = self.encode(name, [part.source for part in inputs])
+            found.update(((part.row, part.column), own) for part, own in zip(inputs, features, strict=True))
+        return [
+            sample.changed(lambda column, part, row=row: part.with_source(found[row, column]))
+            for row, sample in enumerate(samples)
+        ]
 
     @torch.no_grad()
     def soft_prompts(

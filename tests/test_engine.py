@@ -1,0 +1,328 @@
+"""The engine: what a request gets is what `generate` gives it alone, whoever else asks, joins, leaves or fails."""
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from kit import BEADS, LONG, ONE, TWO, eight, make_model
+
+from xblip.decoder import Decoder
+from xblip.engine import Engine, EngineConfig
+from xblip.errors import BusyError, ConfigError, InputError, LateError, MediaError, XBlipError
+from xblip.llm import FrozenLLM, LLMConfig
+from xblip.requests import Finished, Request, Said
+from xblip.sample import Sample
+
+NEW = {"max_new_tokens": 12}
+SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.95}
+ASK = Sample("what is this ?", [("toy", LONG)])
+
+
+@pytest.fixture
+def model(llm):
+    return make_model(llm)
+
+
+@pytest.fixture
+def engine(model):
+    with Engine(model) as engine:
+        yield engine
+
+
+class Held:
+    """An engine whose steps wait until they may go on, so that a test knows who is waiting."""
+
+    def __init__(self, model, monkeypatch, **settings):
+        self.may_go = threading.Event()
+        self.stepping = threading.Event()
+        real = Decoder.step
+
+        def step(decoder):
+            self.stepping.set()
+            assert self.may_go.wait(20)
+            return real(decoder)
+
+        monkeypatch.setattr(Decoder, "step", step)
+        self.engine = Engine(model, EngineConfig(**settings))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.may_go.set()
+        self.engine.close()
+
+    def submit(self, request):
+        events = []
+        ticket = self.engine.submit(request, events.append)
+        return ticket, events
+
+    def begin(self, **options):
+        """Submits a request, and returns when its answer is being said."""
+        found = self.submit(Request(ASK, {**NEW, "min_new_tokens": 12, **options}, caller="first"))
+        assert self.stepping.wait(20)
+        return found
+
+
+def wait_until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not come about in 10 s")
+
+
+def requests_of(count, seed=0):
+    draw = random.Random(seed)
+    for number in range(count):
+        sample = eight()[number % 8]
+        options = {"max_new_tokens": draw.randrange(1, 14), **draw.choice([{}, SAMPLED, {"repetition_penalty": 1.5}])}
+        yield Request(sample, options, seed=number, caller=str(number % 3))
+
+
+class TestParity:
+    def test_answers_are_those_of_generate(self, model, engine):
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda sample: engine.ask(Request(sample, NEW)), eight()))
+        assert [finished.answer for finished in found] == model.generate(eight(), **NEW)
+        assert engine.counts["tokens"] >= sum(finished.answer.num_new_tokens for finished in found)
+
+    def test_a_seed_draws_what_it_draws_in_generate(self, model, engine):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            [expected] = model.generate([ASK], **NEW, **SAMPLED)
+            assert engine.ask(Request(ASK, {**NEW, **SAMPLED}, seed=seed)).answer == expected
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"do_sample": True, "min_p": 0.05, "typical_p": 0.9},
+            {"no_repeat_ngram_size": 2},
+            {"min_new_tokens": 10, "repetition_penalty": 1.2},
+            {"do_sample": True, "temperature": 0.7, "top_k": 3},
+        ],
+    )
+    def test_options_do_what_they_do_in_generate(self, model, engine, options):
+        torch.manual_seed(5)
+        [expected] = model.generate([ASK], **NEW, **options)
+        assert engine.ask(Request(ASK, {**NEW, **options}, seed=5)).answer == expected
+
+    def test_what_one_gets_does_not_depend_on_its_neighbours(self, model):
+        """Forty requests that come at random times, of all lengths, greedy and drawn; each as it is when it asks alone."""
+        requests, draw = list(requests_of(40)), random.Random(1)
+        with Engine(model, EngineConfig(max_rows=5)) as alone:
+            expected = [alone.ask(request) for request in requests]
+        assert alone.counts["steps"] + alone.counts["finished"] >= alone.counts["tokens"], "one at a time"
+        with Engine(model, EngineConfig(max_rows=6)) as engine, ThreadPoolExecutor(20) as threads:
+
+            def ask(request):
+                time.sleep(draw.random() * 0.2)
+                return engine.ask(request)
+
+            found = list(threads.map(ask, requests))
+        for one, other in zip(found, expected, strict=True):
+            assert (one.answer, one.reason) == (other.answer, other.reason)
+            likelihoods = [[drawn.log_probability for drawn in part.drawn] for part in (one, other)]
+            assert likelihoods[0] == pytest.approx(likelihoods[1], abs=1e-4)
+        assert engine.counts["steps"] < alone.counts["steps"] / 2, "steps are shared"
+
+    @pytest.mark.parametrize(
+        "options", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}, {"penalty_alpha": None}]
+    )
+    def test_what_no_sampler_knows_is_left_to_transformers(self, model, engine, options):
+        torch.manual_seed(2)
+        [expected] = model.generate([ASK], **NEW, **options)
+        finished = engine.ask(Request(ASK, {**NEW, **options}, seed=2))
+        assert finished.answer == expected and finished.reason in ("stop", "length")
+
+    def test_an_encoder_decoder_answers_too(self, t5_folder):
+        model = make_model(FrozenLLM.from_pretrained(LLMConfig(source=str(t5_folder), dtype="float32")))
+        with Engine(model) as engine, ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda sample: engine.ask(Request(sample, NEW)).answer, eight()[:4]))
+        assert found == model.generate(eight()[:4], **NEW)
+
+    def test_static_bridges_share_what_the_llm_has_read(self, model):
+        for branch in model.branches.values():
+            branch.bridge.tokenizer = None
+        questions = ["what is this ?", "is one larger ?", "show the red"]
+        samples = [Sample(question, [("toy", LONG), ("beads", BEADS)]) for question in questions]
+        with Engine(model) as engine, ThreadPoolExecutor(3) as threads:
+            found = list(threads.map(lambda sample: engine.ask(Request(sample, NEW)).answer, samples))
+        assert found == model.generate(samples, **NEW)
+        assert model.caches.counters["prefixes"].misses == 1
+
+
+class TestStreams:
+    def test_pieces_make_the_answer(self, engine):
+        *said, last = engine.stream(Request(ASK, NEW))
+        assert all(isinstance(piece, Said) for piece in said) and isinstance(last, Finished)
+        assert "".join(piece.text for piece in said) == last.answer.text
+        assert [drawn.token for piece in said for drawn in piece.drawn] == list(last.answer.token_ids)
+
+    def test_log_probabilities_are_those_of_score(self, model, engine):
+        finished = engine.ask(Request(ASK, {**NEW, **SAMPLED}, seed=3, top_log_probabilities=2))
+        [[score]] = model.score([ASK], [finished.answer.text])
+        end = 0.0
+        if finished.reason == "length":  # score counts the end of sequence, which was not said
+            [[longer]] = [[score]]
+            end = longer - sum(drawn.log_probability for drawn in finished.drawn)
+        assert sum(drawn.log_probability for drawn in finished.drawn) + end == pytest.approx(score, abs=1e-3)
+        for drawn in finished.drawn:
+            assert (
+                len(drawn.top) == 2 and drawn.top[0][1] >= drawn.top[1][1] and drawn.top[0][1] >= drawn.log_probability
+            )
+
+    def test_a_stop_string_ends_an_answer_before_it(self, engine):
+        whole = engine.ask(Request(ASK, {**NEW, "min_new_tokens": 12})).answer.text
+        word = whole.split()[3]
+        before = whole.split(word)[0].strip()
+        *said, last = engine.stream(Request(ASK, {**NEW, "min_new_tokens": 12}, stop=[word]))
+        assert last.answer.text == before and last.reason == "stop"
+        assert "".join(piece.text for piece in said) == before
+        assert engine.ask(Request(ASK, {**NEW, "min_new_tokens": 12, "stop_strings": word})).answer.text == before
+
+    def test_the_reason_says_how_it_ended(self, engine):
+        assert engine.ask(Request(ASK, {"max_new_tokens": 1})).reason == "length"
+        free = engine.ask(Request(ASK, {**NEW, "min_new_tokens": 12})).answer.token_ids
+        assert engine.ask(Request(ASK, {**NEW, "eos_token_id": free[2]})).reason == "stop"
+
+
+class TestQueue:
+    def test_a_full_queue_says_so_at_once(self, model, monkeypatch):
+        with Held(model, monkeypatch, max_rows=1, max_waiting=2) as held:
+            _, first = held.begin()
+            others = [held.submit(Request(ASK, NEW))[1] for _ in range(2)]
+            with pytest.raises(BusyError, match="The queue is full, with 2 requests waiting: ask again in a while"):
+                held.submit(Request(ASK, NEW))
+            assert held.engine.counts["refused"] == 1
+            held.may_go.set()
+            wait_until(lambda: all(events and isinstance(events[-1], Finished) for events in (first, *others)))
+
+    def test_callers_take_turns(self, model, monkeypatch):
+        order = []
+        with Held(model, monkeypatch, max_rows=1) as held:
+            held.begin()
+            for caller, count in (("greedy", 5), ("modest", 1)):
+                for _ in range(count):
+                    held.engine.submit(
+                        Request(ASK, {"max_new_tokens": 1}, caller=caller),
+                        lambda event, caller=caller: order.append(caller) if isinstance(event, Finished) else None,
+                    )
+            held.may_go.set()
+            wait_until(lambda: len(order) == 6)
+        assert order.index("modest") <= 2, "one may be on its way already"
+
+    def test_rows_are_bounded_by_positions(self, model):
+        most = 3 * 60
+        with Engine(model, EngineConfig(max_positions=most)) as engine, ThreadPoolExecutor(8) as threads:
+            seen = []
+            futures = [threads.submit(engine.ask, Request(sample, NEW)) for sample in eight() * 3]
+            while not all(future.done() for future in futures):
+                seen.append(engine.state["positions"])
+                time.sleep(0.001)
+        assert 0 < max(seen) <= most
+        assert [future.result().answer for future in futures] == model.generate(eight() * 3, **NEW)
+
+    def test_what_can_never_fit_is_refused(self, model):
+        with Engine(model, EngineConfig(max_positions=20)) as engine:
+            with pytest.raises(
+                InputError, match=r"take \d+ positions, and this engine holds 20: give fewer or shorter"
+            ):
+                engine.ask(Request(ASK, NEW))
+            assert engine.ask(Request(Sample("what ?"), {"max_new_tokens": 2})).answer.text
+
+    def test_a_cancelled_request_leaves_its_row(self, model, monkeypatch):
+        with Held(model, monkeypatch) as held:
+            ticket, events = held.begin()
+            ticket.cancel()
+            waiting, _ = held.submit(Request(ASK, NEW))
+            waiting.cancel()
+            held.may_go.set()
+            wait_until(lambda: held.engine.state == {"waiting": 0, "rows": 0, "positions": 0})
+            assert not any(isinstance(event, (Finished, XBlipError)) for event in events) and len(events) <= 2
+            assert held.engine.counts["cancelled"] == 2
+
+    def test_leaving_a_stream_cancels_it(self, model, monkeypatch):
+        with Held(model, monkeypatch) as held:
+            for _ in held.engine.stream(Request(ASK, {"max_new_tokens": 60, "min_new_tokens": 60})):
+                break
+            held.may_go.set()
+            wait_until(lambda: held.engine.state["rows"] == 0 and held.engine.counts["cancelled"] == 1)
+            assert held.engine.counts["tokens"] < 5
+
+    def test_a_request_has_its_time(self, model, monkeypatch):
+        with Held(model, monkeypatch) as held:
+            _, events = held.submit(Request(ASK, {**NEW, "min_new_tokens": 12}, seconds=0.2))
+            assert held.stepping.wait(20)
+            time.sleep(0.25)
+            held.may_go.set()
+            wait_until(lambda: events and isinstance(events[-1], LateError))
+            assert "was not whole after 0.2 s: ask for less, or give more time" in str(events[-1])
+            assert held.engine.counts["late"] == 1 and held.engine.counts["failed"] == 0
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        "sample, error",
+        [
+            (Sample("what ?", [("toy", [])]), MediaError),
+            (Sample("what ? " * 200), InputError),
+            ({"toy": ONE}, InputError),
+        ],
+    )
+    def test_what_fails_fails_alone(self, model, engine, sample, error):
+        samples = [ASK, sample, Sample("which one ?", [("beads", BEADS), ("toy", TWO)])]
+        with ThreadPoolExecutor(3) as threads:
+            first, wrong, last = [threads.submit(engine.ask, Request(own, NEW)) for own in samples]
+        with pytest.raises(error):
+            wrong.result()
+        assert [first.result().answer, last.result().answer] == model.generate([samples[0], samples[2]], **NEW)
+        assert engine.counts["failed"] == 1
+
+    @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperatur": 2.0}, {"num_return_sequences": 2}])
+    def test_wrong_options_are_refused_at_once(self, engine, options):
+        with pytest.raises(ConfigError):
+            engine.submit(Request(ASK, options), print)
+
+    def test_values_that_transformers_refuses_are_refused_at_once(self, engine):
+        with pytest.raises(ConfigError, match="These generation options are refused, .*temperature=-1.0"):
+            engine.submit(Request(ASK, {"do_sample": True, "temperature": -1.0}), print)
+
+    def test_a_failure_of_the_model_is_told_without_its_insides_and_the_engine_goes_on(
+        self, model, engine, monkeypatch
+    ):
+        expected = engine.ask(Request(ASK, NEW))
+        with monkeypatch.context() as broken:
+            broken.setattr(model.llm.model, "forward", lambda **_: 1 / 0)
+            with pytest.raises(XBlipError, match="The model failed at this request; the server's log says why") as told:
+                engine.ask(Request(ASK, NEW))
+            assert "division" not in str(told.value)
+        assert engine.ask(Request(ASK, NEW)) == expected
+
+    def test_a_listener_that_fails_is_given_up(self, engine):
+        engine.submit(Request(ASK, {**NEW, "min_new_tokens": 12}), lambda event: 1 / 0)
+        wait_until(lambda: engine.counts["cancelled"] == 1)
+        assert engine.ask(Request(ASK, NEW)).answer.text
+
+
+class TestClosing:
+    def test_what_was_taken_is_answered(self, model):
+        engine = Engine(model)
+        with ThreadPoolExecutor(8) as threads:
+            futures = [threads.submit(engine.ask, Request(sample, NEW)) for sample in eight()]
+            wait_until(lambda: engine.counts["submitted"] == 8)
+            engine.close()
+        assert [future.result().answer for future in futures] == model.generate(eight(), **NEW)
+        with pytest.raises(BusyError, match="shutting down"):
+            engine.ask(Request(ASK, NEW))
+        assert not any(thread.is_alive() for thread in engine._threads)
+
+    def test_what_takes_too_long_is_given_up(self, model, monkeypatch):
+        with Held(model, monkeypatch, max_rows=1) as held:
+            events = [held.begin()[1], *(held.submit(Request(ASK, NEW))[1] for _ in range(2))]
+            held.engine.close(seconds=0.1)
+            for own in events:
+                assert isinstance(own[-1], BusyError) and "was shut down before this was answered" in str(own[-1])

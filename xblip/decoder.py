@@ -1,0 +1,168 @@
+"""What an engine's LLM is saying: jobs that join, say a token in each step, and leave when they have ended."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from xblip.answer import Answer
+from xblip.errors import XBlipError
+from xblip.packing import POSITIONS_PER_STEP, groups_of_like_length
+from xblip.prefixes import Prompt, lay_out
+from xblip.requests import Event, Finished, Said, Ticket
+from xblip.sampling import Drawn, Sampler
+from xblip.steps import Rows, Stepper
+from xblip.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from xblip.model import XBlip
+
+log = logging.getLogger("xblip")
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way.
+
+    Attributes:
+      ticket: whose it is.
+      options: transformers' generation options, the model's own among them.
+      text: said so far.
+      sampler: draws its tokens; None if transformers generates the answer in one go.
+      prompt: once its media are read.
+      drawn: tokens so far.
+      is_over: the last event was told.
+    """
+
+    ticket: Ticket
+    options: dict[str, Any]
+    text: TextStream
+    sampler: Sampler | None
+    prompt: Prompt | None = None
+    drawn: list[Drawn] = field(default_factory=list)
+    is_over: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Of prompt and answer."""
+        return len(self.prompt.units) + self.options["max_new_tokens"]
+
+    def tell(self, event: Event) -> None:
+        """Tells whoever asked; one who cannot be told is no longer waited for."""
+        if self.is_over:
+            return
+        self.is_over = not isinstance(event, Said)
+        try:
+            self.ticket.tell(event)
+        except Exception:
+            log.exception("a request's listener failed; the request is given up")
+            self.ticket.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Tells of an error; one that is no user's goes to the log, and is told without its insides."""
+        if not isinstance(error, XBlipError):
+            log.error("a request failed", exc_info=error)
+            error = XBlipError(
+                "The model failed at this request; the server's log says why. Ask again, or something else."
+            )
+        self.tell(error)
+
+
+class Decoder:
+    """Says answers; for one thread.
+
+    Attributes:
+      model: that says them.
+      jobs: whose answers are being said, in the order of `rows`.
+      rows: what the LLM has read of them; None if there are no jobs.
+    """
+
+    def __init__(self, model: "XBlip"):
+        self.model = model
+        self.jobs: list[Job] = []
+        self.rows: Rows | None = None
+        self._stepper = Stepper(model.llm)
+
+    def join(self, jobs: Sequence[Job]) -> int:
+        """Reads the prompts of jobs, and says the first token of each; returns how many."""
+        for group in self._groups(jobs):
+            first = group[0].prompt
+            past = self.model.prefixes.read(first, first.stable) if first.stable else None
+            rows, logits = self._stepper.read([job.prompt for job in group], past)
+            staying = self._say(group, logits)
+            if staying:
+                rows = rows if len(staying) == len(group) else self._stepper.keep(rows, staying)
+                self.rows = rows if self.rows is None else self._stepper.join([self.rows, rows])
+                self.jobs += [group[place] for place in staying]
+        return len(jobs)
+
+    def _groups(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Those whose prompts begin alike with what will be asked about again, then those of like length."""
+        alike: dict[bytes, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(job.prompt.units[: job.prompt.stable].tobytes(), []).append(job)
+        step = POSITIONS_PER_STEP.get(self.model.device.type, POSITIONS_PER_STEP["cuda"])
+        return [
+            [same[index] for index in group]
+            for same in alike.values()
+            for group in groups_of_like_length([len(job.prompt.units) for job in same], step)
+        ]
+
+    def step(self) -> int:
+        """Says one token more of each answer; returns how many."""
+        count = len(self.jobs)
+        self.rows, logits = self._stepper.step(self.rows, [job.sampler.ids[-1] for job in self.jobs])
+        self.keep(self._say(self.jobs, logits))
+        return count
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Lets all jobs but those at these places leave."""
+        if len(places) < len(self.jobs):
+            self.rows = self._stepper.keep(self.rows, places) if places else None
+            self.jobs = [self.jobs[place] for place in places]
+
+    def clear(self) -> list[Job]:
+        """Lets all jobs leave, and returns them."""
+        jobs, self.jobs, self.rows = self.jobs, [], None
+        return jobs
+
+    def _say(self, jobs: Sequence[Job], logits: Tensor) -> list[int]:
+        """Draws and tells a token of each job; returns the places of those that go on."""
+        staying = []
+        for place, (job, own) in enumerate(zip(jobs, logits, strict=True)):
+            drawn = job.sampler.draw(own)
+            ended = job.sampler.has_ended
+            if not ended:
+                job.drawn.append(drawn)
+            ids = [said.token for said in job.drawn]
+            is_full = len(ids) >= job.options["max_new_tokens"]
+            text = job.text.add(ids, is_last=ended or is_full)
+            if text or not ended:
+                job.tell(Said(text, [] if ended else [drawn]))
+            if ended or job.text.has_stopped:
+                self._finish(job, "stop")
+            elif is_full:
+                self._finish(job, "length")
+            else:
+                staying.append(place)
+        return staying
+
+    def _finish(self, job: Job, reason: str) -> None:
+        ids = tuple(said.token for said in job.drawn)
+        job.tell(Finished(Answer(job.text.text, len(job.prompt.units), len(ids), ids), reason, job.drawn))
+
+    def say_whole(self, job: Job) -> None:
+        """Lets transformers generate an answer in one go: beams, and options that no sampler here knows."""
+        llm, seed = self.model.llm, job.ticket.request.seed
+        batch = lay_out([job.prompt], None, right=llm.is_encoder_decoder)
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            [ids] = llm.generate(batch, **job.options)
+        job.tell(Said(job.text.add(ids, is_last=True), []))
+        is_full = len(ids) >= job.options["max_new_tokens"] and not job.text.has_stopped
+        answer = Answer(job.text.text, len(job.prompt.units), len(ids), tuple(ids))
+        job.tell(Finished(answer, "length" if is_full else "stop", []))

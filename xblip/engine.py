@@ -1,0 +1,306 @@
+"""The engine: requests of many callers become batches, whose rows come and go between steps.
+
+Two threads: one reads media and makes prompts, so that a film does not hold up answers that are being said; the other runs
+the LLM. What one request gets does not depend on who else is asking.
+"""
+
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from xblip.context import make_prompts
+from xblip.decoder import Decoder, Job
+from xblip.errors import BusyError, InputError, LateError, XBlipError
+from xblip.requests import Event, Finished, Request, Said, Ticket
+from xblip.sampling import Sampler
+from xblip.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from xblip.model import XBlip
+
+
+@dataclass
+class EngineConfig:
+    """What an engine may hold.
+
+    Attributes:
+      max_rows: answers that are said at once.
+      max_positions: of all rows together, prompts and answers to come, padding and all: they say how much memory the LLM's
+        keys and values take.
+      max_waiting: requests in the queue; one more is refused at once.
+      wait_ms: how long an idle engine waits for further requests after a first one.
+    """
+
+    max_rows: int = 32
+    max_positions: int = 65_536
+    max_waiting: int = 256
+    wait_ms: float = 5.0
+
+
+class Turns:
+    """Waiting jobs, callers taking turns."""
+
+    def __init__(self):
+        self._callers: OrderedDict[str, deque[Job]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._callers.values()))
+
+    def add(self, job: Job) -> None:
+        self._callers.setdefault(job.ticket.request.caller, deque()).append(job)
+
+    def take(self) -> Job:
+        """Takes the next caller's oldest job; that caller comes last now."""
+        caller, waiting = self._callers.popitem(last=False)
+        job = waiting.popleft()
+        if waiting:
+            self._callers[caller] = waiting
+        return job
+
+
+class Engine:
+    """Answers requests of many callers; use it as a context manager, or close it.
+
+    Attributes:
+      model: that is asked.
+      config: what it may hold.
+      counts: since it began: requests submitted, refused, finished, failed, late, cancelled; tokens said; steps taken.
+    """
+
+    def __init__(self, model: "XBlip", config: EngineConfig | None = None):
+        self.model = model
+        self.config = config or EngineConfig()
+        names = ("submitted", "refused", "finished", "failed", "late", "cancelled", "tokens", "steps")
+        self.counts = dict.fromkeys(names, 0)
+        self._changed = threading.Condition()
+        self._waiting = Turns()
+        self._ready: deque[Job] = deque()
+        self._num_reading = 0
+        self._is_closing = self._has_read_all = False
+        self._decoder = Decoder(model)
+        own = model.llm.model.generation_config.to_diff_dict()
+        self._own_options = own
+        self._can_step = model.prefixes.work and Sampler.knows(own)
+        self._threads = [
+            threading.Thread(target=work, name=f"xblip engine {name}", daemon=True)
+            for name, work in (("reads", self._read_all), ("answers", self._answer_all))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: Request, tell: Callable[[Event], None]) -> Ticket:
+        """Puts a request into the queue.
+
+        Args:
+          request: what is asked.
+          tell: called with every event, in the engine's threads: it must not wait. The last is `Finished` or an error.
+
+        Raises:
+          BusyError: the queue is full, or the engine is closing.
+          ConfigError: an option is wrong.
+        """
+        job = self._job(Ticket(request, lambda event: self._tell(tell, event)))
+        with self._changed:
+            if self._is_closing:
+                raise BusyError("The engine is shutting down: ask again in a while.")
+            if self._num_waiting >= self.config.max_waiting:
+                self.counts["refused"] += 1
+                raise BusyError(f"The queue is full, with {self._num_waiting} requests waiting: ask again in a while.")
+            self.counts["submitted"] += 1
+            self._waiting.add(job)
+            self._changed.notify_all()
+        return job.ticket
+
+    def _job(self, ticket: Ticket) -> Job:
+        request, llm = ticket.request, self.model.llm
+        self.model.check_for_one(request.options)
+        given = {**self.model.generation, **request.options}
+        stop = given.pop("stop_strings", None) or []
+        stop = [stop, *request.stop] if isinstance(stop, str) else [*stop, *request.stop]
+        options = {name: value for name, value in given.items() if value is not None}
+        sampler = None
+        if self._can_step and Sampler.knows(options):
+            sampler = Sampler(
+                {**self._own_options, **options},
+                ends=sorted(llm.ends(options)),
+                device=llm.device,
+                seed=request.seed,
+                top_log_probabilities=request.top_log_probabilities,
+            )
+        return Job(ticket, options, TextStream(llm.tokenizer, stop), sampler)
+
+    def _tell(self, tell: Callable[[Event], None], event: Event) -> None:
+        if isinstance(event, Finished):
+            self.counts["finished"] += 1
+        elif isinstance(event, LateError):
+            self.counts["late"] += 1
+        elif isinstance(event, XBlipError):
+            self.counts["failed"] += 1
+        tell(event)
+
+    def stream(self, request: Request) -> Iterator[Said | Finished]:
+        """Asks, and gives what is said as it is said; leaving the loop cancels.
+
+        Raises:
+          XBlipError: the request failed.
+        """
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        ticket = self.submit(request, events.put)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, XBlipError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            ticket.cancel()
+
+    def ask(self, request: Request) -> Finished:
+        """Asks, and waits for the whole answer; raises as `stream`."""
+        *_, last = self.stream(request)
+        return last
+
+    @property
+    def state(self) -> dict[str, int]:
+        """How many requests wait, how many are being answered, and how many positions these hold."""
+        with self._changed:
+            rows = self._decoder.rows
+            held = 0 if rows is None else rows.num_positions
+            return {"waiting": self._num_waiting, "rows": len(self._decoder.jobs), "positions": held}
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._waiting) + self._num_reading + len(self._ready)
+
+    def close(self, *, seconds: float = 30.0) -> None:
+        """Takes nothing more, and answers what was taken; what is not answered after so many seconds is given up."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        with self._changed:
+            left = [*self._ready, *self._decoder.jobs, *(self._waiting.take() for _ in range(len(self._waiting)))]
+        for job in left:
+            job.fail(BusyError("The engine was shut down before this was answered: ask again in a while."))
+            job.ticket.cancel()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _is_wanted(self, job: Job) -> bool:
+        if job.is_over:
+            return False
+        if not job.ticket.is_cancelled and not job.ticket.is_late:
+            return True
+        if job.ticket.is_cancelled:
+            self.counts["cancelled"] += 1
+        else:
+            given = job.ticket.request.seconds
+            job.fail(LateError(f"The answer was not whole after {given:g} s: ask for less, or give more time."))
+        job.is_over = True
+        return False
+
+    def _read_all(self) -> None:
+        while self._read():
+            pass
+        with self._changed:
+            self._has_read_all = True
+            self._changed.notify_all()
+
+    def _answer_all(self) -> None:
+        while self._answer():
+            pass
+
+    def _read(self) -> bool:
+        """Makes prompts of what waits, as a batch; returns whether to go on."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (self._waiting and len(self._ready) < self.config.max_rows) or self._is_closing
+            )
+            if not self._waiting:
+                return False
+            if not self._decoder.jobs and not self._ready and not self._is_closing:
+                self._changed.wait_for(lambda: len(self._waiting) >= self.config.max_rows, self.config.wait_ms / 1000)
+            count = min(len(self._waiting), self.config.max_rows)
+            batch = [self._waiting.take() for _ in range(count)]
+            self._num_reading = count
+        wanted = [job for job in batch if self._is_wanted(job)]
+        ready = self._made(wanted) if wanted else []
+        with self._changed:
+            self._num_reading = 0
+            self._ready.extend(ready)
+            self._changed.notify_all()
+        return True
+
+    def _made(self, batch: Sequence[Job]) -> list[Job]:
+        """Gives jobs their prompts, together or, where one fails, each alone; returns those that have one."""
+        try:
+            samples = self.model.reader.encoded([self.model.sample(job.ticket.request.sample) for job in batch])
+            rooms = [job.options["max_new_tokens"] for job in batch]
+            for job, prompt in zip(batch, make_prompts(self.model, samples, rooms), strict=True):
+                job.prompt = prompt
+        except Exception as error:
+            if len(batch) > 1:
+                return [made for job in batch for made in self._made([job])]
+            batch[0].fail(error)
+            return []
+        fits = [job for job in batch if job.positions <= self.config.max_positions]
+        for job in batch:
+            if job not in fits:
+                job.fail(self._too_long(job))
+        return fits
+
+    def _too_long(self, job: Job) -> InputError:
+        return InputError(
+            f"The prompt and its answer take {job.positions} positions, and this engine holds {self.config.max_positions}: "
+            "give fewer or shorter inputs, or a smaller max_new_tokens."
+        )
+
+    def _answer(self) -> bool:
+        """Lets jobs join, and says one token more of each; returns whether to go on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._decoder.jobs or self._has_read_all)
+            if not self._ready and not self._decoder.jobs:
+                return False
+            joining = self._admitted()
+            self._changed.notify_all()
+        joining = [job for job in joining if self._is_wanted(job)]
+        self._decoder.keep([place for place, job in enumerate(self._decoder.jobs) if self._is_wanted(job)])
+        try:
+            self.counts["tokens"] += self._decoder.join([job for job in joining if job.sampler])
+            if self._decoder.jobs:
+                self.counts["tokens"] += self._decoder.step()
+                self.counts["steps"] += 1
+        except Exception as error:
+            for job in dict.fromkeys([*self._decoder.clear(), *(job for job in joining if job.sampler)]):
+                job.fail(error)
+        for job in joining:
+            if not job.sampler:
+                try:
+                    self._decoder.say_whole(job)
+                except Exception as error:
+                    job.fail(error)
+        return True
+
+    def _admitted(self) -> list[Job]:
+        """Takes what is ready and fits, in its order; runs under the lock."""
+        joining: list[Job] = []
+        held = list(self._decoder.jobs)
+        while self._ready and len(held) < self.config.max_rows:
+            longest = max(job.positions for job in (*held, self._ready[0]))
+            if longest * (len(held) + 1) > self.config.max_positions:
+                break
+            joining.append(self._ready.popleft())
+            held.append(joining[-1])
+        return joining

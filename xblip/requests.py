@@ -1,0 +1,91 @@
+"""What is asked of an engine, and what it says while it answers."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xblip.answer import Answer
+from xblip.errors import XBlipError
+from xblip.sample import Sample
+from xblip.sampling import Drawn
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question with what it may take.
+
+    Attributes:
+      sample: what is asked; sources are whatever a model takes, features too.
+      options: transformers' generation options.
+      seed: of sampling; None for one of chance.
+      stop: strings that end the answer, which is cut before them.
+      top_log_probabilities: how many of the likeliest tokens are told with each.
+      seconds: that it may take in all; None for as long as it takes.
+      caller: callers take turns.
+    """
+
+    sample: Sample | Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    top_log_probabilities: int = 0
+    seconds: float | None = None
+    caller: str = ""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of an answer: text that is certain, and the tokens drawn since the last piece."""
+
+    text: str
+    drawn: list[Drawn]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer.
+
+    Attributes:
+      answer: all of it.
+      reason: "stop" at an end of sequence or a stop string, "length" where max_new_tokens were said.
+      drawn: its tokens; none where transformers generated it.
+    """
+
+    answer: Answer
+    reason: str
+    drawn: list[Drawn]
+
+
+Event = Said | Finished | XBlipError
+
+
+class Ticket:
+    """A request's place in an engine.
+
+    Attributes:
+      request: what is asked.
+      tell: called with every event, in an engine's thread: it must not wait. The last is `Finished` or an error.
+      submitted: when, by `time.monotonic`.
+      is_cancelled: whether anybody still wants the answer.
+    """
+
+    def __init__(self, request: Request, tell: Callable[[Event], None]):
+        self.request = request
+        self.tell = tell
+        self.submitted = time.monotonic()
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Gives the answer up; nothing more is told."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def is_late(self) -> bool:
+        seconds = self.request.seconds
+        return seconds is not None and time.monotonic() - self.submitted > seconds
