@@ -127,6 +127,17 @@ def test_evaluate_runs_as_written(tmp_path):
     assert re.search(r"right in both: [01]\.\d+ \(.*\), 14 questions", steady)
 
 
+@pytest.mark.slow
+@needs_numerals
+def test_ask_runs_as_written(tmp_path):
+    _, context, chat, batch, engine = run_as_written("docs/ask.md", tmp_path)
+    assert context.startswith("thirteen\nsix\nthe video\n") and "misses=2" in context
+    assert chat == "six\nthe image\n"
+    first, second, third = batch.splitlines()
+    assert (first, third) == ("Answer: six", "Answer: four") and second.startswith("MediaError: Cannot read")
+    assert engine.splitlines()[:3] == ["six stop", "four stop", "seven stop"] and "Finished(answer=" in engine
+
+
 @needs_numerals
 @pytest.mark.slow
 def test_augment_runs_as_written(tmp_path):
