@@ -23,6 +23,40 @@ def step_flops(config: InstructBlipConfig, rows: Sequence[Row], *, stored: bool)
     return parts
 
 
+def ask_flops(config: InstructBlipConfig, *, frames: int, asked: int, said: int) -> dict[str, float]:
+    """Returns the floating-point operations of one question about a video, forward alone, by what another question changes.
+
+    Args:
+      config: of the model; that of InstructBlipVideo has the same parts.
+      frames: of the video.
+      asked, said: tokens of the question and of the answer.
+
+    Returns:
+      "video": encoder, and what cross-attention needs of it; "queries": the Q-Former's reading of these in the light of
+      the question, and the projector; "soft prompt": the LLM's reading of it; "text": question, answer and its logits.
+    """
+    own, llm, features = config.qformer_config, config.text_config, num_tokens(config.vision_config)
+    width, tokens = own.hidden_size, QUERIES + asked + 2
+    readers = -(-own.num_hidden_layers // own.cross_attention_frequency)
+    layer = tokens * (4 * width**2 + 2 * width * own.intermediate_size) + 2 * tokens**2 * width
+    reading = QUERIES * 2 * width**2 + 2 * QUERIES * features * width
+    projector = QUERIES * width * llm.hidden_size
+    keys_values = readers * 2 * features * own.encoder_hidden_size * width
+    position = 4 * llm.hidden_size**2 + 3 * llm.hidden_size * llm.intermediate_size
+    soft, text = frames * QUERIES, 1 + asked + said - 1
+    before = {"soft prompt": soft**2 / 2, "text": text * soft + text**2 / 2}
+    read = {"soft prompt": soft, "text": text}
+    return {
+        "video": frames * (encoder(config.vision_config) + 2.0 * keys_values),
+        "queries": frames * 2.0 * (own.num_hidden_layers * layer + readers * reading + projector),
+        **{
+            part: 2.0 * llm.num_hidden_layers * (read[part] * position + 2 * before[part] * llm.hidden_size)
+            + (2.0 * said * llm.hidden_size * llm.vocab_size if part == "text" else 0)
+            for part in read
+        },
+    }
+
+
 def num_tokens(config) -> int:
     """N of a picture."""
     return (config.image_size // config.patch_size) ** 2 + 1

@@ -102,9 +102,9 @@ class Row:
 
 def save_pair(shapes: Shapes, folder: Path, device: str = "cpu") -> None:
     """Writes a random InstructBLIP into `folder`/theirs, and the bundle made of it into `folder`/ours."""
-    tokenizer = _tokenizer(shapes.vocabulary, ["<s>"], [])
+    tokenizer = make_tokenizer(shapes.vocabulary, ["<s>"], [])
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    reader = _tokenizer(shapes.words, ["<s>"], ["</s>"])  # in the place of BERT's [CLS] and [SEP]
+    reader = make_tokenizer(shapes.words, ["<s>"], ["</s>"])  # in the place of BERT's [CLS] and [SEP]
     config = make_config(shapes, vocabulary=len(tokenizer), image_token=tokenizer.convert_tokens_to_ids("<image>"))
     torch.manual_seed(0)
     with torch.device(device):
@@ -121,22 +121,23 @@ def save_pair(shapes: Shapes, folder: Path, device: str = "cpu") -> None:
 
 def make_config(shapes: Shapes, *, vocabulary: int, image_token: int) -> InstructBlipConfig:
     """Of theirs; `vocabulary` counts `image_token` too."""
-    return InstructBlipConfig(
-        vision_config=shapes.vision,
-        qformer_config={
-            "vocab_size": shapes.words,
-            "encoder_hidden_size": shapes.vision.get("hidden_size", 1408),
-            **shapes.qformer,
-        },
-        text_config=LlamaConfig(
-            vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shapes.llm
-        ).to_dict(),
-        num_query_tokens=QUERIES,
-        image_token_index=image_token,
-    )
+    return InstructBlipConfig(image_token_index=image_token, **settings_of(shapes, vocabulary=vocabulary))
 
 
-def _tokenizer(size: int, before: Sequence[str], after: Sequence[str]):
+def settings_of(shapes: Shapes, *, vocabulary: int) -> dict[str, Any]:
+    """What the configs of InstructBLIP and of InstructBlipVideo have in common."""
+    llm = LlamaConfig(vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shapes.llm)
+    own = {"vocab_size": shapes.words, "encoder_hidden_size": shapes.vision.get("hidden_size", 1408), **shapes.qformer}
+    return {
+        "vision_config": shapes.vision,
+        "qformer_config": own,
+        "text_config": llm.to_dict(),
+        "num_query_tokens": QUERIES,
+    }
+
+
+def make_tokenizer(size: int, before: Sequence[str], after: Sequence[str]):
+    """Of so many words, with special tokens around every text."""
     words = [f"w{number}" for number in range(size - len(SPECIAL))]
     tokenizer = toy_tokenizer([*SPECIAL, *words])
     around = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (*before, *after)]
