@@ -129,7 +129,7 @@ class ForkServer:
                     env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
                 )
             try:
-                error = json.loads(self._ask(json.dumps(order).encode()))
+                error = json.loads(self._ask(json.dumps({**order, "folder": self._folder.name}).encode()))
             except ConnectionError:
                 errors.seek(0)
                 error = {"message": "their process died.", "traceback": errors.read().decode(errors="replace")}

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -71,6 +72,7 @@ def main(descriptor: int) -> None:
         control.send(str(answer).encode())
     for worker in alive:
         _end(worker)
+    shutil.rmtree(order["folder"], ignore_errors=True)
 
 
 def _built(name: str, settings: Mapping[str, Any]) -> Any:
@@ -112,14 +114,16 @@ def _work(
         before = _address_space()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (before + memory_bytes,) * 2)
-        with socket.socket(fileno=channel) as server, server.makefile("rb") as orders:
-            for line in orders:
-                name, path = json.loads(line)
-                facts, tensors = _read(modalities[name], Path(path), result_bytes)
-                facts["used_up"] = _address_space() - before > memory_bytes // 4
-                text = json.dumps(facts).encode()
-                server.sendall(REPLY.pack(len(text), len(tensors)) + text)
-                server.sendall(tensors)
+        server = socket.socket(
+            fileno=channel
+        )  # closed by nothing but this process's end, which would look like a death
+        for line in server.makefile("rb"):
+            name, path = json.loads(line)
+            facts, tensors = _read(modalities[name], Path(path), result_bytes)
+            facts["used_up"] = _address_space() - before > memory_bytes // 4
+            text = json.dumps(facts).encode()
+            server.sendall(REPLY.pack(len(text), len(tensors)) + text)
+            server.sendall(tensors)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except BaseException:
