@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices", "markdown"},
-    {"config", "loading", "media", "contents", "packing", "heat"},
+    {"config", "fetch_http", "loading", "media", "contents", "packing", "heat"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "likelihood", "parts", "provenance"},
     {"runs", "intervals", "metrics", "captions", "answers", "charts", "threshold"},
     {"modality", "qformer", "llm", "sample", "agreement"},
@@ -39,7 +39,7 @@ LAYERS = [
         "costs",
     },
     {"plugins", "tables", "crossmodal_rows", "crossmodal_score"},
-    {"branch", "lavis", "data", "crossmodal_page", "decode_worker"},
+    {"branch", "lavis", "data", "crossmodal_page", "decode_worker", "fetch"},
     {"bundle", "stored", "mixture", "examples", "explain", "decode_process"},
     {"model", "retrieval", "contrast", "encoding", "streaming", "decode_pool"},
     {"export", "lmms_model", "align", "layers", "resume", "meters", "precompute_ray", "writer"},
