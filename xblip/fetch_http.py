@@ -197,8 +197,9 @@ class Hosts:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         url = httpcore.URL(scheme=parts.scheme, host=parts.hostname, port=parts.port, target=target)
         backend = _Pinned(addresses, deadline)
+        context = self._context if parts.scheme == "https" else None
         with (
-            httpcore.ConnectionPool(ssl_context=self._context, network_backend=backend) as pool,
+            httpcore.ConnectionPool(ssl_context=context, network_backend=backend) as pool,
             pool.stream("GET", url, headers=HEADERS) as response,
         ):
             yield response
