@@ -16,114 +16,6 @@ from xblip.errors import ConfigError, InputError, MediaError, PluginError
 from xblip.testing import ToyModality
 
 MIB = 2**20
-OBEDIENT = '''
-import contextlib, ctypes, os, signal, stat, subprocess, sys, tempfile, time
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-import xblip
-from xblip.decode_worker import REPLY
-
-KEPT = []
-
-
-class Obedient(xblip.Modality):
-    """Does what a file says."""
-
-    name = "obedient"
-
-    @dataclass
-    class Config:
-        factor: float = 1.0
-
-    def load(self, source):
-        verb, *words = Path(source).read_text().split()
-        return getattr(self, verb)(*words)
-
-    def say(self, number):
-        return {"values": torch.full((1, 2), float(number) * self.config.factor)}
-
-    def kinds(self):
-        row = torch.arange(6).reshape(1, 6)
-        return {"long": row, "part": row[:, ::2], "half": row.bfloat16(), "mask": row > 2, "empty": row[:, :0]}
-
-    def begin(self, mark, seconds):
-        Path(mark + ".new").write_text(str(os.getpid()))
-        os.rename(mark + ".new", mark)
-        time.sleep(float(seconds))
-        return self.say(0)
-
-    def wait(self, mark, file, number):
-        while not os.path.exists(mark):
-            time.sleep(0.005)
-        with open(file, "a") as opened:
-            opened.write(number)
-        return self.say(number)
-
-    def allocate(self, mib):
-        return self.say(len(bytearray(int(mib) << 20)))
-
-    def tensor(self, mib):
-        return self.say(torch.ones(int(mib) << 20, dtype=torch.uint8).sum())
-
-    def zeros(self, mib):
-        return {"values": torch.zeros(1, int(mib) << 20, dtype=torch.uint8)}
-
-    def nothing(self):
-        return None
-
-    def keep(self, mib):
-        KEPT.append(bytearray(int(mib) << 20))
-        return self.say(mib)
-
-    def touch_nothing(self):
-        ctypes.string_at(0)
-
-    def abort(self, *words):
-        os.write(2, " ".join(words).encode())
-        os.abort()
-
-    def kill(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def exit(self):
-        os._exit(5)
-
-    def refuse(self):
-        raise xblip.MediaError("Cannot read it: it is no order.")
-
-    def fail(self):
-        raise ValueError("a secret\\nERROR forged")
-
-    def shout(self, mib):
-        for _ in range(int(mib)):
-            for output in (1, 2):
-                os.write(output, b"noise " * (2**20 // 12))
-        print("noise", file=sys.stderr)
-        return self.say(mib)
-
-    def leave(self, mark):
-        program = subprocess.Popen(["sleep", "60"])
-        file = tempfile.NamedTemporaryFile(delete=False)
-        Path(mark).write_text(f"{program.pid} {file.name}")
-        time.sleep(60)
-
-    def lie(self, facts, tensors):
-        for descriptor in range(3, 64):
-            with contextlib.suppress(OSError):
-                if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                    os.write(descriptor, REPLY.pack(len(facts), int(tensors)) + facts.encode())
-        return self.say(666)
-
-    def build_encoder(self):
-        raise NotImplementedError
-
-
-@xblip.hookimpl
-def register_modalities(register):
-    register(Obedient)
-'''
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +25,7 @@ def obedient(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site.folder)
         patch.setenv("XBLIP_PLUGINS", "obedient")
-        site.install("obedient", OBEDIENT)
+        site.install("obedient", Path(__file__).with_name("obedient.py").read_text())
         yield plugins.get("modality", "obedient")
     site.close()
 
@@ -315,6 +207,16 @@ def test_workers_killed_while_idle_cost_no_file(pool, order):
     until(lambda: pool.counters.alive == 0)
     assert [value(pool.load("toy", order("say", number))) for number in range(2)] == [0, 2]
     assert pool.counters.replaced == before.replaced + 2 and pool.counters.died == before.died
+
+
+def test_signals_that_mean_the_server_end_no_worker(pool, order):
+    """A service manager sends them to all processes at once, while the server finishes what it has."""
+    before = pool.pids
+    for pid in (pool._server._process.pid, *before):
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    assert [value(pool.load("toy", order("say", number))) for number in range(2)] == [0, 2]
+    assert pool.pids == before
 
 
 def test_those_who_wait_are_served_in_turn(pool, order, tmp_path):

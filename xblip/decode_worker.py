@@ -42,6 +42,11 @@ def main(descriptor: int) -> None:
         often as is wished, "fork FOLDER" with a worker's socket and where it may write errors, answered by its process id;
         and "end PID", answered by its wait status. It ends when the other side is closed, and its workers with it.
     """
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a server that is told to end finishes what it has, with these processes
+        signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=descriptor)
     order = json.loads(control.recv(ORDER_BYTES))
     try:
