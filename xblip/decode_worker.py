@@ -31,7 +31,7 @@ OUT_OF_MEMORY = 77
 """The exit status of a worker that got no more memory."""
 PR_SET_PDEATHSIG = 1
 LONGEST = 10_000
-"""Characters of a traceback that are kept."""
+"""Characters of a message or traceback that are kept."""
 
 
 def main(descriptor: int) -> None:
@@ -42,11 +42,9 @@ def main(descriptor: int) -> None:
         often as is wished, "fork FOLDER" with a worker's socket and where it may write errors, answered by its process id;
         and "end PID", answered by its wait status. It ends when the other side is closed, and its workers with it.
     """
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a server that is told to end finishes what it has, with these processes
-        signal.signal(number, signal.SIG_IGN)
+    # A server that is told to end finishes what it has, and needs these processes for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     control = socket.socket(fileno=descriptor)
     order = json.loads(control.recv(ORDER_BYTES))
     try:
@@ -119,9 +117,7 @@ def _work(
         before = _address_space()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (before + memory_bytes,) * 2)
-        server = socket.socket(
-            fileno=channel
-        )  # closed by nothing but this process's end, which would look like a death
+        server = socket.socket(fileno=channel)  # left open until the end: the other side takes its closing for a death
         for line in server.makefile("rb"):
             name, path = json.loads(line)
             facts, tensors = _read(modalities[name], Path(path), result_bytes)
@@ -148,7 +144,7 @@ def _read(modality: Any, path: Path, result_bytes: int) -> tuple[dict[str, Any],
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         return {"outcome": "read"}, save(copies)
     except MediaError as error:
-        return {"outcome": "refused", "message": str(error)}, b""
+        return {"outcome": "refused", "message": str(error)[:LONGEST]}, b""
     except BaseException as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):  # so say torch and the system
             raise MemoryError from error
