@@ -116,6 +116,16 @@ def write(tmp_path):
 
 
 @pytest.fixture
+def no_file_left(tmp_path, monkeypatch):
+    """A folder for temporary files, which has to be empty when the test ends."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of one mebibyte, which `mount -o remount,size=...` makes another size."""
     folder = tmp_path / "small"
