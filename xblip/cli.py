@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from xblip import cli_clean, cli_eval, cli_retrieve, cli_train, plugins
+from xblip import cli_clean, cli_eval, cli_retrieve, cli_serve, cli_train, plugins
 from xblip.errors import ConfigError, InputError, PluginError, XBlipError, suggest
 
 MODEL = "XBLIP_MODEL"
@@ -147,6 +147,7 @@ for command in (cli_train.train, cli_train.precompute, cli_retrieve.retrieve, cl
     app.command()(command)
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_eval.compare)
+app.command()(cli_serve.serve)
 
 
 @app.command()

@@ -10,7 +10,13 @@ from collections.abc import Iterable, Sequence
 
 
 class XBlipError(Exception):
-    """What a user of xblip can cause and mend; its text, one line, is written to be read by that user."""
+    """What a user of xblip can cause and mend; its text, one line, is written to be read by that user.
+
+    Attributes:
+      place: what part of a request it is about; None if that is not known.
+    """
+
+    place: str | None = None
 
     def __init__(self, message: str):
         super().__init__(" ".join(line.strip() for line in message.splitlines()))

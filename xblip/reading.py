@@ -27,6 +27,18 @@ from xblip.modality import Features
 from xblip.sample import Sample, by_modality
 
 
+class ReadMedia(dict[str, Tensor]):
+    """What a modality read of one source, with what tells the source from others.
+
+    Attributes:
+      content: of whatever was read; equal if and only if that is.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], content: bytes):
+        super().__init__(tensors)
+        self.content = content
+
+
 class MediaReader:
     """Reads media for the branches of one model, by its caches."""
 
@@ -148,6 +160,8 @@ def _alike(keys: Sequence[bytes], features: Sequence[Features]) -> list[list[lis
 
 
 def _content(source: Any) -> bytes | None:
+    if isinstance(source, ReadMedia):
+        return source.content
     if isinstance(source, (np.ndarray, Tensor)):
         array = np.ascontiguousarray(source.detach().cpu().numpy() if isinstance(source, Tensor) else source)
         return None if array.dtype == object else _hash(f"{array.dtype} {array.shape}".encode(), array.tobytes())

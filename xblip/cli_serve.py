@@ -1,0 +1,64 @@
+"""The command that serves: `xblip serve`.
+
+Nothing heavy is imported before the command runs.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xblip.errors import ConfigError
+
+KEYS = "XBLIP_API_KEYS"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="An installed model's name, a folder, a config, or a hub id.")],
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 unless given; another needs API keys.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 unless given.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help=f"May come several times; or {KEYS}, by commas.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML of settings, see docs/serve.md.")] = None,
+    allowed_media_domains: Annotated[
+        list[str] | None, typer.Option(help="A host that URLs may name; may come several times.")
+    ] = None,
+    allowed_local_media_path: Annotated[Path | None, typer.Option(help="A folder that file URLs may name.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="Such as video.max_seconds=60.")] = None,
+) -> None:
+    """Serve a model by OpenAI's chat completions, for files of every modality that it has."""
+    from xblip import config as configs
+    from xblip.loading import first_line
+    from xblip.model import load
+    from xblip.serve_config import ServeConfig
+
+    try:
+        from xblip.serve_run import run
+    except ImportError as cause:
+        raise ConfigError(
+            f"xblip serve needs what an extra brings: pip install 'xblip[serve]'. ({first_line(cause)})"
+        ) from cause
+    given = {
+        "host": host,
+        "port": port,
+        "api_keys": api_key or [key for key in os.environ.get(KEYS, "").split(",") if key],
+        "allowed_media_domains": allowed_media_domains or [],
+        "allowed_local_media_path": allowed_local_media_path,
+        "limits": _numbers(limit or []),
+    }
+    values = configs.load_yaml(config) if config else {}
+    values |= {name: value for name, value in given.items() if value}
+    settings = configs.build(ServeConfig, values, where="serve")
+    settings.check()
+    run(load(model), settings, name=model)
+
+
+def _numbers(pairs: list[str]) -> dict[str, float]:
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ConfigError(f'--limit {pair}: expected NAME=NUMBER, such as "video.max_seconds=60".') from None
+    return found

@@ -1,0 +1,386 @@
+"""The server: OpenAI's chat completions over one engine, for files of every modality that the model has.
+
+Bodies are read in pieces and counted, media are fetched and read in threads that wait for workers, and answers come from the
+engine's own thread; the event loop itself never waits for any of them.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from xblip import requests
+from xblip.decode_pool import DecodePool
+from xblip.engine import Engine
+from xblip.errors import LateError, XBlipError
+from xblip.fetch import FetchConfig, Fetcher
+from xblip.requests import Event, Finished, Said, Ticket
+from xblip.sample import Sample
+from xblip.serve_config import MIB, ServeConfig
+from xblip.serve_media import MediaDoor, limited
+from xblip.serve_metrics import Metrics
+from xblip.serve_reply import Replies, error_body, event, status_of
+from xblip.serve_sample import sample_of
+from xblip.serve_schema import INPUT, URL, ChatRequest, parse
+
+if TYPE_CHECKING:
+    from xblip.model import XBlip
+
+COMPLETIONS = "/v1/chat/completions"
+log = logging.getLogger("xblip.serve")
+
+
+class Refused(Exception):
+    """A request that is refused for what it is, and not for what it asks: a status, a message and a code of OpenAI's."""
+
+    def __init__(self, status: int, message: str, kind: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.kind, self.code = status, kind, code
+
+
+class Server:
+    """One model behind HTTP; `app` is what an ASGI server runs, and its lifespan closes what this opened.
+
+    Attributes:
+      model: that answers.
+      config: settings.
+      name: what clients call the model.
+    """
+
+    def __init__(self, model: "XBlip", config: ServeConfig, *, name: str, fetcher: Fetcher | None = None):
+        """Starts workers and engine.
+
+        Args:
+          model: that answers.
+          config: settings.
+          name: what clients call the model, if `config.model_name` does not say.
+          fetcher: in the place of one by the settings.
+
+        Raises:
+          ConfigError: a setting is wrong.
+        """
+        config.check()
+        self.model, self.config, self.name = model, config, config.model_name or name
+        self.pool = DecodePool(
+            limited(model, config.limits),
+            workers=config.decode_workers,
+            seconds=config.decode_seconds,
+            memory_bytes=config.decode_memory_mib * MIB,
+        )
+        fetcher = fetcher or Fetcher(
+            FetchConfig(
+                config.allowed_media_domains,
+                config.allowed_local_media_path,
+                max_part_bytes=config.max_part_bytes,
+                seconds=config.fetch_seconds,
+            )
+        )
+        self.door = MediaDoor(model, fetcher=fetcher, pool=self.pool)
+        self.engine = Engine(model, config.engine)
+        self.metrics = Metrics(self.engine, self.pool)
+        self._inside = 0
+        self._is_draining = False
+        self.app = self._app()
+
+    def close(self) -> None:
+        """Ends the engine, after what it was asked, and the workers."""
+        self._is_draining = True
+        self.engine.close(seconds=self.config.drain_seconds)
+        self.pool.close()
+
+    def _app(self) -> FastAPI:
+        @contextlib.asynccontextmanager
+        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            yield
+            await asyncio.to_thread(self.close)
+
+        app = FastAPI(title="xblip", summary=f"Asks {self.name} about files of any kind.", lifespan=lifespan)
+        schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": self._schema()}}}}
+        app.post(COMPLETIONS, openapi_extra=schema)(self.complete)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.one_model)
+        app.get("/health")(self.health)
+        app.get("/ready")(self.ready)
+        app.get("/metrics")(self.show_metrics)
+        for kind in (Exception, 404, 405):
+            app.add_exception_handler(kind, _refuse)
+        return app
+
+    def _schema(self) -> dict[str, Any]:
+        """JSON schema of a request, with the parts of the modalities that the model has."""
+        schema = ChatRequest.model_json_schema(ref_template="#/x-unused/{model}")
+        definitions = schema.pop("$defs")
+        parts: list[dict[str, Any]] = [_part_schema("text", {"type": "string"})]
+        for name, branch in self.model.branches.items():
+            types = ", ".join(branch.modality.mime_types) or "a file"
+            url = {
+                "type": "object",
+                "properties": {"url": {"type": "string", "description": types}},
+                "required": ["url"],
+            }
+            data = {"type": "object", "properties": {"data": {"type": "string"}, "format": {"type": "string"}}}
+            parts += [_part_schema(f"{name}{URL}", url), _part_schema(f"{INPUT}{name}", {**data, "required": ["data"]})]
+        message = definitions["Message"]
+        message["properties"]["content"] = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"oneOf": parts}}]}
+        schema["properties"]["messages"]["items"] = message
+        for key, name in (("stream_options", "StreamOptions"), ("response_format", "ResponseFormat")):
+            schema["properties"][key] = {"anyOf": [definitions[name], {"type": "null"}]}
+        return schema
+
+    async def health(self) -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "ok"}
+
+    async def ready(self) -> Response:
+        """Whether it takes requests: workers live, and it is not shutting down."""
+        alive = self.pool.counters.alive
+        is_ready = not self._is_draining and alive > 0
+        return JSONResponse({"ready": is_ready, "workers": alive}, 200 if is_ready else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        """Counters and times, for Prometheus."""
+        self._caller(request)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, request: Request) -> dict[str, Any]:
+        """The one model that is served."""
+        self._caller(request)
+        return {"object": "list", "data": [self._model()]}
+
+    async def one_model(self, request: Request, name: str) -> dict[str, Any]:
+        """The model, by its name."""
+        self._caller(request)
+        self._check_model(name)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "xblip",
+            "modalities": [*self.model.branches],
+        }
+
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
+            message = f'The model "{name:.100}" is not served here, but "{self.name}" is: ask that.'
+            raise Refused(404, message, "invalid_request_error", "model_not_found")
+
+    def _caller(self, request: Request) -> str:
+        """Returns who asks, by the key or else the address.
+
+        Raises:
+          Refused: a key is needed, and there is none or a wrong one.
+        """
+        given = request.headers.get("authorization", "")
+        if not self.config.api_keys:
+            return request.client.host if request.client else ""
+        key = given.removeprefix("Bearer ").strip().encode(errors="replace")
+        if not any([hmac.compare_digest(key, known.encode()) for known in self.config.api_keys]):
+            what = "is wrong" if given else "is missing"
+            message = f"The API key {what}: send one as `Authorization: Bearer KEY`."
+            raise Refused(401, message, "invalid_request_error", "invalid_api_key")
+        return given
+
+    async def complete(self, request: Request) -> Response:
+        """Answers a conversation, plain or streamed as server-sent events."""
+        id, started = f"chatcmpl-{uuid.uuid4().hex}", time.monotonic()
+        tickets: list[Ticket] = []
+        leaving: asyncio.Task | None = None
+        try:
+            caller = self._caller(request)
+            with self._place():
+                asked = parse(await self._body(request))
+                self._check_model(asked.model)
+                sample = await asyncio.to_thread(sample_of, asked, self.door, caller=caller, most=self.config.max_parts)
+                told: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+                leaving = asyncio.create_task(_leaves(request, told))
+                self._submit(asked, sample, caller, told, tickets)
+                first = await told.get()
+            if isinstance(first[1], XBlipError):
+                raise first[1]
+            replies = Replies(
+                id=id,
+                model=self.name,
+                tokenizer=self.model.llm.tokenizer,
+                tells_log_probabilities=bool(asked.logprobs),
+            )
+            if asked.stream:  # whoever sends it watches for those who leave
+                leaving.cancel()
+                pieces = self._stream(asked, replies, _events(first, told), tickets, started)
+                return StreamingResponse(pieces, media_type="text/event-stream", headers={"X-Request-Id": id})
+            finished = await self._whole(_events(first, told), len(tickets))
+            self._told(id, started, finished)
+            return JSONResponse(replies.completion(finished), headers={"X-Request-Id": id})
+        except Exception as error:
+            for ticket in tickets:
+                ticket.cancel()
+            response = _refuse(request, error)
+            response.headers["X-Request-Id"] = id
+            status = response.status_code
+            self.metrics.told(COMPLETIONS, status, started=started, id=id, error=str(error))
+            return response
+        finally:
+            if leaving:
+                leaving.cancel()
+
+    @contextlib.contextmanager
+    def _place(self):
+        """One of the places for requests that come in, which a thousand clients would else fill memory by."""
+        if self._is_draining:
+            raise Refused(503, "The server is shutting down: ask again in a while.", "server_error", "shutting_down")
+        if self._inside >= self.config.max_requests:
+            message = f"{self.config.max_requests} requests are being taken in already: ask again in a while."
+            raise Refused(429, message, "rate_limit_error", "too_many_requests")
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    async def _body(self, request: Request) -> bytes:
+        most, body = self.config.max_body_bytes, bytearray()
+        length = request.headers.get("content-length", "")
+        too_large = Refused(
+            413, f"The body is larger than the {most} bytes that are allowed: send less.", "invalid_request_error"
+        )
+        if length.isdecimal() and int(length) > most:
+            raise too_large
+        async with asyncio.timeout(self.config.request_seconds):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise too_large
+        return bytes(body)
+
+    def _submit(
+        self, asked: ChatRequest, sample: Sample, caller: str, told: asyncio.Queue, tickets: list[Ticket]
+    ) -> None:
+        """Asks the engine, `n` times; what it tells goes into a queue, each with its choice."""
+        loop = asyncio.get_running_loop()
+        for index in range(asked.n or 1):
+            request = requests.Request(
+                sample,
+                asked.options,
+                seed=None if asked.seed is None else (asked.seed + index) % 2**63,
+                stop=asked.stops,
+                top_log_probabilities=asked.top_logprobs or 0,
+                seconds=self.config.request_seconds,
+                caller=caller,
+            )
+            listen = partial(lambda index, event: loop.call_soon_threadsafe(told.put_nowait, (index, event)), index)
+            tickets.append(self.engine.submit(request, listen))
+
+    async def _whole(self, events: AsyncIterator[tuple[int, Event]], count: int) -> list[Finished]:
+        """Waits for all choices."""
+        finished: dict[int, Finished] = {}
+        async for index, one in events:
+            if isinstance(one, XBlipError):
+                raise one
+            if isinstance(one, Finished):
+                finished[index] = one
+            if len(finished) == count:
+                break
+        return [finished[index] for index in range(count)]
+
+    async def _stream(
+        self,
+        asked: ChatRequest,
+        replies: Replies,
+        events: AsyncIterator[tuple[int, Event]],
+        tickets: Sequence[Ticket],
+        started: float,
+    ) -> AsyncIterator[bytes]:
+        finished: dict[int, Finished] = {}
+        begun: set[int] = set()
+        status, at = 499, started
+        try:
+            async for index, one in events:
+                if isinstance(one, XBlipError):
+                    status, kind = status_of(one)
+                    yield event(error_body(str(one), kind, place=one.place))
+                    return
+                if index not in begun:
+                    begun.add(index)
+                    yield event(replies.first(index))
+                now = time.monotonic()
+                (self.metrics.first_token if at == started else self.metrics.per_token).observe(now - at)
+                at = now
+                if isinstance(one, Said):
+                    if one.text or asked.logprobs:
+                        yield event(replies.said(index, one))
+                    continue
+                finished[index] = one
+                yield event(replies.last(index, one))
+                if len(finished) == len(tickets):
+                    break
+            ordered = [finished[index] for index in range(len(tickets))]
+            if asked.stream_options and asked.stream_options.include_usage:
+                yield event(replies.usage(ordered))
+            yield event("[DONE]")
+            status = 200
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+            if status == 200:
+                self._told(replies.id, started, ordered)
+            else:
+                self.metrics.told(COMPLETIONS, status, started=started, id=replies.id)
+
+    def _told(self, id: str, started: float, finished: Sequence[Finished]) -> None:
+        read, said = finished[0].answer.num_prompt_tokens, sum(one.answer.num_new_tokens for one in finished)
+        self.metrics.tokens.labels("prompts").inc(read)
+        self.metrics.tokens.labels("answers").inc(said)
+        self.metrics.told(COMPLETIONS, 200, started=started, id=id, prompt_tokens=read, completion_tokens=said)
+
+
+def _part_schema(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    properties = {"type": {"const": kind}, kind: value}
+    return {"type": "object", "title": kind, "properties": properties, "required": ["type", kind]}
+
+
+async def _events(first: tuple[int, Event], told: asyncio.Queue) -> AsyncIterator[tuple[int, Event]]:
+    yield first
+    while True:
+        yield await told.get()
+
+
+async def _leaves(request: Request, told: asyncio.Queue) -> None:
+    """Says so when the client leaves, as the engine says nothing more to one who has."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    told.put_nowait((0, LateError("The client left before its answer was whole.")))
+
+
+def _refuse(request: Request, error: Exception) -> Response:
+    """Tells a client what is wrong, and never the insides of it."""
+    headers = {}
+    if isinstance(error, Refused):
+        status, body = error.status, error_body(str(error), error.kind, code=error.code)
+    elif isinstance(error, XBlipError):
+        status, kind = status_of(error)
+        body = error_body(str(error), kind, place=error.place)
+    elif getattr(error, "status_code", None) in (404, 405):
+        status = error.status_code
+        what = "There is nothing here" if status == 404 else f"{request.method} is not done here"
+        body = error_body(f"{what}: see /openapi.json for what there is.", "invalid_request_error")
+    elif isinstance(error, TimeoutError):
+        status, body = 408, error_body("The request took too long to come in: send it again, faster.", "timeout_error")
+    else:
+        log.error("a request failed", exc_info=error)
+        status, body = 500, error_body("The server failed at this request, and its log says why.", "server_error")
+    if status in (429, 503):
+        headers["Retry-After"] = "1"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers=headers)

@@ -1,0 +1,124 @@
+"""How a request's inputs come in: fetched, read in a worker, known again by content or by what their sender calls them."""
+
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from xblip.decode_pool import DecodePool
+from xblip.errors import ConfigError, XBlipError, suggest
+from xblip.fetch import Fetched, Fetcher
+from xblip.modality import Modality
+from xblip.reading import ReadMedia
+from xblip.serve_schema import Part, wrong
+
+if TYPE_CHECKING:
+    from xblip.model import XBlip
+
+MAX_NAMED = 100_000
+"""Names (uuid) that are remembered; the least used go first."""
+LIMITS = {"max_pixels": 25_000_000, "max_seconds": 600.0, "max_points": 2_000_000}
+"""What a server takes at most by default, by the names of modalities' settings; a modality may have less."""
+
+
+class MediaDoor:
+    """Lets inputs in, for many threads at once."""
+
+    def __init__(self, model: "XBlip", *, fetcher: Fetcher, pool: DecodePool):
+        self.model = model
+        self.fetcher = fetcher
+        self.pool = pool
+        self._named: OrderedDict[tuple[str, str, str], bytes] = OrderedDict()
+        self._lock = Lock()
+
+    def source(self, part: Part, *, caller: str) -> Any:
+        """Returns what a model takes for a part: features that are there already, or what a worker read.
+
+        Args:
+          part: of a request.
+          caller: whose; names are their senders' own.
+
+        Raises:
+          InputError, MediaError: it cannot be fetched or read, or nothing is known by its name; `place` says which it was.
+        """
+        try:
+            if part.url is None and part.data is None:
+                return self._known(part, caller)
+            with self._fetched(part) as fetched:
+                return self._read(part, fetched, caller)
+        except XBlipError as error:
+            error.place = part.place
+            raise
+
+    def _known(self, part: Part, caller: str) -> Any:
+        with self._lock:
+            key = self._named.get((caller, part.modality, part.uuid))
+        features = key and self.model.caches.features.get(key)
+        if features is None:
+            raise wrong(
+                part.place,
+                f'{part.place}: nothing is known by the uuid "{part.uuid}", or no more: send the file once with this uuid.',
+            )
+        return features
+
+    def _fetched(self, part: Part) -> Fetched:
+        modality = self.model.branches[part.modality].modality
+        if part.url is not None:
+            return self.fetcher.fetch(part.url, modality)
+        return self.fetcher.fetch_base64(part.data, modality, format=part.format)
+
+    def _read(self, part: Part, fetched: Fetched, caller: str) -> Any:
+        content = bytes.fromhex(fetched.digest) + fetched.path.suffix.encode()
+        key = self.model.reader.key(part.modality, ReadMedia({}, content))
+        if part.uuid is not None:
+            with self._lock:
+                self._named[caller, part.modality, part.uuid] = key
+                self._named.move_to_end((caller, part.modality, part.uuid))
+                if len(self._named) > MAX_NAMED:
+                    self._named.popitem(last=False)
+        features = self.model.caches.features.get(key)
+        if features is not None:
+            return features
+        try:
+            return ReadMedia(self.pool.load(part.modality, fetched.path), content)
+        except XBlipError as error:
+            raise type(error)(_without_path(str(error), fetched, part)) from None
+
+
+def _without_path(message: str, fetched: Fetched, part: Part) -> str:
+    """Names a part where a message names the temporary file that it was written to."""
+    for shown in (repr(str(fetched.path)), f'"{fetched.path}"', str(fetched.path), fetched.path.name):
+        message = message.replace(shown, part.place)
+    return message
+
+
+def limited(model: "XBlip", limits: Mapping[str, Any]) -> dict[str, Modality]:
+    """Returns the modalities of a model as a server reads them: each `max_` setting the lower of its own and the server's.
+
+    Args:
+      model: whose.
+      limits: by setting, such as "max_seconds", for all modalities, or "<modality>.max_seconds" for one.
+
+    Raises:
+      ConfigError: a limit is of no modality here, or is no number above 0.
+    """
+    settings = {name: vars(branch.modality.config) for name, branch in model.branches.items()}
+    known = {f"{name}.{key}" for name, own in settings.items() for key in own if key.startswith("max_")}
+    known |= {name.partition(".")[2] for name in known}
+    for name, value in limits.items():
+        if name not in known and name not in LIMITS:
+            raise ConfigError(f'Unknown limit "{name}".{suggest(name, known)}')
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ConfigError(f"The limit {name} must be a number above 0, not {value!r}.")
+    made = {}
+    for name, branch in model.branches.items():
+        own = {}
+        for key, value in settings[name].items():
+            if f"{name}.{key}" in known:
+                most = limits.get(f"{name}.{key}", limits.get(key, LIMITS.get(key, value)))
+                own[key] = type(value)(min(most, value))
+        made[name] = copy.copy(branch.modality)
+        made[name].config = dataclasses.replace(branch.modality.config, **own)
+    return made

@@ -1,0 +1,102 @@
+"""What the server says, in OpenAI's form: completions, pieces of them, errors."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xblip.errors import BusyError, LateError, XBlipError
+from xblip.requests import Finished, Said
+from xblip.sampling import Drawn
+
+Json = dict[str, Any]
+
+
+class Replies:
+    """Replies to one request.
+
+    Attributes:
+      id: of the request.
+      model: what the client calls the model.
+    """
+
+    def __init__(self, *, id: str, model: str, tokenizer: Any, tells_log_probabilities: bool):
+        self.id, self.model = id, model
+        self._tokenizer, self._tells, self._created = tokenizer, tells_log_probabilities, int(time.time())
+
+    def completion(self, finished: Sequence[Finished]) -> Json:
+        """All choices with their counts."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": one.answer.text, "refusal": None},
+                "logprobs": self._log_probabilities(one.drawn),
+                "finish_reason": one.reason,
+            }
+            for index, one in enumerate(finished)
+        ]
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage(finished)}
+
+    def first(self, index: int) -> Json:
+        """The piece that begins a choice."""
+        return self._piece(index, {"role": "assistant", "content": ""})
+
+    def said(self, index: int, said: Said) -> Json:
+        return self._piece(index, {"content": said.text}, self._log_probabilities(said.drawn))
+
+    def last(self, index: int, finished: Finished) -> Json:
+        return self._piece(index, {}, reason=finished.reason)
+
+    def usage(self, finished: Sequence[Finished]) -> Json:
+        """The piece after all choices that has the counts."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(finished)}
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
+
+    def _piece(self, index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _log_probabilities(self, drawn: Sequence[Drawn]) -> Json | None:
+        if not self._tells:
+            return None
+        told = [
+            {
+                **self._token(one.token, one.log_probability),
+                "top_logprobs": [self._token(token, value) for token, value in one.top],
+            }
+            for one in drawn
+        ]
+        return {"content": told, "refusal": None}
+
+    def _token(self, token: int, log_probability: float) -> Json:
+        text = self._tokenizer.decode([token])
+        return {"token": text, "logprob": max(log_probability, -9999.0), "bytes": list(text.encode())}
+
+
+def usage(finished: Sequence[Finished]) -> Json:
+    """Counts of tokens: soft prompts count as what the LLM reads of them, and a prompt once however many choices it has."""
+    prompt = finished[0].answer.num_prompt_tokens
+    said = sum(one.answer.num_new_tokens for one in finished)
+    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+
+
+STATUS = {BusyError: (429, "rate_limit_error"), LateError: (504, "timeout_error")}
+
+
+def status_of(error: Exception) -> tuple[int, str]:
+    """Returns the HTTP status of an error, and its type in OpenAI's words."""
+    if type(error) is XBlipError or not isinstance(error, XBlipError):
+        return 500, "server_error"
+    return STATUS.get(type(error), (400, "invalid_request_error"))
+
+
+def error_body(message: str, kind: str, *, place: str | None = None, code: str | None = None) -> Json:
+    return {"error": {"message": message, "type": kind, "param": place, "code": code}}
+
+
+def event(data: Mapping[str, Any] | str) -> bytes:
+    """A server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode(errors="replace")

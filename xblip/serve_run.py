@@ -1,0 +1,35 @@
+"""Runs a server by uvicorn, until it is told to stop."""
+
+import logging
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from xblip.serve import Server
+from xblip.serve_config import ServeConfig
+
+if TYPE_CHECKING:
+    from xblip.model import XBlip
+
+
+def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
+    """Serves a model until SIGTERM or SIGINT; then what runs is finished, and nothing new is taken.
+
+    Args:
+      model: that answers.
+      config: settings.
+      name: what clients call the model, if `config.model_name` does not say.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    server = Server(model, config, name=name)
+    settings = uvicorn.Config(
+        server.app,
+        host=config.host,
+        port=config.port,
+        access_log=False,
+        log_level="info",
+        timeout_graceful_shutdown=int(config.drain_seconds) + 5,
+        timeout_keep_alive=30,
+        server_header=False,
+    )
+    uvicorn.Server(settings).run()
