@@ -18,12 +18,13 @@ import pytest
 import torch
 import yaml
 from far import ARCHITECTURES
-from kit import Beads, FileToy, Site, make_model, registered
+from kit import Beads, FileToy, Site, make_branch, make_model, registered
 
 from xblip import plugins
 from xblip.branch import BranchConfig
 from xblip.convert_qformer import Wanted
 from xblip.llm import FrozenLLM, LLMConfig
+from xblip.model import XBlip
 from xblip.testing import ToyModality, save_toy_llm, small_qformer, toy_tokenizer
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
@@ -196,3 +197,38 @@ def files(config, manifest):
     config.training["max_steps"] = 12
     with registered(FileToy):
         yield config
+
+
+@pytest.fixture(scope="module")
+def rows_model(llm, tmp_path_factory):
+    """A model with two modalities that are installed, so that workers find them; see `served.SOURCE`."""
+    from served import SOURCE
+
+    site = Site(tmp_path_factory.mktemp("site"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site.folder)
+        patch.setenv("XBLIP_PLUGINS", "rows,lines")
+        site.install("rows", SOURCE)
+        site.install("lines", SOURCE.replace("register(Rows)", "register(Lines)"))
+        branches = {}
+        for seed, name in enumerate(("rows", "lines")):
+            branches[name] = make_branch(plugins.get("modality", name), llm, seed=seed)
+        yield XBlip(llm=llm, branches=branches, generation={"max_new_tokens": 8}).eval()
+    site.close()
+
+
+@pytest.fixture(scope="module")
+def served(rows_model):
+    """A server of `rows_model` with small limits."""
+    from served import running
+
+    with running(rows_model, decode_seconds=1.0, max_parts=8, max_part_bytes=2_000, max_body_bytes=100_000) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    """The official client of that server."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)

@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "hookspecs", "gather", "devices", "markdown"},
     {"config", "caches", "fetch_http", "generation", "loading", "media", "contents", "packing", "heat"},
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "media_read", "likelihood", "parts", "provenance"},
-    {"runs", "intervals", "metrics", "captions", "answers", "charts", "threshold"},
+    {"runs", "kv_cache", "intervals", "metrics", "captions", "answers", "charts", "threshold"},
     {"modality", "qformer", "llm", "sample", "agreement"},
     {"bridge", "router", "prefixes", "sampling", "text_stream", "forms", "shards", "eval_task", "lmms"},
     {

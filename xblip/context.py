@@ -16,6 +16,7 @@ from xblip.answer import Answer
 from xblip.contents import describe
 from xblip.errors import InputError
 from xblip.explain import Asked
+from xblip.generation import OWN_CACHE
 from xblip.media_read import KeysValues
 from xblip.prefixes import Prompt, lay_out, shared_by_all, soft_units
 from xblip.router import Piece
@@ -23,9 +24,6 @@ from xblip.sample import Media, Sample, Turn, by_modality
 
 if TYPE_CHECKING:
     from xblip.model import XBlip
-
-OWN_CACHE = {"past_key_values", "cache_implementation", "use_cache", "assistant_model", "prompt_lookup_num_tokens"}
-"""Generation options that do not go with beginnings read before."""
 
 
 class Context:

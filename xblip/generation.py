@@ -15,6 +15,16 @@ MISPLACED = {
 }
 """Generation options of transformers that are refused, and what to do instead."""
 
+OWN_CACHE = {
+    "past_key_values",
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+}
+"""Options that say how keys and values are kept, so that they are not kept in our way."""
+
 
 def check_generation_options(options: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for an option that transformers' generation does not know, or that has no place here."""

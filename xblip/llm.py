@@ -19,7 +19,8 @@ from torch import Tensor
 from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
-from xblip.generation import check_generation_options, counted_penalty, until
+from xblip.generation import OWN_CACHE, check_generation_options, counted_penalty, until
+from xblip.kv_cache import begun, is_roomy
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 from xblip.media_read import KeysValues
@@ -305,6 +306,12 @@ class FrozenLLM(Frozen):
         packed = self._run(rows, {"position_ids": positions}).logits[places].float()
         return bool((packed - alone).norm() < (1e-3 if self.dtype is torch.float32 else 0.05) * alone.norm())
 
+    @functools.cached_property
+    def _takes_a_cache(self) -> bool:
+        """Whether keys and values may be kept in our way."""
+        known = "past_key_values" in inspect.signature(self.model.forward).parameters
+        return known and not self.is_encoder_decoder and is_roomy(begun(self.model))
+
     def ends(self, options: Mapping[str, Any]) -> set[int]:
         """Returns the ids that end an answer, those of generation options among them."""
         stops = (self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id, options.get("eos_token_id"))
@@ -333,10 +340,9 @@ class FrozenLLM(Frozen):
         check_generation_options(options)
         defaults = {"pad_token_id": self.tokenizer.pad_token_id, "tokenizer": self.tokenizer}
         cache = None
-        if batch.past is not None or kept is not None:
+        if self._takes_a_cache and not OWN_CACHE & options.keys():
             copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-            cache = begun(self.model, batch.past, rows=len(batch.inputs_embeds) * copies)
-            defaults["past_key_values"] = cache
+            cache = defaults["past_key_values"] = begun(self.model, batch.past, rows=len(batch.inputs_embeds) * copies)
         try:
             with torch.no_grad():
                 rows = self.model.generate(
@@ -363,16 +369,6 @@ class FrozenLLM(Frozen):
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""
         return self.tokenize("abcdef") == [self.tokenizer.unk_token_id]
-
-
-def begun(model: Any, past: KeysValues | None = None, *, rows: int = 1) -> Any:
-    """Makes transformers' cache for a model, each of whose rows begins with `past`, as `PromptBatch` has it."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    for index, parts in enumerate(past or ()):
-        cache.update(*(part.expand(rows, -1, -1, -1) for part in parts), index)
-    return cache
 
 
 def _fingerprint(model: Any, tokenizer: Any, config: LLMConfig) -> str:

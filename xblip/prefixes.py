@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xblip.caches import ByteCache
-from xblip.llm import FrozenLLM, PromptBatch, begun
+from xblip.kv_cache import begun, is_roomy
+from xblip.llm import FrozenLLM, PromptBatch
 from xblip.media_read import KeysValues
 
 
@@ -66,15 +67,13 @@ class Prefixes:
     @torch.no_grad()
     def work(self) -> bool:
         """Whether rows that go on from one beginning are to this LLM what they are alone, tried on two."""
-        from transformers.cache_utils import DynamicLayer
-
         model = self.llm.model
         if self.llm.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
             return False
         embeds = self.llm.embed(range(8))
         first = begun(model)
         model(inputs_embeds=embeds[None, :3], past_key_values=first, use_cache=True)
-        if not all(type(layer) is DynamicLayer for layer in first.layers):
+        if not is_roomy(first):
             return False
         mask = torch.tensor([[1, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1]], device=self.llm.device)
         rest = torch.stack([torch.cat([embeds[3:5], embeds[7:]]), embeds[3:6]])

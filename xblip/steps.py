@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xblip.llm import FrozenLLM, begun
+from xblip.kv_cache import begun
+from xblip.llm import FrozenLLM
 from xblip.media_read import KeysValues
 from xblip.prefixes import Beginning, Prompt, lay_out
 

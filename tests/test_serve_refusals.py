@@ -1,0 +1,87 @@
+"""What a server refuses: always one clear error in OpenAI's form, with the right status, and it goes on."""
+
+import socket
+
+import httpx
+import openai
+import pytest
+from served import BAD, QUESTION, ROWS, ask, asking, post, rows, user
+
+from xblip.serve import COMPLETIONS
+
+
+@pytest.mark.parametrize(
+    "body, status, message",
+    [
+        (b"\xff\xfe{", 400, "The body is no JSON"),
+        (b'{"model": "toys", "messages": [{"role": "user", "content": "\xff"}]}', 400, "The body is no JSON"),
+        (b"[]", 400, "The request"),
+        ({}, 400, "model: Field required"),
+        ({**BAD, "model": "gpt-9"}, 404, 'The model "gpt-9" is not served here, but "toys" is'),
+        ({**BAD, "messages": []}, 400, "messages: "),
+        ({**BAD, "max_tokens": -1}, 400, "max_tokens: "),
+        ({**BAD, "max_tokens": 2, "max_completion_tokens": 3}, 400, "differ: give one of them"),
+        ({**BAD, "temperature": "hot"}, 400, "temperature: "),
+        ({**BAD, "temprature": 1}, 400, 'Unknown setting "temprature". Did you mean "temperature"?'),
+        ({**BAD, "tools": []}, 400, 'Unknown setting "tools".'),
+        ({**BAD, "frequency_penalty": 0.5}, 400, "frequency_penalty is not done here"),
+        ({**BAD, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
+        ({**BAD, "stream_options": {}}, 400, "stream_options needs stream"),
+        ({**BAD, "response_format": {"type": "json_object"}}, 400, "response_format.type"),
+        ({**BAD, "n": 1000}, 400, "n: "),
+        ({**BAD, "stop": ["a"] * 9}, 400, "stop"),
+        ({**BAD, "max_tokens": 10**9}, 400, "The prompt is too long for the LLM"),
+        (asking(*"aaaaaaaaa"), 400, "messages[0].content has 9 parts, and 8 are allowed"),
+        ({**BAD, "messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
+        ({**BAD, "messages": [{"role": "assistant", "content": "x"}]}, 400, "user and assistant take turns"),
+        ({**BAD, "messages": [{"role": "user", "content": None}]}, 400, "messages[0].content is missing"),
+        (asking(ROWS), 400, "the last has no text, which would be the question"),
+        (asking("  "), 400, "instruction"),
+        ({**BAD, "messages": [*user("a"), {**user(ROWS)[0], "role": "assistant"}]}, 400, "only messages of role"),
+        (asking({"type": "rows_ulr", "rows_ulr": {}}, QUESTION), 400, 'Did you mean "rows_url"?'),
+        (asking({"type": "pictures_url"}, QUESTION), 400, 'the unknown type "pictures_url"'),
+        (asking({"type": "rows_url", "rows_url": {}}, QUESTION), 400, 'must be {"url": "data:'),
+        (asking(rows("data:,1"), QUESTION), 400, "base64"),
+        (asking({"type": "input_rows", "input_rows": {"data": "@@@"}}, QUESTION), 400, "base64"),
+        (asking(rows(b"1 " * 1500), QUESTION), 400, "larger than"),
+        (asking(rows(b"red"), QUESTION), 400, "Cannot read"),
+        (asking(rows("file:///etc/passwd"), QUESTION), 400, "reads no files of its own"),
+        (asking(rows("http://10.0.0.1/a.txt"), QUESTION), 400, "Cannot fetch"),
+        (asking(rows(b"die"), QUESTION), 400, "the process that read it died"),
+        (asking(rows(b"sleep 9"), QUESTION), 400, "within the 1 s"),
+        (asking("a" * 200_000), 413, "The body is larger than the 100000 bytes"),
+    ],
+)  # fmt: skip
+def test_bad_input_has_one_clear_error_in_openai_s_form(served, client, body, status, message):
+    response = post(served, body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text and "/tmp" not in response.text
+    assert ask(client, QUESTION).choices[0].message.content, "it goes on"
+
+
+def test_a_part_that_is_wrong_is_named(served):
+    bad = rows(b"red")
+    error = post(served, asking(ROWS, bad, QUESTION)).json()["error"]
+    assert error["param"] == "messages[0].content[1].rows_url" and error["param"] in error["message"]
+
+
+def test_a_declared_length_is_believed_before_anything_is_read(served):
+    lines = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port)) as own:
+        own.sendall(lines.encode())
+        assert b"413" in own.recv(1000)
+
+
+def test_errors_are_the_client_s_exceptions(served, client):
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=user(QUESTION))
+    with pytest.raises(openai.BadRequestError, match="Cannot read"):
+        ask(client, rows(b"red"), QUESTION)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    assert post(served, BAD).status_code == 200
+    for path, status in (("/nope", 404), (COMPLETIONS, 405)):
+        response = httpx.get(served.url + path)
+        assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
