@@ -1,9 +1,14 @@
 """The guide's page for plugin authors and the examples do what they say: their code is run as written."""
 
+import contextlib
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,6 +141,43 @@ def test_ask_runs_as_written(tmp_path):
     first, second, third = batch.splitlines()
     assert (first, third) == ("Answer: six", "Answer: four") and second.startswith("MediaError: Cannot read")
     assert engine.splitlines()[:3] == ["six stop", "four stop", "seven stop"] and "Finished(answer=" in engine
+
+
+@pytest.mark.slow
+@needs_numerals
+def test_serve_runs_as_written(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    install, code = blocks("docs/serve.md")
+    *_, command = install.text.strip().splitlines()
+    assert command == "xblip serve numerals"
+    log = (tmp_path / "log").open("w")
+    with subprocess.Popen(
+        [sys.executable, "-m", "xblip.cli", *command.split()[1:], "--port", port], stdout=log, stderr=log
+    ) as server:
+        try:
+            wait_until_up(f"http://127.0.0.1:{port}/ready", server)
+            told = subprocess.run(
+                [sys.executable, "-c", code.text.replace(":8000", f":{port}")],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert told.stdout == "the video\nthe video\n", told.stderr
+        finally:
+            server.terminate()
+        assert server.wait(60) in (0, -signal.SIGTERM), "it drains and ends"
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    assert [line["status"] for line in lines] == [200, 200]
+
+
+def wait_until_up(url, server):
+    for _ in range(600):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        assert server.poll() is None, "the server ended"
+        time.sleep(0.2)
+    raise AssertionError("the server did not come up in two minutes")
 
 
 @needs_numerals
