@@ -130,6 +130,7 @@ def test_whatever_a_file_does_is_one_sentence(pool, order, words, message, count
     assert after.alive == 2 and all(map(is_there, pool.pids))
 
 
+@pytest.mark.slow
 def test_a_file_that_takes_too_long_ends_with_all_that_was_started_for_it(pool, order, tmp_path):
     before, mark = pool.counters, tmp_path / "mark"
     with pytest.raises(MediaError) as caught:
@@ -233,12 +234,14 @@ def test_those_who_wait_are_served_in_turn(pool, order, tmp_path):
         marks[1].touch()
 
 
+@pytest.mark.slow
 def test_a_fork_server_that_is_killed_is_started_again(pool, order):
     os.kill(pool._server._process.pid, signal.SIGKILL)
     until(lambda: pool.counters.alive == 0)
     assert [value(pool.load("toy", order("say", number))) for number in range(2)] == [0, 2]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_server_that_is_killed(obedient, order, tmp_path):
     """The server is a fork of this process, which spares it the imports."""
     mark, left, told = tmp_path / "mark", tmp_path / "left", tmp_path / "told"
@@ -263,6 +266,7 @@ def test_nothing_is_left_of_a_server_that_is_killed(obedient, order, tmp_path):
     until(lambda: not any(map(is_there, pids)) and not Path(file).parents[1].exists())
 
 
+@pytest.mark.slow
 def test_closing_ends_everything_and_refuses_those_who_wait(obedient, order, tmp_path):
     mark = tmp_path / "mark"
     with DecodePool({"toy": obedient()}, workers=1) as pool, ThreadPoolExecutor(2) as threads:
@@ -279,6 +283,7 @@ def test_closing_ends_everything_and_refuses_those_who_wait(obedient, order, tmp
     assert not any(map(is_there, pids)) and pool.counters.alive == 0
 
 
+@pytest.mark.slow
 def test_a_modality_that_only_this_process_knows_is_refused(toy, obedient):
     with pytest.raises(PluginError, match='The workers that decode media do not start: No modality is called "toy"'):
         DecodePool({"toy": ToyModality()})

@@ -18,6 +18,9 @@ from xblip.serve import COMPLETIONS
 from xblip.serve_config import ServeConfig
 from xblip.serve_media import limited
 
+pytestmark = pytest.mark.slow
+"""A server takes seconds to start; what it refuses is tried in the quick suite, by `test_serve_refusals`."""
+
 
 class TestAnswers:
     def test_an_answer_is_the_model_s(self, rows_model, client):
@@ -164,6 +167,9 @@ class TestLoad:
                 response.json()["choices"][0]["message"]["content"] for response in responses if response.is_success
             }
             assert len(texts) == 1
+            deadline = time.monotonic() + 10
+            while any(served.server.engine.state.values()) and time.monotonic() < deadline:
+                time.sleep(0.01)
             assert served.server.engine.state == {"waiting": 0, "rows": 0, "positions": 0}
 
     def test_a_client_that_leaves_frees_its_row(self, rows_model):
