@@ -73,8 +73,8 @@ VARIANTS = {
     "no-cues": Variant("without cues", {"router.cues": "false"}, router={"cues": False}),
     "cues-off": Variant("cues in training alone", router={"cues": False}, weights=BASE),
     "alone": Variant("one input, no text around it", rows="alone"),
-    "augmented": Variant("questions of `xblip augment`", rows="augmented"),
-    "aligned": Variant("`align` first", aligned=True),
+    "augmented": Variant("questions of xblip augment", rows="augmented"),
+    "aligned": Variant("stage align first", aligned=True),
 }
 
 

@@ -39,7 +39,8 @@ SHARES = (
     "Right, %\nThe mean over seeds, and each seed's. Every bridge was trained as long, on as many rows, with the "
     f"settings that suit {SHIPPED}'s, which have twice the queries and more training. Slots are what the LLM is "
     f"given of an image, a video, a recording and a point cloud; {CAPTIONS} need no bridge. The plot is of "
-    f"{PLOTTED}, with 95 % intervals over blocks of files."
+    f"{PLOTTED}, with 95 % intervals over blocks of files. The questions of xblip augment are about what one caption "
+    "holds of one file, two facts or three, and none is about several inputs."
 )
 UNITS = (
     "In points, the mean over the seeds that both have. Intervals and p are over blocks of files for these seeds "
