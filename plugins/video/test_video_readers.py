@@ -151,7 +151,7 @@ def test_forked_workers_read_after_their_parent_has_read(plain, clip, reader):
     modality = plain(reader=reader)
     expected = modality.load(clip)["pixel_values"]
     workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
-    gc.collect()  # decord's readers that failed in other tests; freed in a worker, they would wait for threads that it has not
+    gc.collect()  # readers that failed in other tests: freed in a worker, decord's would wait for threads it has not
     loaded = list(torch.utils.data.DataLoader(Copies(modality, clip), batch_size=None, **workers))
     assert len(loaded) == 12 and all(torch.equal(values, expected) for values in loaded)
 
