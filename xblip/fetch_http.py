@@ -91,13 +91,16 @@ def public_addresses(host: str) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the public internet, and so is the IPv4 address inside of it, if there is one."""
+    """Whether an address is one of the public internet, and so is the IPv4 address inside of it, if there is one.
+
+    6to4 addresses are not: nobody should use them any more (RFC 7526), and Python's versions differ about them.
+    """
     parsed = ipaddress.ip_address(address)
     if parsed.version == 4:
         return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved
     if parsed.ipv4_mapped or parsed in NAT64:
         return is_public(str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)))
-    return parsed in UNICAST and parsed.is_global and (parsed.sixtofour is None or is_public(str(parsed.sixtofour)))
+    return parsed in UNICAST and parsed.is_global and parsed.sixtofour is None
 
 
 @dataclass(frozen=True)
