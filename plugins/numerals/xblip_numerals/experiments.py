@@ -97,34 +97,43 @@ def train_modality(
       steps: of the stage instruct.
       align_steps: of the stage align, where it comes first.
     """
-    from xblip.train import train
-    from xblip.train_config import load_train_config
-
     variant, folder = VARIANTS[name], branch_of(out, name, modality, seed)
     if (folder / DONE).exists():
         return
     settings: dict[str, Any] = {}
     if variant.aligned:
         before = folder.with_name(f"{modality}-align")
-        _train(parts, modality, "align", before, steps=align_steps, seed=seed)
+        _train(parts, modality, "align", before, {}, seed=seed, steps=align_steps)
         settings["init.folder"] = before
     if variant.rows in ROWS:
         settings["data.train"] = ROWS[variant.rows](parts, modality)
     given = {**settings, **variant.settings}
-    config = load_train_config(config_of(modality), _overrides(parts, modality, "instruct", folder, steps, seed, given))
-    if variant.bridge:
-        config.branch.bridge = dict(variant.bridge)
-    shutil.rmtree(folder, ignore_errors=True)
-    metrics = train(config)
+    metrics = _train(parts, modality, "instruct", folder, given, seed=seed, steps=steps, bridge=variant.bridge)
     (folder / DONE).write_text(json.dumps({"steps": steps, "batch": BATCH, "seconds": metrics["train_runtime"]}) + "\n")
 
 
-def _train(parts: Path, modality: str, stage: str, folder: Path, *, steps: int, seed: int) -> None:
+def _train(
+    parts: Path,
+    modality: str,
+    stage: str,
+    folder: Path,
+    given: Mapping[str, Any],
+    *,
+    seed: int,
+    steps: int,
+    bridge: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Trains into a folder, which is emptied first; a `bridge` stands in the place of the config's."""
     from xblip.train import train
     from xblip.train_config import load_train_config
 
+    config = load_train_config(
+        config_of(modality, stage), _overrides(parts, modality, stage, folder, steps, seed, given)
+    )
+    if bridge:
+        config.branch.bridge = dict(bridge)
     shutil.rmtree(folder, ignore_errors=True)
-    train(load_train_config(config_of(modality, stage), _overrides(parts, modality, stage, folder, steps, seed, {})))
+    return train(config)
 
 
 def _overrides(
