@@ -20,9 +20,21 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "xblip").glob("*.py"))
 LAYERS = [
     {"errors", "hookspecs", "gather", "devices", "markdown"},
-    {"config", "caches", "fetch_http", "generation", "loading", "media", "contents", "packing", "heat"},
+    {
+        "config",
+        "caches",
+        "fetch_http",
+        "generation",
+        "loading",
+        "media",
+        "contents",
+        "packing",
+        "heat",
+        "shared_attention",
+    },
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "media_read", "likelihood", "parts", "provenance"},
     {"runs", "kv_cache", "intervals", "metrics", "captions", "answers", "charts", "threshold"},
+    {"trials"},
     {"modality", "qformer", "llm", "sample", "agreement"},
     {"bridge", "router", "prefixes", "sampling", "text_stream", "forms", "shards", "eval_task", "lmms"},
     {

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from xblip.kv_cache import SPARE, begun, is_roomy
+from xblip import trials
+from xblip.kv_cache import SPARE, begun, begun_together, is_roomy
+from xblip.llm import FrozenLLM
 
 
 def states(length, rows=2):
@@ -61,3 +63,49 @@ def test_rows_begin_with_one_past(llm):
     cache.update(*states(1, rows=3), 0)
     assert torch.equal(cache.layers[0].keys[1, :, :4], past[0][0][0])
     assert past[0][0].shape == (1, 3, 4, 4), "the past itself is not written into"
+
+
+def read(model, cache, embeds, mask):
+    positions = (mask.cumsum(1) - 1)[:, -embeds.shape[1] :]
+    given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+    return model(inputs_embeds=embeds, **given).logits[:, -1]
+
+
+def make_llama(**options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, **options)).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1}])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (1, 4, 2), (1, 1, 1)])
+@torch.no_grad()
+def test_a_shared_beginning_is_attended_to_as_its_copies_are(options, lengths):
+    model, longest = make_llama(**options), max(lengths)
+    first = begun(model)
+    model(inputs_embeds=torch.randn(1, 5, 32), past_key_values=first, use_cache=True)
+    past = [(layer.keys, layer.values) for layer in first.layers]
+    cache, attention = begun_together(model, past)
+    copied = begun(model, past, rows=3)
+    mask = torch.tensor([[1] * 5 + [0] * (longest - length) + [1] * length for length in lengths])
+    embeds = torch.randn(3, longest, 32)
+    for _ in range(3):
+        with attention:
+            shared = read(model, cache, embeds, mask)
+        assert torch.allclose(shared, read(model, copied, embeds, mask), atol=1e-5)
+        mask, embeds = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1), torch.randn(3, 1, 32)
+    assert cache.get_seq_length() == copied.get_seq_length() == 5 + longest + 2
+    assert cache.layers[0].keys.shape[2] == longest + 2, "the beginning is not copied"
+    assert all(torch.equal(*pair) for pair in zip(past[0], cache.layers[0].beginning, strict=True))
+
+
+@pytest.mark.parametrize("attention, shares", [("sdpa", True), ("eager", False)])
+def test_whether_beginnings_are_shared_is_tried(llm, attention, shares):
+    own = FrozenLLM(make_llama(attn_implementation=attention), llm.tokenizer, config=llm.config)
+    assert trials.goes_on(own) and trials.shares_beginnings(own) is shares
+
+
+def test_a_model_that_calls_other_attention_does_not_share(llm, monkeypatch):
+    own = FrozenLLM(make_llama(), llm.tokenizer, config=llm.config)
+    monkeypatch.setattr("xblip.shared_attention.AttendToShared.begins", lambda *_: None)
+    assert not trials.shares_beginnings(own)

@@ -1,4 +1,7 @@
-"""The LLM's keys and values, with room to grow: transformers' own cache copies all that it holds for every new token."""
+"""The LLM's keys and values, with room to grow: transformers' own cache copies all that it holds for every new token.
+
+What rows begin with may be shared by them, and is then held once.
+"""
 
 import functools
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from xblip.media_read import KeysValues
+from xblip.shared_attention import AttendToShared
 
 SPARE = 64
 """Positions that are left free at least, when room is made."""
@@ -21,6 +25,16 @@ def begun(model: Any, past: KeysValues | None = None, *, rows: int = 1) -> Any:
     for index, parts in enumerate(past or ()):
         cache.update(*(part if len(part) == rows else part.expand(rows, -1, -1, -1) for part in parts), index)
     return cache
+
+
+def begun_together(model: Any, past: KeysValues) -> tuple[Any, AttendToShared]:
+    """Makes a cache for rows that share `past`, and the context in which the model must run; for attention by "sdpa"."""
+    from transformers import DynamicCache
+
+    attention = AttendToShared()
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_sharing()(keys, values, attention) for keys, values in past]
+    return cache, attention
 
 
 def is_roomy(cache: Any) -> bool:
@@ -44,7 +58,7 @@ def _roomy() -> type:
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            start = self.get_seq_length()
+            start = self.keys.shape[-2] if self.keys.numel() else 0
             end = start + key_states.shape[-2]
             if not self._fits(end):
                 self._make_room(key_states, value_states, start, end)
@@ -68,3 +82,23 @@ def _roomy() -> type:
             self._buffers = tuple(buffers)
 
     return RoomyLayer
+
+
+@functools.cache
+def _sharing() -> type:
+    class SharingLayer(_roomy()):
+        """Holds what comes after a beginning, and tells attention of the beginning whenever the model asks for keys."""
+
+        def __init__(self, keys: Tensor, values: Tensor, attention: AttendToShared):
+            super().__init__()
+            self.beginning = keys, values
+            self.attention = attention
+
+        def get_seq_length(self) -> int:
+            return self.beginning[0].shape[2] + super().get_seq_length()
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.attention.begins(*self.beginning)
+            return super().update(key_states, value_states, *args, **kwargs)
+
+    return SharingLayer

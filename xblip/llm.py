@@ -5,6 +5,7 @@ and instruction, and the decoder says the answer. Its weights never get gradient
 the soft prompts. Likelihoods are read where labels are (`xblip.likelihood`): a prompt is mostly unlabelled.
 """
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xblip import trials
 from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
 from xblip.generation import OWN_CACHE, check_generation_options, counted_penalty, until
-from xblip.kv_cache import begun, is_roomy
+from xblip.kv_cache import begun, begun_together, is_roomy
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
 from xblip.media_read import KeysValues
@@ -278,6 +280,9 @@ class FrozenLLM(Frozen):
     def _run(self, embeds: Tensor, others: Mapping[str, Tensor]) -> Any:
         return self.model(inputs_embeds=embeds, use_cache=False, **others)
 
+    _packs = functools.cached_property(trials.packs)
+    _shares_beginnings = functools.cached_property(trials.shares_beginnings)
+
     def _packing(self, batch: PromptBatch, positions: int | None) -> Packing | None:
         """How to lay a batch out in fewer positions, where that helps and the model can tell samples in a row apart.
 
@@ -289,22 +294,6 @@ class FrozenLLM(Frozen):
             return None
         plan = Packing.fill(batch.lengths, positions) if positions else Packing.plan(batch.lengths, self.width)
         return plan if plan.is_worth_it else None
-
-    @functools.cached_property
-    @torch.no_grad()
-    def _packs(self) -> bool:
-        """Whether samples that share a row are to this model what they are alone, tried on three."""
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            return False
-        packing = Packing([[0, 1], [2]], [3, 4, 5])
-        embeds = self.embed(range(15)).unflatten(0, (3, 5))
-        mask = torch.tensor([[1] * length + [0] * (5 - length) for length in packing.lengths], device=self.device)
-        batch = PromptBatch(embeds, mask)
-        alone = self.logits(batch)[mask.bool()].float()
-        places = packing.find(*mask.cpu().nonzero(as_tuple=True))
-        rows, positions = packing.pack(batch.inputs_embeds)
-        packed = self._run(rows, {"position_ids": positions}).logits[places].float()
-        return bool((packed - alone).norm() < (1e-3 if self.dtype is torch.float32 else 0.05) * alone.norm())
 
     @functools.cached_property
     def _takes_a_cache(self) -> bool:
@@ -339,12 +328,17 @@ class FrozenLLM(Frozen):
         """
         check_generation_options(options)
         defaults = {"pad_token_id": self.tokenizer.pad_token_id, "tokenizer": self.tokenizer}
-        cache = None
+        cache, attention = None, contextlib.nullcontext()
         if self._takes_a_cache and not OWN_CACHE & options.keys():
             copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-            cache = defaults["past_key_values"] = begun(self.model, batch.past, rows=len(batch.inputs_embeds) * copies)
+            rows = len(batch.inputs_embeds) * copies
+            if batch.past and rows > 1 and self._shares_beginnings:
+                cache, attention = begun_together(self.model, batch.past)
+            else:
+                cache = begun(self.model, batch.past, rows=rows)
+            defaults["past_key_values"] = cache
         try:
-            with torch.no_grad():
+            with torch.no_grad(), attention:
                 rows = self.model.generate(
                     inputs_embeds=batch.inputs_embeds,
                     attention_mask=batch.attention_mask,

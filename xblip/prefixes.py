@@ -5,7 +5,6 @@ A prompt is told by one number for each of its positions, so that two prompts be
 
 import functools
 import hashlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from xblip import trials
 from xblip.caches import ByteCache
-from xblip.kv_cache import begun, is_roomy
+from xblip.kv_cache import begun
 from xblip.llm import FrozenLLM, PromptBatch
 from xblip.media_read import KeysValues
 
@@ -64,34 +64,9 @@ class Prefixes:
         self.cache = cache
 
     @functools.cached_property
-    @torch.no_grad()
     def work(self) -> bool:
-        """Whether rows that go on from one beginning are to this LLM what they are alone, tried on two."""
-        model = self.llm.model
-        if self.llm.is_encoder_decoder or "position_ids" not in inspect.signature(model.forward).parameters:
-            return False
-        embeds = self.llm.embed(range(8))
-        first = begun(model)
-        model(inputs_embeds=embeds[None, :3], past_key_values=first, use_cache=True)
-        if not is_roomy(first):
-            return False
-        mask = torch.tensor([[1, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1]], device=self.llm.device)
-        rest = torch.stack([torch.cat([embeds[3:5], embeds[7:]]), embeds[3:6]])
-        past = [(layer.keys, layer.values) for layer in first.layers]
-        together = (
-            model(
-                inputs_embeds=rest,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1)[:, 3:],
-                past_key_values=begun(model, past, rows=2),
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
-        rows = [torch.cat([embeds[:3], embeds[7:]]), embeds[:6]]
-        alone = torch.cat([model(inputs_embeds=row[None], use_cache=False).logits[:, -1].float() for row in rows])
-        return bool((together - alone).norm() < (1e-3 if self.llm.dtype is torch.float32 else 0.05) * alone.norm())
+        """Whether rows that go on from one beginning are to this LLM what they are alone."""
+        return trials.goes_on(self.llm)
 
     def longest(self, units: np.ndarray) -> Beginning | None:
         """Returns the longest beginning of these units that was read, and is not all of them; None if there is none."""
