@@ -56,7 +56,7 @@ LAYERS = [
     {"bundle", "stored", "mixture", "examples", "explain", "reading", "steps", "decode_process"},
     {"answer"},
     {"context", "batches", "requests"},
-    {"decoder"},
+    {"decoder", "prompt_embeds"},
     {"engine"},
     {"model", "retrieval", "contrast", "encoding", "streaming", "decode_pool"},
     {"serve_config", "serve_schema", "serve_reply", "serve_metrics"},

@@ -99,6 +99,29 @@ def test_a_shared_beginning_is_attended_to_as_its_copies_are(options, lengths):
     assert all(torch.equal(*pair) for pair in zip(past[0], cache.layers[0].beginning, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 2}])
+@torch.no_grad()
+def test_rows_that_share_a_beginning_are_read_without_padding(options):
+    model = make_llama(**options)
+    first = begun(model)
+    model(inputs_embeds=torch.randn(1, 5, 32), past_key_values=first, use_cache=True)
+    past = [(layer.keys, layer.values) for layer in first.layers]
+    cache, attention = begun_together(model, past)
+    places = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()
+    mask = torch.cat([torch.ones(4, 5, dtype=torch.long), places, torch.ones(4, 1)], 1).long()
+    embeds, positions = torch.randn(4, 4, 32), mask.cumsum(1) - 1
+    with attention, attention.packed(places):
+        model(
+            inputs_embeds=embeds[:, :-1][places][None],
+            position_ids=positions[:, 5:-1][places][None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    with attention:
+        packed = read(model, cache, embeds[:, -1:], mask)
+    assert torch.allclose(packed, read(model, begun(model, past, rows=4), embeds, mask), atol=1e-5)
+
+
 @pytest.mark.parametrize("attention, shares", [("sdpa", True), ("eager", False)])
 def test_whether_beginnings_are_shared_is_tried(llm, attention, shares):
     own = FrozenLLM(make_llama(attn_implementation=attention), llm.tokenizer, config=llm.config)

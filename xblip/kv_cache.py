@@ -99,6 +99,7 @@ def _sharing() -> type:
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             self.attention.begins(*self.beginning)
-            return super().update(key_states, value_states, *args, **kwargs)
+            states = map(self.attention.apart, (key_states, value_states))
+            return super().update(*states, *args, **kwargs)
 
     return SharingLayer

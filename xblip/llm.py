@@ -28,6 +28,7 @@ from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_mode
 from xblip.media_read import KeysValues
 from xblip.packing import Packing
 from xblip.parts import Rows, positions_at_once, sum_in_parts
+from xblip.shared_attention import AttendToShared
 
 IGNORE = -100
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -333,7 +334,7 @@ class FrozenLLM(Frozen):
             copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
             rows = len(batch.inputs_embeds) * copies
             if batch.past and rows > 1 and self._shares_beginnings:
-                cache, attention = begun_together(self.model, batch.past)
+                cache, attention = self._begin_together(batch, copies)
             else:
                 cache = begun(self.model, batch.past, rows=rows)
             defaults["past_key_values"] = cache
@@ -359,6 +360,25 @@ class FrozenLLM(Frozen):
             kept += [(layer.keys, layer.values) for layer in cache.layers]
         start = 1 if self.is_encoder_decoder else 0  # the decoder's start token
         return [until(row[start:].tolist(), ends) for row in rows]
+
+    @torch.no_grad()
+    def _begin_together(self, batch: PromptBatch, copies: int) -> tuple[Any, AttendToShared]:
+        """Makes a cache of rows that share their past, and the context to run in; reads all but their ends, unpadded."""
+        cache, attention = begun_together(self.model, batch.past)
+        new = slice(batch.past[0][0].shape[2], -1)
+        places = batch.attention_mask[:, new].bool()
+        if not places.all() and places.any():
+            positions = (batch.attention_mask.cumsum(1) - 1)[:, new][places]
+            with attention, attention.packed(places):
+                self.model(
+                    inputs_embeds=batch.inputs_embeds[:, new][places][None],
+                    position_ids=positions[None],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **self.last_logits_alone,
+                )
+            cache.batch_repeat_interleave(copies)
+        return cache, attention
 
     def _knows_whole_words_only(self) -> bool:
         """Whether a made-up word is unknown to the tokenizer, which transformers' stop strings must spell."""

@@ -24,6 +24,7 @@ from xblip.explain import Asked
 from xblip.generation import check_generation_options, generation_option_names
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.prefixes import Prefixes
+from xblip.prompt_embeds import to_prompt_embeds
 from xblip.reading import MediaReader
 from xblip.router import Router, RouterConfig
 from xblip.sample import Media, Sample, as_parts, by_modality, check_text, from_messages, from_row
@@ -230,6 +231,24 @@ class XBlip(nn.Module):
         if {**self.generation, **options}.get("num_return_sequences", 1) != 1:
             raise ConfigError("num_return_sequences: one question has one answer here; for several use `generate`.")
         check_generation_options(options)
+
+    def to_prompt_embeds(
+        self, samples: Sequence[Sample | Mapping[str, Any]], /, file: str | Path | None = None
+    ) -> list[Tensor]:
+        """Gives what the LLM would read of samples, for another server of the same LLM: vLLM's `prompt_embeds`.
+
+        Args:
+          samples: `Sample`s or dictionaries.
+          file: safetensors to write them into, as "prompt_embeds.0" and on, in the place of what it held.
+
+        Returns:
+          (T, D_llm) for each sample, in the LLM's dtype, on the CPU.
+
+        Raises:
+          InputError, MediaError, PluginError: what is asked, a source or a modality is wrong; an encoder-decoder LLM.
+          BundleError: the file cannot be written.
+        """
+        return to_prompt_embeds(self, self._listed(samples), file)
 
     def encode(
         self,
