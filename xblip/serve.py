@@ -70,6 +70,8 @@ class Server:
         """
         config.check()
         self.model, self.config, self.name = model, config, config.model_name or name
+        for cache in vars(model.caches).values():
+            cache.budget_bytes = config.cache_mib * MIB
         self.pool = DecodePool(
             limited(model, config.limits),
             workers=config.decode_workers,

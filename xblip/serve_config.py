@@ -25,6 +25,7 @@ class ServeConfig:
       request_seconds: that a request may take in all.
       limits: of media, see `xblip.serve_media.limited`.
       decode_workers, decode_seconds, decode_memory_mib: see `xblip.decode_pool.DecodePool`.
+      cache_mib: that each of the model's three caches may hold.
       drain_seconds: that running requests have to end when the server is told to stop.
       engine: what the engine may hold.
     """
@@ -45,12 +46,15 @@ class ServeConfig:
     decode_workers: int = 2
     decode_seconds: float = 20.0
     decode_memory_mib: int = 2048
+    cache_mib: int = 1024
     drain_seconds: float = 30.0
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def check(self) -> None:
         """Raises `ConfigError` for settings that cannot be, or that would let everyone in unasked."""
-        at_least(self, port=0, max_part_bytes=1, max_body_bytes=1, max_parts=1, max_requests=1, decode_workers=1)
+        at_least(
+            self, port=0, max_part_bytes=1, max_body_bytes=1, max_parts=1, max_requests=1, decode_workers=1, cache_mib=0
+        )
         if self.port > 65_535:
             raise ConfigError(f"port must be at most 65535, not {self.port}.")
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):

@@ -1,0 +1,95 @@
+"""The benchmarks of asking run as their documentation says, compare equal answers, and count what must be done."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from xblip import plugins
+
+pytest.importorskip("xblip_video")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = ("floor", "pair", "train_step", "ask_many", "ask_batch", "serve_load")
+needs_numerals = pytest.mark.skipif(
+    "numerals" not in plugins.installed(), reason="the bundle `numerals` is not installed"
+)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports one of the modules, which stand beside each other in a folder of their own."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield __import__
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def speeds(lines):
+    """The numbers of a table's cells that end in x, row by row."""
+    return [float(cell) for line in lines for cell in re.findall(r"([\d.]+)x \|", line)]
+
+
+@pytest.mark.slow
+def test_many_questions_about_a_video(bench):
+    lines = []
+    bench("ask_many").main(["--tiny", "--repeats", "1", "--new-tokens", "3"], say=lines.append)
+    found = speeds(lines[1].splitlines())
+    assert len(found) == 7 and found[0] == 1 and all(speed > 0 for speed in found)
+
+
+@pytest.mark.slow
+def test_the_floor_of_a_question_is_what_a_counter_counts_without_waste(bench, tmp_path):
+    ask_many, pair, floor = bench("ask_many"), bench("pair"), bench("floor")
+    ask_many.save_models(pair.TINY, tmp_path)
+    system = ask_many.Theirs(tmp_path, ask_many.make_video(), together=False)
+    system.model.set_attn_implementation("eager")
+    [question] = ask_many.make_questions(pair.TINY, 1)
+    with FlopCounterMode(display=False) as counter:
+        system.answer([question], {"max_new_tokens": 1, "min_new_tokens": 1})
+    config = system.model.config
+    asked = len(question.split())
+    parts = floor.ask_flops(config, frames=ask_many.FRAMES, asked=asked, said=1)
+    positions = ask_many.FRAMES * pair.QUERIES + 1 + asked
+    masked = 2 * config.text_config.num_hidden_layers * positions**2 * config.text_config.hidden_size
+    assert counter.get_total_flops() == pytest.approx(sum(parts.values()) + masked, rel=0.02)
+
+
+@pytest.mark.slow
+@needs_numerals
+def test_a_batch_of_mixed_samples(bench):
+    lines = []
+    bench("ask_batch").main(["--repeats", "1", "--new-tokens", "4"], say=lines.append)
+    assert len(speeds(lines)) == 2
+
+
+@pytest.mark.slow
+@needs_numerals
+def test_a_server_under_load(bench, tmp_path):
+    lines = []
+    given = ["--clients", "6", "--seconds", "6", "--files", "new", "--port", "8766", "--out", str(tmp_path)]
+    bench("serve_load").main(given, say=lines.append)
+    rows = lines[-1].splitlines()[2:]
+    assert len(rows) == 2 and (tmp_path / "serve_load.png").stat().st_size > 10_000
+    for row in rows:
+        *_, replies, wrong, _ = row.strip("| ").split(" | ")
+        assert re.fullmatch(r"\d+ of 200", replies) and int(wrong) == 0
+
+
+@needs_numerals
+def test_stamped_files_are_other_files_that_hold_the_same(bench, tmp_path):
+    import numpy as np
+    from xblip_numerals.demo import FOLDER
+
+    import xblip
+
+    load, model = bench("serve_load"), xblip.load("numerals")
+    files = [path for name in model.branches for path in sorted((FOLDER / name).iterdir()) if path.suffix != ".obj"]
+    for path in files:
+        modality = model.branches[path.parent.name].modality
+        contents = [load.stamped(path.read_bytes(), path.name, number) for number in (1, 2)]
+        assert len({path.read_bytes(), *contents}) == 3, path
+        (tmp_path / path.name).write_bytes(contents[1])
+        for name, value in modality.load(tmp_path / path.name).items():
+            assert np.allclose(value, modality.load(path)[name], atol=1e-4), path
