@@ -116,6 +116,7 @@ def test_mime_types_of_the_plugins_have_endings(name):
     without = [kind for kind in modality.mime_types if not suffix_of(kind, modality)]
     assert without == {"audio": ["audio/webm"], "image": ["image/x-portable-anymap"]}.get(name, [])
     assert all(suffix_of(suffix[1:], modality) == suffix for suffix in modality.suffixes)
+    assert suffix_of("application/octet-stream", modality) == "", "which tells no format: Python's guess would be .obj"
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from xblip.errors import ConfigError, MediaError
 from xblip.fetch_http import Hosts, parse_domains, public_addresses, split_url, too_large
 from xblip.modality import Modality
 
+ANY_BYTES = "application/octet-stream"
+"""What senders call files whose type they do not know; Python knows endings of it, which would be guesses."""
 CHUNK = 2**20
 """Bytes or characters; a multiple of 4, as base64 wants."""
 LONGEST_HEADER = 256
@@ -216,6 +218,8 @@ class Fetcher:
 def suffix_of(kind: str, modality: type[Modality] | Modality) -> str:
     """Returns the ending of a MIME type or format, such as "audio/wav" or "wav", if it is one of a modality's; else ""."""
     kind = kind.partition(";")[0].strip().lower()
+    if kind == ANY_BYTES:
+        return ""
     own = f".{kind.rpartition('/')[2].removeprefix('x-')}"
     known = {own, OTHER_MIME_TYPES.get(kind), *MIME_TYPES.guess_all_extensions(kind)}
     return next((suffix for suffix in modality.suffixes if suffix in known), "")
