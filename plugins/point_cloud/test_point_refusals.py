@@ -9,6 +9,7 @@ import torch
 from point_shapes import CORNERS, FACES, glb, noise, obj, off, pcd, ply, stl
 from transformers import ViTConfig, ViTModel
 from xblip_point_cloud import TETRAHEDRON, PointCloud
+from xblip_point_process import OPEN3D
 
 import xblip
 
@@ -181,6 +182,7 @@ def test_a_reader_that_does_not_finish_is_given_up(modality, tmp_path):
 
 
 def test_without_open3d_the_other_formats_go_on_working(modality, tmp_path, monkeypatch):
+    OPEN3D.close()  # which another test may have started
     (tmp_path / "open3d.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     path = tmp_path / "mesh.off"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from xblip_point_pcd import read_pcd
+from xblip_point_process import OPEN3D
 
 import xblip
 
@@ -208,25 +209,23 @@ def open3d_version() -> str:
 
 
 def _read_with_open3d(path: Path, label: str, timeout_seconds: float) -> Shape:
-    program = Path(__file__).with_name("xblip_point_open3d.py")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.npz")
-        command = [sys.executable, str(program), str(path.resolve()), str(result)]
         try:
-            done = subprocess.run(command, capture_output=True, timeout=timeout_seconds, text=True, errors="replace")
-        except subprocess.TimeoutExpired as cause:
+            ended = OPEN3D.read(path.resolve(), result, timeout_seconds=timeout_seconds)
+        except TimeoutError as cause:
             raise xblip.MediaError(
                 f"Cannot read {label}: open3d did not finish within {timeout_seconds:g} seconds. The file is "
                 "damaged, or timeout_seconds must be raised."
             ) from cause
-        reason = (done.stderr.strip().splitlines() or ["open3d gave no reason"])[-1]
-        if done.returncode == CANNOT_IMPORT:
+        reason = ended.reason or "open3d gave no reason"
+        if ended.status == CANNOT_IMPORT:
             raise xblip.PluginError(
                 f"Cannot read {label}: its format needs open3d, which cannot be imported here ({reason}). "
                 "Install open3d-cpu (Linux on x86-64) or open3d, or convert the file to .ply."
             )
-        if done.returncode:
-            raise ValueError(reason if done.returncode > 0 else f"open3d crashed on it, signal {-done.returncode}")
+        if ended.status:
+            raise ValueError(reason if ended.status > 0 else f"open3d crashed on it, signal {-ended.status}")
         with np.load(result, allow_pickle=False) as arrays:
             points, colors, triangles = arrays["points"], arrays["colors"], arrays["triangles"]
     return Shape(

@@ -5,15 +5,21 @@ on some damaged files (0.20.0 does on a text renamed .obj). Here its output beco
 and a crash ends this process alone.
 
     python xblip_point_open3d.py FILE RESULT.npz
+    python xblip_point_open3d.py --many
 
-Writes the arrays points (V, 3), triangles (F, 3) and colors (V, 3) or (0, 3). Exit status 1: the file cannot
-be read;
+Writes the arrays points (V, 3), triangles (F, 3) and colors (V, 3) or (0, 3). Exit status 1: the file cannot be read;
 3: open3d cannot be imported. The last line of standard error says why.
+
+`--many` (Linux) reads lines `["FILE", "RESULT.npz"]`, each file in a fork that has open3d imported, and answers each by a
+line `[status, "the last line of standard error"]`. It ends with its input, or when nothing came for a minute.
 """
 
 import contextlib
 import ctypes
 import io
+import json
+import os
+import select
 import sys
 from pathlib import Path
 
@@ -21,6 +27,8 @@ import numpy as np
 
 MEMORY_BYTES = 8 * 2**30  # a damaged header may declare billions of points
 CANNOT_IMPORT = 3
+IDLE_SECONDS = 60
+REASON_BYTES = 4096
 
 
 def limit_memory() -> None:
@@ -57,14 +65,8 @@ def read(open3d, path: str) -> dict[str, np.ndarray]:
     return {"points": np.asarray(points), "colors": np.asarray(colors), "triangles": np.asarray(triangles)}
 
 
-def main(path: str, result: str) -> None:
-    """Does what the module says; exits with a reason when it cannot."""
-    limit_memory()
-    try:
-        open3d = import_open3d()
-    except Exception as cause:
-        print(f"{type(cause).__name__}: {cause}".splitlines()[0], file=sys.stderr)
-        sys.exit(CANNOT_IMPORT)
+def read_into(open3d, path: str, result: str) -> None:
+    """Writes what a file holds; exits with a reason when it cannot be read."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
@@ -79,6 +81,63 @@ def main(path: str, result: str) -> None:
     if failures:
         sys.exit(failures[-1].split("WARNING] ")[-1].split("\x1b")[0])
     np.savez(result, **arrays)
+
+
+def import_or_exit():
+    """Returns open3d, or exits with the reason why it cannot be imported."""
+    try:
+        return import_open3d()
+    except Exception as cause:
+        print(f"{type(cause).__name__}: {cause}".splitlines()[0], file=sys.stderr)
+        sys.exit(CANNOT_IMPORT)
+
+
+def read_many() -> None:
+    """Answers lines as the module says."""
+    open3d = import_or_exit()
+    while select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
+        line = sys.stdin.readline()
+        if not line:
+            return
+        print(json.dumps(read_in_fork(open3d, *json.loads(line))), flush=True)
+
+
+def read_in_fork(open3d, path: str, result: str) -> tuple[int, str]:
+    """Reads a file in a fork; returns its status and the last line that it wrote to standard error."""
+    there, here = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(here, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
+        try:
+            limit_memory()
+            read_into(open3d, path, result)
+            status = 0
+        except SystemExit as reason:
+            print(reason, file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    os.close(here)
+    said = b""
+    while there in (ready := select.select([there, sys.stdin], [], [])[0]):
+        new = os.read(there, REASON_BYTES)
+        if not new:
+            break
+        said = (said + new)[-REASON_BYTES:]
+    if there not in ready:  # whoever asked is gone: nothing else comes before the answer
+        os.kill(child, 9)
+    os.close(there)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, (said.decode(errors="replace").strip().splitlines() or [""])[-1]
+
+
+def main(*given: str) -> None:
+    """Does what the module says."""
+    if given == ("--many",):
+        return read_many()
+    limit_memory()
+    read_into(import_or_exit(), *given)
 
 
 if __name__ == "__main__":
