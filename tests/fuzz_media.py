@@ -38,9 +38,10 @@ PHRASES = {
     "the process that read it died": "worker died",
     "reading it failed, and the log says why": "unexpected exception",
 }
+REASON = re.compile(r"of another format \((.*)\)\. Expected")
 INSIDES = re.compile(
-    r"\((?:b'|list |tuple |string |bytearray |cannot |a bytes-like|.*object has no attribute|.*has no len|not enough values|"
-    r"too many values|unpack|.*out of (?:range|bounds)|.*NoneType|'?[\w.]*'?\)|<|\w*Error)|Traceback|0x[0-9a-f]{6}"
+    r"<|\w+Error\b|Traceback|Errno|0x[0-9a-f]{6}|object|unpack|index|out of (range|bounds)|None|shape|argument|literal|"
+    r"(list|tuple|string|bytes|bytearray|int|str|buffer)\b.* (must|cannot|can't|has|is|expected)|^b?'[^']*'$|^\W*\w*\W*$"
 )
 """What only who wrote a reader could make sense of."""
 SLOW_SECONDS = 8.0
@@ -151,7 +152,8 @@ def unclear(said: str) -> str:
     reason = said.removeprefix("Cannot read ")
     if reason == said or not said.endswith(".") or not said.isprintable() or not 30 < len(said) < 700:
         return "no clear sentence"
-    return "tells of its insides" if INSIDES.search(reason) else ""
+    given = REASON.search(said)
+    return "tells of its insides" if given and INSIDES.search(given[1]) else ""
 
 
 def pattern(said: str) -> str:

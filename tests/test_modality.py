@@ -123,6 +123,28 @@ class TestDecoding:
         with pytest.raises(MediaError, match=r"another format \(KeyError\)"), decoding("note", "text"):
             raise KeyError
 
+    @pytest.mark.parametrize(
+        ("cause", "reason"),
+        [
+            (OSError(5, "Input/output error", "/somewhere/file"), "Input/output error"),
+            (OSError(22, "Invalid argument"), "it says something that cannot be"),
+            (OSError(50531338, "Error number -50531338 occurred"), "its decoder gives no reason"),
+            (
+                UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+                "it has bytes that are no text where text",
+            ),
+            (ValueError("a\x00b\x1b[31m"), r"a\?b\?\[31m"),
+            (ValueError("9" * 5000), "9{200}[.]{3}"),
+            (ValueError("invalid literal for int() with base 10: b'one'"), "it has no whole number but 'one'"),
+            (ValueError("  "), "ValueError"),
+        ],
+        ids=repr,
+    )
+    def test_what_a_library_says_becomes_one_short_line_about_the_file(self, cause, reason):
+        with pytest.raises(MediaError, match=rf"another format \({reason}") as caught, decoding("note", "text"):
+            raise cause
+        assert "somewhere" not in str(caught.value) and "Errno" not in str(caught.value)
+
     @pytest.mark.parametrize("error", [MediaError("too many words"), PluginError("no reader")], ids=repr)
     def test_what_is_clear_already_passes(self, error):
         with pytest.raises(type(error)) as caught, decoding("note", "text"):
