@@ -40,7 +40,7 @@ PHRASES = {
 }
 REASON = re.compile(r"of another format \((.*)\)\. Expected")
 INSIDES = re.compile(
-    r"<|\w+Error\b|Traceback|Errno|0x[0-9a-f]{6}|object|unpack|index|out of (range|bounds)|None|shape|argument|literal|"
+    r"<|\w+Error\b|Traceback|Errno|0x[0-9a-f]{6}|object (has|is|of)|unpack|index|out of (range|bounds)|None|shape|argument|literal|"
     r"(list|tuple|string|bytes|bytearray|int|str|buffer)\b.* (must|cannot|can't|has|is|expected)|^b?'[^']*'$|^\W*\w*\W*$"
 )
 """What only who wrote a reader could make sense of."""

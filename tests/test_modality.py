@@ -136,6 +136,7 @@ class TestDecoding:
             (ValueError("a\x00b\x1b[31m"), r"a\?b\?\[31m"),
             (ValueError("9" * 5000), "9{200}[.]{3}"),
             (ValueError("invalid literal for int() with base 10: b'one'"), "it has no whole number but 'one'"),
+            (ValueError(b"Token too long: 99"), "Token too long: 99"),
             (ValueError("  "), "ValueError"),
         ],
         ids=repr,

@@ -214,6 +214,7 @@ def _reason(cause: Exception) -> str:
     if said.startswith("Error number"):  # FFmpeg's for those that it has no words for
         return "its decoder gives no reason"
     line = (said.strip().splitlines() or [type(cause).__name__])[0]
+    line = re.sub(r"^b'(.*)'$", r"\1", line)  # as Pillow puts it where it has read bytes
     line = re.sub(r"^invalid literal for int\(\) with base \d+: b?", "it has no whole number but ", line)
     shown = "".join(letter if letter.isprintable() else "?" for letter in line[:LONGEST_REASON])
     return shown + "..." * (len(line) > LONGEST_REASON)
