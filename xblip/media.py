@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,6 +209,8 @@ def _reason(cause: Exception) -> str:
     """What a library said: one line of printable letters about the file, without paths and numbers of errors."""
     if isinstance(cause, UnicodeDecodeError):
         return "it has bytes that are no text where text must be"
+    if isinstance(cause, (LookupError, TypeError, AttributeError, ArithmeticError, struct.error)):
+        return "a part of it is missing or makes no sense"  # what is said then is said to who wrote the library
     if getattr(cause, "errno", None) == errno.EINVAL:  # of a seek to where no file has anything, for one
         return "it says something that cannot be"
     said = getattr(cause, "strerror", None) or str(cause)

@@ -63,7 +63,7 @@ TEXT = b"this is a text and no shape at all\n" * 20
 FILES = {
     "text.ply": (TEXT, "it has no PLY header"),
     "text.xyz": (TEXT, "could not convert string"),
-    "text.npy": (TEXT, "magic string is not correct"),
+    "text.npy": (TEXT, "its first bytes are of no array"),
     "text.npz": (TEXT, "not a zip archive"),
     "text.pcd": (TEXT, "its header has the line 'this is a text"),
     "no_data.pcd": (pcd(noise(5), DATA=None), "its header has the line '-?[0-9]"),

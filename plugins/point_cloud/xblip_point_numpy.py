@@ -16,6 +16,7 @@ import xblip
 
 MOST_COLUMNS = 6  # of an array: coordinates and colour
 LONGEST_HEADER = 10_000  # bytes; numpy's own limit
+MAGIC = b"\x93NUMPY"
 _HEADERS = {(1, 0): (2, np.lib.format.read_array_header_1_0), (2, 0): (4, np.lib.format.read_array_header_2_0)}
 
 
@@ -53,9 +54,11 @@ def read_numpy(path: Path, label: str, refuse_many: Callable[[int], None]) -> np
 
 def _check_header(stream: BinaryIO, there: int, refuse_many: Callable[[int], None]) -> None:
     """Refuses an array that is larger than it may be, or than its `there` bytes."""
-    version = np.lib.format.read_magic(stream)
+    if stream.read(len(MAGIC)) != MAGIC:
+        raise ValueError("its first bytes are of no array")
+    version = (*stream.read(2),)
     if version not in _HEADERS:
-        raise ValueError(f"its array is of version {version[0]}.{version[1]}, which plain numbers do not need")
+        raise ValueError(f"its array is of version {'.'.join(map(str, version))}, which plain numbers do not need")
     width, read_header = _HEADERS[version]
     size = stream.read(width)
     length = int.from_bytes(size, "little")
