@@ -40,7 +40,7 @@ PHRASES = {
 }
 REASON = re.compile(r"of another format \((.*)\)\. Expected")
 INSIDES = re.compile(
-    r"<_|<class|\w+Error\b|Traceback|Errno|0x[0-9a-f]{6}|object (has|is|of)|unpack|index|out of (range|bounds)|None|shape|"
+    r"<_|<class|\w+Error\b|Traceback|Errno|0x[0-9a-f]{6}|object (has|is|of)|unpack|index|out of (range|bounds)|None|"
     r"argument|invalid literal for|(list|tuple|str|int|buffer) (must|cannot|can't|has|is)|^b?'[^']*'$|^\W*\w*\W*$"
 )
 """What only who wrote a reader could make sense of."""
@@ -66,24 +66,17 @@ class Outcome:
 
 
 class Range:
-    """Where files of one modality are shot at; a context manager that ends its workers.
+    """Where files of one modality are shot at.
 
     Attributes:
       name: the modality's.
+      pool: of workers that read it.
       spec: how its tensors look: shapes without the first axis, and dtypes.
     """
 
-    def __init__(self, name: str, modality, *, workers: int = 2, seconds: float = 20.0):
-        self.name, self.spec = name, {}
-        self.pool = DecodePool({name: modality}, workers=workers, seconds=seconds)
-        self._folder = tempfile.TemporaryDirectory()
-
-    def __enter__(self) -> "Range":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.close()
-        self._folder.cleanup()
+    def __init__(self, name: str, pool: DecodePool, folder: Path):
+        self.name, self.pool, self._folder = name, pool, folder
+        self.spec: Spec = {}
 
     def learn(self, whole: Mapping[str, bytes]) -> list[str]:
         """Reads whole files, which tell how tensors look; returns what became of those that are refused."""
@@ -116,7 +109,7 @@ class Range:
         return Outcome("differs from one time to the other", f"{first.said} | {second.said}", second.seconds)
 
     def read(self, content: bytes, ending: str) -> Outcome:
-        path = Path(self._folder.name, f"{time.monotonic_ns():x}{ending}")
+        path = Path(self._folder, f"{time.monotonic_ns():x}{ending}")
         path.write_bytes(content)
         began = time.monotonic()
         try:
@@ -226,8 +219,8 @@ def main() -> None:
         whole = seeds(options.modality, Path(folder))
     if options.data:
         whole |= of_others(options.modality, options.data, 3)
-    modalities = model_modalities([options.modality])
-    with Range(options.modality, modalities[options.modality]) as found:
+    with tempfile.TemporaryDirectory() as folder, DecodePool(model_modalities([options.modality])) as pool:
+        found = Range(options.modality, pool, Path(folder))
         for line in found.learn(whole):
             print(f"Refused whole: {line}")
         shots = drawn(cases(whole, WEIGHTS.get(options.modality)), options.count, options.seed)

@@ -5,6 +5,7 @@ Some formats guard themselves by checksums, behind which random damage never get
 """
 
 import io
+import itertools
 import random
 import re
 import struct
@@ -22,6 +23,8 @@ NUMBERS = (
     *("nan", "inf", "-inf", "1e308", "-1e-320", "1e999", "0x10", "", "²", "1_0", "+7"),
 )
 MOST_BYTES = 2**20
+PART = 250
+"""Cases drawn at once: hypothesis remembers all of them, and takes longer for each."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +115,23 @@ def cases(seeds: Mapping[str, bytes], weights: Mapping[str, int] | None = None) 
 def drawn(strategy: st.SearchStrategy, count: int, seed: int) -> list:
     """Draws so many that are all different, the same for the same seed."""
     found: dict = {}
+    for part in itertools.count():
+        if len(found) >= count:
+            return [*found][:count]
 
-    @hypothesis.settings(
-        max_examples=2 * count + 20,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.seed(seed)
-    @hypothesis.given(strategy)
-    def draw(value) -> None:
-        found[value] = None
+        @hypothesis.seed(1_000 * seed + part)
+        @hypothesis.settings(
+            max_examples=PART,
+            database=None,
+            deadline=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(strategy)
+        def draw(value) -> None:
+            found[value] = None
 
-    draw()
-    assert len(found) >= count
-    return [*found][:count]
+        draw()
 
 
 def _ending(name: str) -> str:

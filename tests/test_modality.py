@@ -133,6 +133,7 @@ class TestDecoding:
             (ValueError("9" * 5000), "9{200}[.]{3}"),
             (ValueError("invalid literal for int() with base 10: b'one'"), "it has no whole number but 'one'"),
             (IndexError("list index out of range"), "a part of it is missing or makes no sense"),
+            (EOFError(), "it ends before it should"),
             (ValueError(b"Token too long: 99"), "Token too long: 99"),
             (ValueError("  "), "ValueError"),
         ],

@@ -211,6 +211,8 @@ def _reason(cause: Exception) -> str:
         return "it has bytes that are no text where text must be"
     if isinstance(cause, (LookupError, TypeError, AttributeError, ArithmeticError, struct.error)):
         return "a part of it is missing or makes no sense"  # what is said then is said to who wrote the library
+    if isinstance(cause, EOFError) and not str(cause):
+        return "it ends before it should"
     if getattr(cause, "errno", None) == errno.EINVAL:  # of a seek to where no file has anything, for one
         return "it says something that cannot be"
     said = getattr(cause, "strerror", None) or str(cause)

@@ -38,18 +38,20 @@ def read_numpy(path: Path, label: str, refuse_many: Callable[[int], None]) -> np
         return np.array(np.lib.format.open_memmap(path, mode="r"))
     if not zipfile.is_zipfile(path):
         raise ValueError("not a zip archive")
-    with np.load(path, allow_pickle=False) as archive:
-        names = archive.files
-        name = next((name for name in ("points", "arr_0", *names[: len(names) == 1]) if name in names), None)
+    with zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        name = next(
+            (name for name in ("points", "arr_0", *list(members)[: len(members) == 1]) if name in members), None
+        )
         if name is None:
             raise xblip.MediaError(
-                f"Cannot read {label}: it holds the arrays {', '.join(names)[:200] or '(none)'}. "
+                f"Cannot read {label}: it holds the arrays {', '.join(members)[:200] or '(none)'}. "
                 'Expected one called "points" or "arr_0", or a single one.'
             )
-        member = next(member for member in (f"{name}.npy", name) if member in archive.zip.namelist())
-        with archive.zip.open(member) as stream:
-            _check_header(stream, archive.zip.getinfo(member).file_size, refuse_many)
-        return archive[name]
+        with archive.open(members[name]) as stream:
+            _check_header(stream, archive.getinfo(members[name]).file_size, refuse_many)
+        with archive.open(members[name]) as stream:
+            return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _check_header(stream: BinaryIO, there: int, refuse_many: Callable[[int], None]) -> None:
