@@ -166,6 +166,7 @@ def _sounds(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _videos(folder: Path) -> Iterator[tuple[str, bytes]]:
+    os.environ.setdefault("SVT_LOG", "1")  # errors alone, of the encoder of AV1
     fragments = {"container_options": {"movflags": "frag_keyframe+empty_moov"}, "options": {"g": "2"}}
     packed = {
         "h264.mp4": {"options": {"g": "3", "bf": "2"}},

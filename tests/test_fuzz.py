@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numbered_videos
 import numpy as np
 import PIL.Image
 import point_shapes
@@ -96,14 +97,16 @@ def _jpeg(mib: int) -> bytes:
     return whole[:2] + segment * (16 * mib) + whole[2:]
 
 
-def _mp4(tail: bytes, seconds: int | None = None) -> bytes:
-    """A whole video, with something behind it, and of another length by its header."""
+def _film(ending: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        whole = seeds("video", Path(folder))["h264.mp4"]
-    if seconds is not None:
-        place = whole.index(b"mvhd") + 16  # version and flags, two dates, then ticks a second and how many
-        whole = whole[:place] + struct.pack(">II", 1, seconds) + whole[place + 8 :]
-    return whole + tail
+        return numbered_videos.write(Path(folder, f"film{ending}"), numbered_videos.numbered(6, 32, 48)).read_bytes()
+
+
+def _long_film() -> bytes:
+    """A Matroska whose header says that it lasts 136 years, in milliseconds as a float of 8 bytes."""
+    whole = _film(".mkv")
+    place = whole.index(b"\x44\x89\x88") + 3
+    return whole[:place] + struct.pack(">d", 2.0**32 * 1000) + whole[place + 8 :]
 
 
 def _deep(levels: int) -> bytes:
@@ -145,7 +148,7 @@ def _polygon(corners: int) -> bytes:
 HOSTILE: dict[str, tuple[str, str, Callable[[], bytes], str | None]] = {
     "ten gigapixels": ("image", ".png", lambda: _png(size=(100_000, 100_000)), "100000 x 100000 is more than max_pixels"),
     "a text that unpacks to 256 MiB": ("image", ".png", lambda: _png((b"zTXt", b"a\0\0" + _zeros(256))), "too large"),
-    "a profile that unpacks to 256 MiB": ("image", ".png", lambda: _png((b"iCCP", b"a\0\0" + _zeros(256))), None),
+    "a profile that unpacks to 256 MiB": ("image", ".png", lambda: _png((b"iCCP", b"a\0\0" + _zeros(256))), "too large"),
     "100,000 frames": ("image", ".gif", lambda: _gif(100_000), None),
     "8 MiB of EXIF": ("image", ".jpg", lambda: _jpeg(8), None),
     "a moving WebP": (
@@ -156,12 +159,14 @@ HOSTILE: dict[str, tuple[str, str, Callable[[], bytes], str | None]] = {
         ),
         None,
     ),
-    "a header of 4 GiB less a little": ("audio", ".wav", lambda: _wav(0xFFFE_0000), None),
+    "a length that means none": ("audio", ".wav", lambda: _wav(0xFFFF_F000), None),
     "a header of 3 GiB": ("audio", ".wav", lambda: _wav(3 * 2**30), "it is cut short"),
-    "a hundred thousand boxes": ("video", ".mp4", lambda: _mp4(struct.pack(">I4s", 8, b"free") * 100_000), None),
-    "a box that is longer than the file": ("video", ".mp4", lambda: _mp4(struct.pack(">I4s", 2**31, b"mdat")), "cut short"),
-    "a box of no length": ("video", ".mp4", lambda: _mp4(struct.pack(">I4s", 0, b"mdat") * 1000), None),
-    "136 years by its header": ("video", ".mp4", lambda: _mp4(b"", 2**32 - 2), "it lasts 4294967294 s"),
+    "a hundred thousand boxes": ("video", ".mp4", lambda: _film(".mp4") + struct.pack(">I4s", 8, b"free") * 100_000, None),
+    "a box longer than the file": (
+        "video", ".mp4", lambda: _film(".mp4") + struct.pack(">I4s", 2**31, b"mdat"), "cut short"
+    ),
+    "a box of no length": ("video", ".mp4", lambda: _film(".mp4") + struct.pack(">I4s", 0, b"mdat") * 1000, None),
+    "136 years by its header": ("video", ".mkv", _long_film, "it lasts 4294967296 s"),
     "a box in a box, 50,000 deep": ("video", ".mp4", lambda: _deep(50_000), "Cannot read"),
     "two million zeros": ("point_cloud", ".npz", lambda: _npz(points=np.zeros((2_000_001, 3))), "2000001 or more"),
     "an array's header of 64 MiB": ("point_cloud", ".npz", lambda: _npz_header(64), "claims 67108864 bytes"),

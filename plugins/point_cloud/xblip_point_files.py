@@ -250,7 +250,7 @@ def _read_ply(data: bytes, refuse_many: Callable[[int], None]) -> Shape:
                 scale = 1 if kind.startswith("f") else np.iinfo(kind).max
                 shape.colors = np.stack([_column(rows, name) for name in ("red", "green", "blue")], 1) / scale
         elif element.name == "face":
-            shape.triangles = _triangulate(rows.get("vertex_indices", rows.get("vertex_index", [])))
+            shape.triangles = _triangulate(rows.get("vertex_indices", rows.get("vertex_index", [])), refuse_many)
     return shape
 
 
@@ -341,7 +341,7 @@ def _column(rows: dict, name: str) -> np.ndarray:
     return np.asarray(rows[name], np.float64)
 
 
-def _triangulate(polygons: np.ndarray | list[np.ndarray]) -> np.ndarray | None:
+def _triangulate(polygons: np.ndarray | list[np.ndarray], refuse_many: Callable[[int], None]) -> np.ndarray | None:
     """Cuts polygons, (F, K) or F arrays of indices, into fans of triangles."""
     if isinstance(polygons, list):
         by_size = defaultdict(list)
@@ -350,5 +350,13 @@ def _triangulate(polygons: np.ndarray | list[np.ndarray]) -> np.ndarray | None:
         groups = [np.stack(alike) for alike in by_size.values()]
     else:
         groups = [polygons] if polygons.ndim == 2 else []
-    fans = [group[:, [0, last - 1, last]] for group in groups for last in range(2, group.shape[1])]
+    groups = [group for group in groups if group.shape[1] > 2]
+    refuse_many(sum(len(group) * (group.shape[1] - 2) for group in groups))
+    fans = [_fan(group) for group in groups]
     return _whole(np.concatenate(fans), "vertex indices") if fans else None
+
+
+def _fan(polygons: np.ndarray) -> np.ndarray:
+    """Cuts polygons (F, K) of as many corners each into triangles (F * (K - 2), 3), all first ones first."""
+    first = np.broadcast_to(polygons[:, :1], polygons[:, 2:].shape)
+    return np.stack([first, polygons[:, 1:-1], polygons[:, 2:]], -1).transpose(1, 0, 2).reshape(-1, 3)
