@@ -119,9 +119,30 @@ class TestDecoding:
         ):
             raise RuntimeError("line one\nline two")
 
-    def test_an_error_without_words_is_named_by_its_kind(self):
-        with pytest.raises(MediaError, match=r"another format \(KeyError\)"), decoding("note", "text"):
-            raise KeyError
+    @pytest.mark.parametrize(
+        ("cause", "reason"),
+        [
+            (OSError(5, "Input/output error", "/somewhere/file"), "Input/output error"),
+            (OSError(22, "Invalid argument"), "it says something that cannot be"),
+            (OSError(50531338, "Error number -50531338 occurred"), "its decoder gives no reason"),
+            (
+                UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+                "it has bytes that are no text where text",
+            ),
+            (ValueError("a\x00b\x1b[31m"), r"a\?b\?\[31m"),
+            (ValueError("9" * 5000), "9{200}[.]{3}"),
+            (ValueError("invalid literal for int() with base 10: b'one'"), "it has no whole number but 'one'"),
+            (IndexError("list index out of range"), "a part of it is missing or makes no sense"),
+            (EOFError(), "it ends before it should"),
+            (ValueError(b"Token too long: 99"), "Token too long: 99"),
+            (ValueError("  "), "ValueError"),
+        ],
+        ids=repr,
+    )
+    def test_what_a_library_says_becomes_one_short_line_about_the_file(self, cause, reason):
+        with pytest.raises(MediaError, match=rf"another format \({reason}") as caught, decoding("note", "text"):
+            raise cause
+        assert "somewhere" not in str(caught.value) and "Errno" not in str(caught.value)
 
     @pytest.mark.parametrize("error", [MediaError("too many words"), PluginError("no reader")], ids=repr)
     def test_what_is_clear_already_passes(self, error):

@@ -209,6 +209,11 @@ def test_truncated_files_are_refused(kind, part, tmp_path):
         fails(path, f"image '{path}'", "damaged or of another format", "Expected a PNG, JPEG, WebP")
 
 
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\nrubbish", b"BM and no more", b"<svg/>"])
+def test_what_no_format_owns_is_refused_by_a_sentence(data):
+    fails(data, "damaged or of another format (its beginning is of no such picture). Expected a PNG")
+
+
 def test_a_progressive_jpeg_cut_after_its_first_scans_is_refused():
     data = encoded(PIL.Image.fromarray(noise(64, 64)), "JPEG", progressive=True)
     fails(data[: len(data) * 3 // 4], "damaged")

@@ -23,6 +23,7 @@ from xblip.serve import COMPLETIONS
         ({**BAD, "max_tokens": 2, "max_completion_tokens": 3}, 400, "differ: give one of them"),
         ({**BAD, "temperature": "hot"}, 400, "temperature: "),
         ({**BAD, "temprature": 1}, 400, 'Unknown setting "temprature". Did you mean "temperature"?'),
+        ({**BAD, "a" * 50_000: 1}, 400, f'Unknown setting "{"a" * 80}...".'),
         ({**BAD, "tools": []}, 400, 'Unknown setting "tools".'),
         ({**BAD, "frequency_penalty": 0.5}, 400, "frequency_penalty is not done here"),
         ({**BAD, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),

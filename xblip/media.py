@@ -1,9 +1,11 @@
 """Media as users give them: files, bytes, open files and arrays, told apart and checked before anything decodes them."""
 
 import contextlib
+import errno
 import io
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from torch import Tensor
 from xblip.errors import MediaError, XBlipError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+LONGEST_REASON = 200
+"""Characters of what a library says of a file, which it may have taken from the file."""
 MP4_BOXES = set(b"ftyp moov mdat free skip wide uuid pnot styp sidx moof mfra".split())
 
 
@@ -196,10 +200,29 @@ def decoding(label: str, expected: str) -> Iterator[None]:
             f"Expected {expected}."
         ) from cause
     except Exception as cause:
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise MediaError(
-            f"Cannot read {label}: it is damaged or of another format ({reason}). Expected {expected}."
+            f"Cannot read {label}: it is damaged or of another format ({_reason(cause)}). Expected {expected}."
         ) from cause
+
+
+def _reason(cause: Exception) -> str:
+    """What a library said: one line of printable letters about the file, without paths and numbers of errors."""
+    if isinstance(cause, UnicodeDecodeError):
+        return "it has bytes that are no text where text must be"
+    if isinstance(cause, (LookupError, TypeError, AttributeError, ArithmeticError, struct.error)):
+        return "a part of it is missing or makes no sense"  # what is said then is said to who wrote the library
+    if isinstance(cause, EOFError) and not str(cause):
+        return "it ends before it should"
+    if getattr(cause, "errno", None) == errno.EINVAL:  # of a seek to where no file has anything, for one
+        return "it says something that cannot be"
+    said = getattr(cause, "strerror", None) or str(cause)
+    if said.startswith("Error number"):  # FFmpeg's for those that it has no words for
+        return "its decoder gives no reason"
+    line = (said.strip().splitlines() or [type(cause).__name__])[0]
+    line = re.sub(r"^b'(.*)'$", r"\1", line)  # as Pillow puts it where it has read bytes
+    line = re.sub(r"^invalid literal for int\(\) with base \d+: b?", "it has no whole number but ", line)
+    shown = "".join(letter if letter.isprintable() else "?" for letter in line[:LONGEST_REASON])
+    return shown + "..." * (len(line) > LONGEST_REASON)
 
 
 def as_array(source: np.ndarray | Tensor, label: str) -> np.ndarray:

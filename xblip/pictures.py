@@ -6,7 +6,7 @@ One road for all sources, so that a path, its bytes and its pixels cannot give a
 import math
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -114,7 +114,7 @@ def as_picture(source: Any, *, kind: str, max_pixels: int) -> "PIL.Image.Image":
     file = media_file(source, kind=kind)
     if file:
         with file.open() as stream, decoding(file.label, EXPECTED), _without_pillow_limit:
-            return _upright_rgb(PIL.Image.open(stream, formats=FORMATS), file.label, max_pixels)
+            return _upright_rgb(_opened(stream), file.label, max_pixels)
     label = f"the {kind} given as {type(source).__name__}"
     if isinstance(source, PIL.Image.Image):
         with decoding(label, EXPECTED), _without_pillow_limit:
@@ -136,7 +136,7 @@ def check_size(width: int, height: int, *, label: str, max_pixels: int) -> None:
       max_pixels: a setting of that name in the modality's config.
     """
     if width * height == 0:
-        raise MediaError(f"Cannot read {label}: it has no pixels ({width} x {height}).")
+        raise MediaError(f"Cannot read {label}: it has no pixels ({width} x {height}). Expected at least one.")
     if width * height > max_pixels:
         raise MediaError(
             f"Cannot read {label}: {width} x {height} is more than max_pixels = {max_pixels}. Shrink it, or raise "
@@ -147,6 +147,15 @@ def check_size(width: int, height: int, *, label: str, max_pixels: int) -> None:
             f"Cannot read {label}: {width} x {height} is too thin; one side may be at most {MAX_ASPECT_RATIO} times "
             "the other. Crop it."
         )
+
+
+def _opened(stream: BinaryIO) -> "PIL.Image.Image":
+    import PIL.Image
+
+    try:
+        return PIL.Image.open(stream, formats=FORMATS)
+    except PIL.UnidentifiedImageError as cause:
+        raise ValueError("its beginning is of no such picture") from cause
 
 
 def _upright_rgb(picture: "PIL.Image.Image", label: str, max_pixels: int) -> "PIL.Image.Image":

@@ -16,6 +16,8 @@ URL, INPUT = "_url", "input_"
 """What comes after, or before, a modality's name in the type of a part."""
 MAX_STOPS = 4
 MAX_CHOICES = 16
+SHOWN = 80
+"""Characters of what a client named that a message repeats."""
 Text = Annotated[str, StringConstraints(max_length=1_000_000)]
 
 
@@ -150,9 +152,10 @@ def parse(body: bytes) -> ChatRequest:
     except ValidationError as cause:
         first = cause.errors(include_url=False, include_input=False)[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        place = place if len(place) <= SHOWN else f"{place[:SHOWN]}..."
         more = f" ({cause.error_count() - 1} more of the kind.)" if cause.error_count() > 1 else ""
         if first["type"] == "extra_forbidden":
-            known = suggest(str(first["loc"][-1]), ChatRequest.model_fields)
+            known = suggest(str(first["loc"][-1])[:SHOWN], ChatRequest.model_fields)
             raise wrong(place, f'Unknown setting "{place}".{known} Leave it out: nothing here would heed it.') from None
         if first["type"] == "json_invalid":
             raise wrong("", f"The body is no JSON: {first['ctx']['error']}. Send a JSON object in UTF-8.") from None
@@ -192,7 +195,7 @@ def _part(part: Mapping[str, Any], place: str, modalities: Collection[str]) -> s
         return part["text"]
     kinds = {f"{name}{URL}": name for name in modalities} | {f"{INPUT}{name}": name for name in modalities}
     if not isinstance(kind, str) or kind not in kinds:
-        known = suggest(str(kind), {"text", *kinds})
+        known = suggest(str(kind)[:SHOWN], {"text", *kinds})
         raise wrong(place, f'{place} is of the unknown type "{kind!s:.80}".{known}')
     _check_keys(part, {"type", kind, "uuid"}, place)
     uuid = part.get("uuid")
@@ -226,4 +229,4 @@ def _by_data(given: Any, modality: str, place: str, uuid: str | None) -> Part:
 def _check_keys(given: Mapping[str, Any], known: set[str], place: str) -> None:
     for key in given:
         if key not in known:
-            raise wrong(place, f'{place} has the unknown key "{key!s:.80}".{suggest(str(key), known)}')
+            raise wrong(place, f'{place} has the unknown key "{key!s:.80}".{suggest(str(key)[:SHOWN], known)}')

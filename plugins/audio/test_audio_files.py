@@ -145,6 +145,17 @@ def test_damage_inside_is_refused(modality, files):
             modality().load(bytes(data))
 
 
+def test_a_title_that_is_no_utf_8_keeps_no_sound_from_being_heard(files):
+    data = files["sound.m4a"].read_bytes()
+    assert data.count(b"Lavf") == 1
+    assert np.array_equal(decode(data.replace(b"Lavf", b"L\xe4vf"))[0], decode(data)[0])
+
+
+def test_what_libsndfile_says_is_its_own(files):
+    with pytest.raises(xblip.MediaError, match=r"another format \(libsndfile says: Error in WAV file. No 'data' chunk"):
+        decode(files["pcm.wav"].read_bytes().replace(b"data", b"atad", 1))
+
+
 def ogg_pages(data):
     starts = [place for place in range(len(data)) if data[place : place + 4] == b"OggS"]
     return [data[start:end] for start, end in itertools.pairwise([*starts, len(data)])]

@@ -5,9 +5,11 @@ well: libsndfile guesses the length of an MP3 without a Xing header and leaves o
 decoders play what is there of a cut file and say nothing, so each container is asked how long it should be.
 """
 
+import contextlib
 import os
 import re
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -59,7 +61,7 @@ def _read_with_soundfile(stream: BinaryIO, file: xblip.MediaFile, max_seconds: f
     with xblip.decoding(label, EXPECTED):
         _check_ogg(stream)
         stream.seek(0)
-        with soundfile.SoundFile(stream) as sound:
+        with _said_by_libsndfile(soundfile.LibsndfileError), soundfile.SoundFile(stream) as sound:
             if sound.frames < 2**62 and sound.subtype != "MPEG_LAYER_III":
                 refuse_long(sound.frames / sound.samplerate, label, max_seconds)
                 _check_sizes(sound.extra_info)
@@ -83,7 +85,8 @@ def _read_with_pyav(stream: BinaryIO, file: xblip.MediaFile, max_seconds: float)
         _check_bytes(file.size, file.declared_bytes() or 0)
         knows_length = _mp3_counts_frames(stream)
         stream.seek(0)
-        with av.open(stream, options={"protocol_whitelist": ""}) as container:  # a playlist opens no other file
+        # a playlist opens no other file, and no title in Latin-1 keeps a sound from being heard
+        with av.open(stream, options={"protocol_whitelist": ""}, metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise xblip.MediaError(f"Cannot read {label}: it has no audio track. Expected {EXPECTED}.")
             track = container.streams.audio[0]
@@ -99,6 +102,15 @@ def _read_with_pyav(stream: BinaryIO, file: xblip.MediaFile, max_seconds: float)
                 slack = 2 * track.codec_context.frame_size
                 _check_length(samples, container.duration * rate // av.time_base - slack)
             return np.concatenate(blocks), rate
+
+
+@contextlib.contextmanager
+def _said_by_libsndfile(kind: type[Exception]) -> Iterator[None]:
+    """Says whose words an error's are, and not how the file is called within this process."""
+    try:
+        yield
+    except kind as cause:
+        raise ValueError(f"libsndfile says: {cause.error_string.rstrip('.')}") from cause
 
 
 def _missing(label: str, package: str, cause: Exception) -> xblip.PluginError:

@@ -6,24 +6,25 @@ notices every missing byte. All other formats are left to open3d, in a process o
 """
 
 import functools
-import math
 import re
 import subprocess
 import sys
 import tempfile
-import zipfile
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from xblip_point_pcd import read_pcd
+from xblip_point_gltf import check_gltf, without_materials
+from xblip_point_numpy import read_numpy
+from xblip_point_pcd import read_pcd, rows_of_numbers
 from xblip_point_process import OPEN3D
 
 import xblip
 
 SUFFIXES = (".ply", ".pcd", ".xyz", ".obj", ".off", ".stl", ".glb", ".gltf", ".npy", ".npz")
 CANNOT_IMPORT = 3  # exit status of xblip_point_open3d
-MOST_COLUMNS = 6  # of an array: coordinates and colour
 
 _MAGIC = {
     b"ply": ".ply",
@@ -72,21 +73,21 @@ def read_file(file: xblip.MediaFile, *, max_points: int, timeout_seconds: float)
       PluginError: its format needs open3d, which cannot be imported.
     """
     suffix = file.suffix if file.suffix in SUFFIXES else _recognise(file)
+    refuse_many = functools.partial(_refuse_many, label=file.label, max_points=max_points)
     with xblip.decoding(file.label, f"a whole {suffix} file of a point cloud or mesh"):
         if suffix == ".ply":
             with file.open() as stream:
-                return _read_ply(stream.read(), file.label, max_points)
+                return _read_ply(stream.read(), refuse_many)
         if suffix == ".pcd":
             with file.open() as stream:
-                return Shape(*read_pcd(stream.read()))
+                return Shape(*read_pcd(stream.read(), refuse_many))
         if suffix == ".xyz":
             with file.open() as stream:
-                return from_array(np.loadtxt(stream, ndmin=2), file.label)
+                return from_array(rows_of_numbers(stream), file.label)
         if suffix in (".npy", ".npz"):
             with file.on_disk(suffix) as path:
-                return from_array(_read_numpy(path, file.label, max_points), file.label)
-        with file.on_disk(suffix) as path:
-            return _read_with_open3d(path, file.label, timeout_seconds)
+                return from_array(read_numpy(path, file.label, refuse_many), file.label)
+        return _read_with_open3d(_whole_in_itself(file, suffix), file.label, timeout_seconds)
 
 
 def from_array(array: np.ndarray, label: str) -> Shape:
@@ -115,7 +116,8 @@ def check(shape: Shape, label: str, max_points: int) -> None:
         are not there.
     """
     points, colors, triangles = shape.points, shape.colors, shape.triangles
-    _refuse_many(max(len(points), 0 if triangles is None else len(triangles)), label, max_points)
+    many = max(len(points), 0 if triangles is None else len(triangles))
+    _refuse_many(many, label=label, max_points=max_points)
     if not len(points):
         raise xblip.MediaError(f"Cannot read {label}: it holds no points. Expected at least one.")
     finite = np.isfinite(points).all(1) & (True if colors is None else np.isfinite(colors).all(1))
@@ -152,45 +154,12 @@ def _recognise(file: xblip.MediaFile) -> str:
     )
 
 
-def _refuse_many(count: int, label: str, max_points: int) -> None:
+def _refuse_many(count: int, *, label: str, max_points: int) -> None:
     if count > max_points:
         raise xblip.MediaError(
             f"Cannot read {label}: it has {count} or more points, vertices or triangles; at most "
             f"{max_points} are read. Thin it, or raise max_points."
         )
-
-
-def _read_numpy(path: Path, label: str, max_points: int) -> np.ndarray:
-    if path.suffix.lower() != ".npz":
-        array = np.lib.format.open_memmap(path, mode="r")
-        _refuse_many(len(array) if array.ndim else 0, label, max_points)
-        return np.array(array)
-    if not zipfile.is_zipfile(path):
-        raise ValueError("not a zip archive")
-    with np.load(path, allow_pickle=False) as archive:
-        names = archive.files
-        name = next((name for name in ("points", "arr_0", *names[: len(names) == 1]) if name in names), None)
-        if name is None:
-            raise xblip.MediaError(
-                f"Cannot read {label}: it holds the arrays {', '.join(names) or '(none)'}. "
-                'Expected one called "points" or "arr_0", or a single one.'
-            )
-        _check_member(archive.zip, f"{name}.npy", label, max_points)
-        return archive[name]
-
-
-def _check_member(archive: zipfile.ZipFile, name: str, label: str, max_points: int) -> None:
-    """Refuses an array that is larger than it may be, or than its file is, before numpy makes room for it."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
-        if version not in readers:
-            raise ValueError(f"its array is of version {version[0]}.{version[1]}, which plain numbers do not need")
-        shape, _, dtype = readers[version](member)
-    _refuse_many(math.prod(shape) // MOST_COLUMNS, label, max_points)
-    declared, there = math.prod(shape) * dtype.itemsize, archive.getinfo(name).file_size
-    if declared > there and not dtype.hasobject:
-        raise ValueError(f"its array declares {declared} bytes, but {there} are there")
 
 
 def open3d_version() -> str:
@@ -208,11 +177,20 @@ def open3d_version() -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _read_with_open3d(path: Path, label: str, timeout_seconds: float) -> Shape:
-    with tempfile.TemporaryDirectory() as folder:
+def _whole_in_itself(file: xblip.MediaFile, suffix: str) -> xblip.MediaFile:
+    """The file as open3d is to have it, which tells formats by endings and follows what a file names."""
+    with file.open() as stream:
+        data = stream.read()
+    if suffix in (".gltf", ".glb"):
+        check_gltf(data)
+    return xblip.MediaFile(label=file.label, data=without_materials(data), name=f"mesh{suffix}")
+
+
+def _read_with_open3d(file: xblip.MediaFile, label: str, timeout_seconds: float) -> Shape:
+    with tempfile.TemporaryDirectory() as folder, file.on_disk(file.suffix) as path:
         result = Path(folder, "result.npz")
         try:
-            ended = OPEN3D.read(path.resolve(), result, timeout_seconds=timeout_seconds)
+            ended = OPEN3D.read(path, result, timeout_seconds=timeout_seconds)
         except TimeoutError as cause:
             raise xblip.MediaError(
                 f"Cannot read {label}: open3d did not finish within {timeout_seconds:g} seconds. The file is "
@@ -251,7 +229,7 @@ class _Element:
     properties: list[_Property]
 
 
-def _read_ply(data: bytes, label: str, max_points: int) -> Shape:
+def _read_ply(data: bytes, refuse_many: Callable[[int], None]) -> Shape:
     """Reads a PLY file; an ASCII body becomes the binary one of the same layout, all of it 8-byte floats."""
     end = re.search(rb"end_header[ \t]*\r?\n", data)
     if not data.startswith(b"ply") or not end:
@@ -262,7 +240,7 @@ def _read_ply(data: bytes, label: str, max_points: int) -> Shape:
         body = np.array(bytes(body).split(), "<f8").data.cast("B")
     shape, offset = Shape(np.empty((0, 3))), 0
     for element in elements:
-        _refuse_many(element.count, label, max_points)
+        refuse_many(element.count)
         rows, offset = _ply_rows(body, offset, element, encoding)
         if element.name == "vertex":
             shape.points = np.stack([_column(rows, axis) for axis in "xyz"], 1)
@@ -271,7 +249,7 @@ def _read_ply(data: bytes, label: str, max_points: int) -> Shape:
                 scale = 1 if kind.startswith("f") else np.iinfo(kind).max
                 shape.colors = np.stack([_column(rows, name) for name in ("red", "green", "blue")], 1) / scale
         elif element.name == "face":
-            shape.triangles = _triangulate(rows.get("vertex_indices", rows.get("vertex_index", [])))
+            shape.triangles = _triangulate(rows.get("vertex_indices", rows.get("vertex_index", [])), refuse_many)
     return shape
 
 
@@ -281,7 +259,7 @@ def _ply_header(text: str) -> tuple[str, list[_Element]]:
         match words:
             case ["format", name, _] if name in _PLY_ENCODINGS:
                 encoding = name
-            case ["element", name, count] if count.isdecimal():
+            case ["element", name, count] if re.fullmatch("[0-9]{1,18}", count):
                 elements.append(_Element(name, int(count), []))
             case ["property", "list", length, kind, name] if elements and {length, kind} <= _PLY_TYPES.keys():
                 elements[-1].properties.append(_Property(name, _PLY_TYPES[kind], _PLY_TYPES[length]))
@@ -290,7 +268,7 @@ def _ply_header(text: str) -> tuple[str, list[_Element]]:
             case ["ply"] | ["comment" | "obj_info", *_] | []:
                 pass
             case _:
-                raise ValueError(f"its header has the line {' '.join(words)!r}")
+                raise ValueError(f"its header has the line {' '.join(words)[:80]!r}")
     if not encoding:
         raise ValueError("its header has no format line")
     return encoding, elements
@@ -362,12 +340,22 @@ def _column(rows: dict, name: str) -> np.ndarray:
     return np.asarray(rows[name], np.float64)
 
 
-def _triangulate(polygons: np.ndarray | list[np.ndarray]) -> np.ndarray | None:
+def _triangulate(polygons: np.ndarray | list[np.ndarray], refuse_many: Callable[[int], None]) -> np.ndarray | None:
     """Cuts polygons, (F, K) or F arrays of indices, into fans of triangles."""
     if isinstance(polygons, list):
-        sizes = {len(polygon) for polygon in polygons}
-        groups = [np.stack([polygon for polygon in polygons if len(polygon) == size]) for size in sizes]
+        by_size = defaultdict(list)
+        for polygon in polygons:
+            by_size[len(polygon)].append(polygon)
+        groups = [np.stack(alike) for alike in by_size.values()]
     else:
         groups = [polygons] if polygons.ndim == 2 else []
-    fans = [group[:, [0, last - 1, last]] for group in groups for last in range(2, group.shape[1])]
+    groups = [group for group in groups if group.shape[1] > 2]
+    refuse_many(sum(len(group) * (group.shape[1] - 2) for group in groups))
+    fans = [_fan(group) for group in groups]
     return _whole(np.concatenate(fans), "vertex indices") if fans else None
+
+
+def _fan(polygons: np.ndarray) -> np.ndarray:
+    """Cuts polygons (F, K) of as many corners each into triangles (F * (K - 2), 3), all first ones first."""
+    first = np.broadcast_to(polygons[:, :1], polygons[:, 2:].shape)
+    return np.stack([first, polygons[:, 1:-1], polygons[:, 2:]], -1).transpose(1, 0, 2).reshape(-1, 3)

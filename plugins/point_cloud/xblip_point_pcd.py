@@ -6,20 +6,24 @@ the body must agree.
 
 import io
 import re
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 
+MOST_UNPACKED = 88  # bytes that one packed byte can become: a copy of 264 takes three
 _REQUIRED = ("FIELDS", "SIZE", "TYPE", "WIDTH", "HEIGHT", "POINTS", "DATA")
 _KEYS = (*_REQUIRED, "COUNT", "VERSION", "VIEWPOINT")
 _KINDS = {f"{kind}{size}": f"<{kind.lower()}{size}" for kind in "IUF" for size in (1, 2, 4, 8)}
 _KINDS = {name: code for name, code in _KINDS.items() if name not in ("F1", "F2")}
 
 
-def read_pcd(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+def read_pcd(data: bytes, refuse_many: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray | None]:
     """Reads a cloud.
 
     Args:
       data: the whole file; its body ascii, binary or binary_compressed.
+      refuse_many: raises MediaError for too many points, as the header has them.
 
     Returns:
       Points (V, 3) float64, and colours (V, 3) in [0, 1] or None.
@@ -29,6 +33,7 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
     """
     header, body = _header(data)
     layout, count = _layout(header)
+    refuse_many(count)
     match header["DATA"]:
         case ["ascii"]:
             columns = _text_columns(body, layout, count)
@@ -45,6 +50,18 @@ def read_pcd(data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
     points = np.stack([columns[name].astype(np.float64) for name in "xyz"], 1)
     packed = columns.get("rgb", columns.get("rgba"))
     return points, None if packed is None else _colors(packed)
+
+
+def rows_of_numbers(stream: BinaryIO, **options: Any) -> np.ndarray:
+    """Reads lines of numbers, all as many, as (rows, columns) float64.
+
+    Raises:
+      ValueError: they are not; without numpy's advice to who calls it.
+    """
+    try:
+        return np.loadtxt(stream, ndmin=2, **options)
+    except ValueError as cause:
+        raise ValueError(str(cause).partition("; use `usecols`")[0]) from cause
 
 
 def _header(data: bytes) -> tuple[dict[str, list[str]], bytes]:
@@ -100,7 +117,7 @@ def _exactly(body: bytes, size: int) -> bytes:
 
 def _text_columns(body: bytes, layout: np.dtype, count: int) -> dict[str, np.ndarray]:
     wanted = sum(layout[name].shape[0] if layout[name].shape else 1 for name in layout.names)
-    values = np.loadtxt(io.BytesIO(body), ndmin=2, comments=None) if body.strip() else np.empty((0, wanted))
+    values = rows_of_numbers(io.BytesIO(body), comments=None) if body.strip() else np.empty((0, wanted))
     if values.shape != (count, wanted):
         raise ValueError(f"it has {len(values)} rows of {values.shape[1]} numbers; declared are {count} of {wanted}")
     columns, start = {}, 0
@@ -118,7 +135,10 @@ def _compressed_columns(body: bytes, layout: np.dtype, count: int) -> dict[str, 
     compressed, size = np.frombuffer(_exactly(body[:8], 8), "<u4").tolist()
     if size != count * layout.itemsize:
         raise ValueError(f"its body unpacks to {size} bytes where {count * layout.itemsize} are declared")
-    data = _exactly(_decompress(_exactly(body[8:], compressed), size), size)
+    packed = _exactly(body[8:], compressed)
+    if size > MOST_UNPACKED * len(packed):
+        raise ValueError(f"its body of {len(packed)} bytes cannot unpack to the {size} that are declared")
+    data = _exactly(_decompress(packed, size), size)
     columns, start = {}, 0
     for name in layout.names:
         columns[name] = np.ndarray((count, *layout[name].shape), layout[name].base, data, start)

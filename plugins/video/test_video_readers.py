@@ -60,6 +60,13 @@ def test_fragmented_mp4(plain, tmp_path, reader):
     assert xblip_video_readers.READERS[reader](path, "it").times_s[:2] == pytest.approx([0, 0.1])
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_a_title_that_is_no_utf_8_keeps_no_video_from_being_read(plain, clip, reader):
+    data = clip.read_bytes()
+    assert data.count(b"Lavf") == 1
+    assert numbers(plain(num_frames=4, reader=reader), data.replace(b"Lavf", b"L\xe4vf")) == middles(41, 4)
+
+
 def test_pyav_gives_no_neighbour_of_a_frame_that_is_missing(clip):
     reader = PyavReader(clip, "it")
     ticks = reader._index.presentation

@@ -165,7 +165,8 @@ class PyavReader(Reader):
         import av
         from av.stream import Disposition
 
-        with av.open(str(self._path.absolute()), options={"protocol_whitelist": "file"}) as container:
+        path, options = str(self._path.absolute()), {"protocol_whitelist": "file"}
+        with av.open(path, options=options, metadata_errors="replace") as container:  # a title may be in Latin-1
             covers = Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & covers]
             if not streams:
