@@ -30,10 +30,12 @@ from xblip.serve_metrics import Merged
 
 ADDRESS = "RAY_ADDRESS"
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # which takes lines of the log that differ in numbers for one
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")
 if not os.environ.get(ADDRESS):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all that Ray starts listens to this machine alone
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default, but a server is no work in the background
 import ray  # noqa: E402 - it reads the environment
 from ray import serve  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
@@ -140,6 +142,7 @@ def _cluster(config: ServeConfig) -> Iterator[bool]:
             ray.init(logging_level=logging.WARNING)
     except ConnectionError as cause:
         raise ConfigError(f"{ADDRESS} is {os.environ.get(ADDRESS)}, and no cluster answers there: {cause}") from cause
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
             proxy_location="HeadOnly" if is_own else "EveryNode",
