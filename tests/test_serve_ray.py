@@ -21,7 +21,11 @@ import pytest
 import yaml
 from served import BAD, KEY, LINES, QUESTION, ROWS, ask, user
 
+from xblip import serve_ray
+from xblip.errors import ConfigError, XBlipError
+from xblip.llm import LLMConfig
 from xblip.serve import COMPLETIONS
+from xblip.serve_config import RayConfig, ServeConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 REPLICA = "ray::ServeRepli"
@@ -245,7 +249,53 @@ def test_a_replica_that_does_not_start_says_why(rows_bundle, tmp_path):
     (broken / "rows" / "bridge.safetensors").write_bytes(b"none")
     server = Replicated(broken, tmp_path)
     try:
-        assert server.process.wait(120) == 2
-        assert "x" in server.log.read_text().splitlines()[-1]
+        assert server.process.wait(300) == 2
+        said = server.log.read_text()
+        assert said.startswith("error: The replicas do not start: ") and "bridge.safetensors is damaged" in said
     finally:
         server.close()
+
+
+class TestBeforeAnythingStarts:
+    @pytest.fixture
+    def refused(self, rows_bundle, monkeypatch):
+        """What is wrong with these options."""
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+        def refused(**settings) -> str:
+            with pytest.raises(XBlipError) as error:
+                serve_ray.run_replicas(settings.pop("model", str(rows_bundle)), ServeConfig(**settings))
+            assert not serve_ray.ray.is_initialized()
+            return str(error.value)
+
+        return refused
+
+    def test_models_and_ports_and_clusters_that_are_not_there(self, refused, monkeypatch):
+        assert "No model is called" in refused(model="numerels")
+        assert "Ray listens at a port that is known: set --port." in refused(port=0)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            assert f"Cannot listen at 127.0.0.1:{port}: Address already in use. Set another --port" in refused(
+                port=port
+            )
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        assert f"RAY_ADDRESS is 127.0.0.1:{port}, and no cluster answers there" in refused()
+
+    def test_more_replicas_than_there_is_room_for(self, monkeypatch):
+        monkeypatch.setattr(serve_ray.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+        serve_ray._check_room(RayConfig(4), 0)
+        with pytest.raises(ConfigError, match="5 replicas with 1 processors each need 5, and this machine has 4"):
+            serve_ray._check_room(RayConfig(5), 0)
+        with pytest.raises(ConfigError, match="2 replicas with 1 accelerators each need 2, and this machine has 1"):
+            serve_ray._check_room(RayConfig(2), 1)
+
+    def test_a_model_that_loads_onto_an_accelerator_takes_one(self, monkeypatch):
+        monkeypatch.setattr(serve_ray.ray, "cluster_resources", lambda: {"GPU": 1.0})
+        maps = {None: 0, "cpu": 0, "cuda": 1, "auto": 1}
+        assert maps == {
+            one: serve_ray._gpus(RayConfig(), LLMConfig("x", options={"device_map": one} if one else {}))
+            for one in maps
+        }
+        assert serve_ray._gpus(RayConfig(gpus=0.5), LLMConfig("x")) == 0.5
+        monkeypatch.setattr(serve_ray.ray, "cluster_resources", dict)
+        assert serve_ray._gpus(RayConfig(), LLMConfig("x", options={"device_map": "auto"})) == 0

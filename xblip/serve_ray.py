@@ -38,6 +38,7 @@ if not os.environ.get(ADDRESS):
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default, but a server is no work in the background
 import ray  # noqa: E402 - it reads the environment
 from ray import serve  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
 from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.handle import DeploymentHandle  # noqa: E402
 
@@ -46,7 +47,14 @@ NAME = "xblip"
 HEALTH_SECONDS = 2.0
 METRICS_SECONDS = 5.0
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
-PROXY = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "xblip.serve_ray_proxy.middlewares",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 by default, in which a busy machine does not start one
+}
+"""Of the controller and what it starts; what Ray has to say goes to its own log files."""
+WHERE = "Ray's own log, ray/session_latest/logs among the temporary files, may say why."
 QUOTE = "\N{REPLACEMENT CHARACTER}"
 """Stands before and after the message of a replica that cannot start, in what Ray tells of it."""
 log = logging.getLogger("xblip.serve")
@@ -68,11 +76,11 @@ class Replica:
     """One server, as Ray holds it."""
 
     def __init__(self, model: str, config: ServeConfig):
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.__stderr__)  # not Ray's log
         try:
             self.server = ReplicaServer(load(model), config, name=model)
         except XBlipError as error:
-            raise RuntimeError(f"{QUOTE}{error}{QUOTE}") from error
+            raise RuntimeError(f"{QUOTE}{error}{QUOTE}") from None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self.server.app
@@ -114,6 +122,7 @@ def run_replicas(model: str, config: ServeConfig) -> None:
             _check_room(config.ray, gpus)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _leave)
+        _start(config, everywhere=not is_own)
         handle = _deployed(model, config, gpus)
         try:
             log.info("%d replicas answer at http://%s:%d", config.ray.replicas, config.host, config.port)
@@ -121,6 +130,8 @@ def run_replicas(model: str, config: ServeConfig) -> None:
                 signal.pause()
         finally:
             _end(handle, config.drain_seconds)
+            if is_own:
+                serve.shutdown()
 
 
 def _leave(number: int, _: Any) -> None:
@@ -132,34 +143,31 @@ def _leave(number: int, _: Any) -> None:
 @contextlib.contextmanager
 def _cluster(config: ServeConfig) -> Iterator[bool]:
     """The cluster that RAY_ADDRESS names, or one of this machine, which ends with the server; tells whether it is that."""
-    is_own = os.environ.get(ADDRESS, "local") in ("", "local")
+    address = os.environ.get(ADDRESS) or "local"
+    is_own = address == "local"
     if is_own:
         _check_port(config)
+    else:
+        _check_answers(address)
+    ray.init(address, logging_level=logging.WARNING, **({"include_dashboard": False} if is_own else {}))
     try:
-        if is_own:
-            ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
-        else:
-            ray.init(logging_level=logging.WARNING)
-    except ConnectionError as cause:
-        raise ConfigError(f"{ADDRESS} is {os.environ.get(ADDRESS)}, and no cluster answers there: {cause}") from cause
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        serve.start(
-            proxy_location="HeadOnly" if is_own else "EveryNode",
-            http_options={
-                "host": config.host,
-                "port": config.port,
-                "request_timeout_s": 3 * config.request_seconds,  # to come in, to be read, to be answered
-                "keep_alive_timeout_s": 30,
-            },
-            logging_config=LOGGING,
-            controller_options={"runtime_env": {"env_vars": {PROXY: "xblip.serve_ray_proxy.middlewares"}}},
-        )
         yield is_own
-        if is_own:
-            serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuses an address that nobody listens at, which Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:  # a word of Ray's own, such as "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as cause:
+        raise ConfigError(
+            f"{ADDRESS} is {address}, and no cluster answers there ({first_line(cause)}) Start one by `ray start --head`, "
+            "or unset it for one of this machine alone."
+        ) from cause
 
 
 def _check_port(config: ServeConfig) -> None:
@@ -174,6 +182,25 @@ def _check_port(config: ServeConfig) -> None:
             raise ConfigError(
                 f"Cannot listen at {config.host}:{config.port}: {cause.strerror}. Set another --port or --host."
             ) from cause
+
+
+def _start(config: ServeConfig, *, everywhere: bool) -> None:
+    """Starts what Ray Serve itself needs, a proxy on each machine or this one alone; none where it runs already."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(
+            proxy_location="EveryNode" if everywhere else "HeadOnly",
+            http_options={
+                "host": config.host,
+                "port": config.port,
+                "request_timeout_s": 3 * config.request_seconds,  # to come in, to be read, to be answered
+                "keep_alive_timeout_s": 30,
+            },
+            logging_config=LOGGING,
+            controller_options={"runtime_env": {"env_vars": ENVIRONMENT}},
+        )
+    except (RuntimeError, TimeoutError, RayError) as cause:
+        raise ConfigError(f"Ray Serve does not start: {first_line(cause)} {WHERE}") from cause
 
 
 def _gpus(config: RayConfig, llm: LLMConfig) -> float:
@@ -221,9 +248,10 @@ def _deployed(model: str, config: ServeConfig, gpus: float) -> DeploymentHandle:
     try:
         return serve.run(each.bind(model, config), name=NAME, route_prefix="/")
     except (RuntimeError, ValueError, RayServeException) as cause:
+        states = [one.message for app in serve.status().applications.values() for one in app.deployments.values()]
+        said = [state.split(QUOTE)[1] for state in states if QUOTE in state]
+        message = said[0] if said else f"{first_line(cause)} {WHERE}"
         serve.delete(NAME)
-        _, _, said = str(cause).partition(QUOTE)
-        message = said.partition(QUOTE)[0] or first_line(cause)
         raise ConfigError(f"The replicas do not start: {message}") from cause
 
 
