@@ -149,7 +149,12 @@ def _cluster(config: ServeConfig) -> Iterator[bool]:
         _check_port(config)
     else:
         _check_answers(address)
-    ray.init(address, logging_level=logging.WARNING, **({"include_dashboard": False} if is_own else {}))
+    try:
+        ray.init(address, logging_level=logging.WARNING, **({"include_dashboard": False} if is_own else {}))
+    except (ConnectionError, RuntimeError) as cause:
+        raise ConfigError(
+            f"Ray cannot enter the cluster {address}: {first_line(cause)} If it wants a token, set RAY_AUTH_MODE=token."
+        ) from cause
     try:
         yield is_own
     finally:
