@@ -31,7 +31,7 @@ from xblip.serve_metrics import Merged
 ADDRESS = "RAY_ADDRESS"
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # which takes lines of the log that differ in numbers for one
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-if not os.environ.get(ADDRESS):
+if (os.environ.get(ADDRESS) or "local") == "local":
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all that Ray starts listens to this machine alone
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -123,13 +123,16 @@ def run_replicas(model: str, config: ServeConfig) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _leave)
         _start(config, everywhere=not is_own)
-        handle = _deployed(model, config, gpus)
         try:
+            handle = _deployed(model, config, gpus)
             log.info("%d replicas answer at http://%s:%d", config.ray.replicas, config.host, config.port)
-            while True:
-                signal.pause()
+            try:
+                while True:
+                    signal.pause()
+            finally:
+                _drain(handle, config.drain_seconds)
         finally:
-            _end(handle, config.drain_seconds)
+            serve.delete(NAME)
             if is_own:
                 serve.shutdown()
 
@@ -190,7 +193,7 @@ def _check_port(config: ServeConfig) -> None:
 
 
 def _start(config: ServeConfig, *, everywhere: bool) -> None:
-    """Starts what Ray Serve itself needs, a proxy on each machine or this one alone; none where it runs already."""
+    """Starts what Ray Serve itself needs, with a proxy on each machine or this one alone, unless that runs already."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
@@ -206,6 +209,10 @@ def _start(config: ServeConfig, *, everywhere: bool) -> None:
         )
     except (RuntimeError, TimeoutError, RayError) as cause:
         raise ConfigError(f"Ray Serve does not start: {first_line(cause)} {WHERE}") from cause
+    if NAME in serve.status().applications:
+        raise ConfigError(
+            f'The cluster runs an application "{NAME}" already: end that first, by the command that began it.'
+        )
 
 
 def _gpus(config: RayConfig, llm: LLMConfig) -> float:
@@ -231,10 +238,6 @@ def _check_room(config: RayConfig, gpus: float) -> None:
 
 def _deployed(model: str, config: ServeConfig, gpus: float) -> DeploymentHandle:
     """Starts the replicas and waits until they are ready."""
-    if NAME in serve.status().applications:
-        raise ConfigError(
-            f'The cluster runs an application "{NAME}" already: end that first, by the command that began it.'
-        )
     each = serve.deployment(
         Replica,
         name=NAME,
@@ -256,14 +259,12 @@ def _deployed(model: str, config: ServeConfig, gpus: float) -> DeploymentHandle:
         states = [one.message for app in serve.status().applications.values() for one in app.deployments.values()]
         said = [state.split(QUOTE)[1] for state in states if QUOTE in state]
         message = said[0] if said else f"{first_line(cause)} {WHERE}"
-        serve.delete(NAME)
         raise ConfigError(f"The replicas do not start: {message}") from cause
 
 
-def _end(handle: DeploymentHandle, seconds: float) -> None:
-    """Finishes what runs, and ends the replicas."""
+def _drain(handle: DeploymentHandle, seconds: float) -> None:
+    """Lets replicas take nothing more, and waits until they have finished what runs."""
     try:
         handle.broadcast("drain", seconds).results(timeout_s=seconds + 5, return_exceptions=True)
     except (RayServeException, TimeoutError) as error:
         log.warning("Not all replicas could be told to finish: %s", error)
-    serve.delete(NAME)
