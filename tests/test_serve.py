@@ -1,5 +1,6 @@
 """The server, spoken to by the official `openai` client and by those who mean it ill."""
 
+import asyncio
 import json
 import os
 import signal
@@ -183,6 +184,31 @@ class TestLoad:
             while served.server.engine.state["rows"] and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert served.server.engine.state["rows"] == 0
+
+    def test_a_request_that_is_cancelled_frees_its_rows(self, rows_model):
+        """Ray cancels the task of a client that leaves."""
+        body = json.dumps({**BAD, "max_tokens": 90, "min_tokens": 90, "n": 16, "temperature": 1}).encode()
+
+        async def cancelled(server):
+            told = [{"type": "http.request", "body": body}]
+            scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
+
+            async def receive():
+                return told.pop() if told else await asyncio.Event().wait()
+
+            task = asyncio.create_task(server.app(scope, receive, None))
+            while not server.engine.state["rows"]:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while server.engine.state["rows"]:
+                await asyncio.sleep(0.001)
+
+        with running(rows_model, decode_workers=1) as served:
+            asyncio.run(asyncio.wait_for(cancelled(served.server), 30))
+            assert served.server.engine.counts["cancelled"] == 16
+            assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
 
     def test_a_killed_worker_loses_only_the_file_it_held(self, rows_model):
         with running(rows_model, decode_workers=2, decode_seconds=20) as served, ThreadPoolExecutor(8) as threads:

@@ -25,6 +25,10 @@ def serve(
     ] = None,
     allowed_local_media_path: Annotated[Path | None, typer.Option(help="A folder that file URLs may name.")] = None,
     limit: Annotated[list[str] | None, typer.Option(help="Such as video.max_seconds=60.")] = None,
+    engine: Annotated[
+        str, typer.Option(help='"ray" for replicas on Ray Serve; else "own", which is this process.')
+    ] = "own",
+    replicas: Annotated[int | None, typer.Option(help="How many, with --engine ray; 1 unless given.")] = None,
 ) -> None:
     """Serve a model by OpenAI's chat completions, for files of every modality that it has."""
     from xblip import config as configs
@@ -32,11 +36,19 @@ def serve(
     from xblip.model import load
     from xblip.serve_config import ServeConfig
 
+    if engine not in ("own", "ray"):
+        raise ConfigError(f'--engine must be "own" or "ray", not "{engine}".')
+    if replicas is not None and engine != "ray":
+        raise ConfigError("--replicas are of Ray: add --engine ray, or leave it out.")
+    extras = "serve,ray" if engine == "ray" else "serve"
     try:
-        from xblip.serve_run import run
+        if engine == "ray":
+            from xblip.serve_ray import run_replicas
+        else:
+            from xblip.serve_run import run
     except ImportError as cause:
         raise ConfigError(
-            f"xblip serve needs what an extra brings: pip install 'xblip[serve]'. ({first_line(cause)})"
+            f"xblip serve needs what an extra brings: pip install 'xblip[{extras}]'. ({first_line(cause)})"
         ) from cause
     given = {
         "host": host,
@@ -49,8 +61,13 @@ def serve(
     values = configs.load_yaml(config) if config else {}
     values |= {name: value for name, value in given.items() if value}
     settings = configs.build(ServeConfig, values, where="serve")
+    if replicas is not None:
+        settings.ray.replicas = replicas
     settings.check()
-    run(load(model), settings, name=model)
+    if engine == "ray":
+        run_replicas(model, settings)
+    else:
+        run(load(model), settings, name=model)
 
 
 def _numbers(pairs: list[str]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from xblip.serve_media import MediaDoor, limited
 from xblip.serve_metrics import Metrics
 from xblip.serve_reply import Replies, error_body, event, status_of
 from xblip.serve_sample import sample_of
-from xblip.serve_schema import INPUT, URL, ChatRequest, parse
+from xblip.serve_schema import ChatRequest, parse, schema_of
 
 if TYPE_CHECKING:
     from xblip.model import XBlip
@@ -95,9 +95,18 @@ class Server:
 
     def close(self) -> None:
         """Ends the engine, after what it was asked, and the workers."""
-        self._is_draining = True
+        self.drain()
         self.engine.close(seconds=self.config.drain_seconds)
         self.pool.close()
+
+    def drain(self) -> None:
+        """Takes nothing more; what was taken is finished."""
+        self._is_draining = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        return not self._inside and not any(self.engine.state.values())
 
     def _app(self) -> FastAPI:
         @contextlib.asynccontextmanager
@@ -106,7 +115,8 @@ class Server:
             await asyncio.to_thread(self.close)
 
         app = FastAPI(title="xblip", summary=f"Asks {self.name} about files of any kind.", lifespan=lifespan)
-        schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": self._schema()}}}}
+        schema = schema_of({name: branch.modality.mime_types for name, branch in self.model.branches.items()})
+        schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
         app.post(COMPLETIONS, openapi_extra=schema)(self.complete)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.one_model)
@@ -116,27 +126,6 @@ class Server:
         for kind in (Exception, 404, 405):
             app.add_exception_handler(kind, _refuse)
         return app
-
-    def _schema(self) -> dict[str, Any]:
-        """JSON schema of a request, with the parts of the modalities that the model has."""
-        schema = ChatRequest.model_json_schema(ref_template="#/x-unused/{model}")
-        definitions = schema.pop("$defs")
-        parts: list[dict[str, Any]] = [_part_schema("text", {"type": "string"})]
-        for name, branch in self.model.branches.items():
-            types = ", ".join(branch.modality.mime_types) or "a file"
-            url = {
-                "type": "object",
-                "properties": {"url": {"type": "string", "description": types}},
-                "required": ["url"],
-            }
-            data = {"type": "object", "properties": {"data": {"type": "string"}, "format": {"type": "string"}}}
-            parts += [_part_schema(f"{name}{URL}", url), _part_schema(f"{INPUT}{name}", {**data, "required": ["data"]})]
-        message = definitions["Message"]
-        message["properties"]["content"] = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"oneOf": parts}}]}
-        schema["properties"]["messages"]["items"] = message
-        for key, name in (("stream_options", "StreamOptions"), ("response_format", "ResponseFormat")):
-            schema["properties"][key] = {"anyOf": [definitions[name], {"type": "null"}]}
-        return schema
 
     async def health(self) -> dict[str, str]:
         """Whether the process lives."""
@@ -232,6 +221,11 @@ class Server:
             status = response.status_code
             self.metrics.told(COMPLETIONS, status, started=started, id=id, error=str(error))
             return response
+        except asyncio.CancelledError:  # Ray's way to say that the client left
+            for ticket in tickets:
+                ticket.cancel()
+            self.metrics.told(COMPLETIONS, 499, started=started, id=id)
+            raise
         finally:
             if leaving:
                 leaving.cancel()
@@ -344,11 +338,6 @@ class Server:
         self.metrics.tokens.labels("prompts").inc(read)
         self.metrics.tokens.labels("answers").inc(said)
         self.metrics.told(COMPLETIONS, 200, started=started, id=id, prompt_tokens=read, completion_tokens=said)
-
-
-def _part_schema(kind: str, value: dict[str, Any]) -> dict[str, Any]:
-    properties = {"type": {"const": kind}, kind: value}
-    return {"type": "object", "title": kind, "properties": properties, "required": ["type", kind]}
 
 
 async def _events(first: tuple[int, Event], told: asyncio.Queue) -> AsyncIterator[tuple[int, Event]]:

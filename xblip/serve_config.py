@@ -11,6 +11,21 @@ MIB = 2**20
 
 
 @dataclass
+class RayConfig:
+    """What replicas on Ray have.
+
+    Attributes:
+      replicas: how many; each holds the whole model.
+      cpus: of each, which its threads and its workers share.
+      gpus: of each; None for one where the model's own config loads it onto an accelerator, else none.
+    """
+
+    replicas: int = 1
+    cpus: float = 1.0
+    gpus: float | None = None
+
+
+@dataclass
 class ServeConfig:
     """Settings of `xblip serve`.
 
@@ -28,6 +43,7 @@ class ServeConfig:
       cache_mib: that each of the model's three caches may hold.
       drain_seconds: that running requests have to end when the server is told to stop.
       engine: what the engine may hold.
+      ray: what replicas have, with `--engine ray`; all other settings are each replica's.
     """
 
     host: str = "127.0.0.1"
@@ -49,12 +65,14 @@ class ServeConfig:
     cache_mib: int = 1024
     drain_seconds: float = 30.0
     engine: EngineConfig = field(default_factory=EngineConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Raises `ConfigError` for settings that cannot be, or that would let everyone in unasked."""
         at_least(
             self, port=0, max_part_bytes=1, max_body_bytes=1, max_parts=1, max_requests=1, decode_workers=1, cache_mib=0
         )
+        at_least(self.ray, replicas=1, cpus=0)
         if self.port > 65_535:
             raise ConfigError(f"port must be at most 65535, not {self.port}.")
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -68,3 +68,19 @@ class _State:
         for name, value in counters.items():
             decode.add_metric([name], value)
         yield decode
+
+
+class Merged:
+    """The metrics of several servers as those of one registry, each labelled with its server's name."""
+
+    def __init__(self, servers: Mapping[str, Iterable[Metric]]):
+        """Takes what the registry of each server collected, by the server's name."""
+        self.servers = servers
+
+    def collect(self) -> Iterator[Metric]:
+        found: dict[str, Metric] = {}
+        for name, metrics in self.servers.items():
+            for metric in metrics:
+                whole = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                whole.samples += [one._replace(labels={**one.labels, "replica": name}) for one in metric.samples]
+        yield from found.values()

@@ -3,11 +3,13 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xblip.errors import BusyError, LateError, XBlipError
-from xblip.requests import Finished, Said
-from xblip.sampling import Drawn
+
+if TYPE_CHECKING:  # a proxy that says errors need not import torch
+    from xblip.requests import Finished, Said
+    from xblip.sampling import Drawn
 
 Json = dict[str, Any]
 
@@ -24,7 +26,7 @@ class Replies:
         self.id, self.model = id, model
         self._tokenizer, self._tells, self._created = tokenizer, tells_log_probabilities, int(time.time())
 
-    def completion(self, finished: Sequence[Finished]) -> Json:
+    def completion(self, finished: Sequence["Finished"]) -> Json:
         """All choices with their counts."""
         choices = [
             {
@@ -41,13 +43,13 @@ class Replies:
         """The piece that begins a choice."""
         return self._piece(index, {"role": "assistant", "content": ""})
 
-    def said(self, index: int, said: Said) -> Json:
+    def said(self, index: int, said: "Said") -> Json:
         return self._piece(index, {"content": said.text}, self._log_probabilities(said.drawn))
 
-    def last(self, index: int, finished: Finished) -> Json:
+    def last(self, index: int, finished: "Finished") -> Json:
         return self._piece(index, {}, reason=finished.reason)
 
-    def usage(self, finished: Sequence[Finished]) -> Json:
+    def usage(self, finished: Sequence["Finished"]) -> Json:
         """The piece after all choices that has the counts."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(finished)}
 
@@ -58,7 +60,7 @@ class Replies:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def _log_probabilities(self, drawn: Sequence[Drawn]) -> Json | None:
+    def _log_probabilities(self, drawn: Sequence["Drawn"]) -> Json | None:
         if not self._tells:
             return None
         told = [
@@ -75,7 +77,7 @@ class Replies:
         return {"token": text, "logprob": max(log_probability, -9999.0), "bytes": list(text.encode())}
 
 
-def usage(finished: Sequence[Finished]) -> Json:
+def usage(finished: Sequence["Finished"]) -> Json:
     """Counts of tokens: soft prompts count as what the LLM reads of them, and a prompt once however many choices it has."""
     prompt = finished[0].answer.num_prompt_tokens
     said = sum(one.answer.num_new_tokens for one in finished)

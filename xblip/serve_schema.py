@@ -230,3 +230,33 @@ def _check_keys(given: Mapping[str, Any], known: set[str], place: str) -> None:
     for key in given:
         if key not in known:
             raise wrong(place, f'{place} has the unknown key "{key!s:.80}".{suggest(str(key)[:SHOWN], known)}')
+
+
+def schema_of(modalities: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """Returns the JSON schema of a request, with the parts of these modalities.
+
+    Args:
+      modalities: the media types of each, by its name.
+    """
+    schema = ChatRequest.model_json_schema(ref_template="#/x-unused/{model}")
+    definitions = schema.pop("$defs")
+    parts: list[dict[str, Any]] = [_part_schema("text", {"type": "string"})]
+    for name, mime_types in modalities.items():
+        url = {
+            "type": "object",
+            "properties": {"url": {"type": "string", "description": ", ".join(mime_types) or "a file"}},
+            "required": ["url"],
+        }
+        data = {"type": "object", "properties": {"data": {"type": "string"}, "format": {"type": "string"}}}
+        parts += [_part_schema(f"{name}{URL}", url), _part_schema(f"{INPUT}{name}", {**data, "required": ["data"]})]
+    message = definitions["Message"]
+    message["properties"]["content"] = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"oneOf": parts}}]}
+    schema["properties"]["messages"]["items"] = message
+    for key, name in (("stream_options", "StreamOptions"), ("response_format", "ResponseFormat")):
+        schema["properties"][key] = {"anyOf": [definitions[name], {"type": "null"}]}
+    return schema
+
+
+def _part_schema(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    properties = {"type": {"const": kind}, kind: value}
+    return {"type": "object", "title": kind, "properties": properties, "required": ["type", kind]}
