@@ -51,6 +51,8 @@ LAYERS = [
     {"serve_media"},
     {"serve_sample"},
     {"serve"},
+    {"serve_talk", "serve_gate"},
+    {"serve_page"},
     {"serve_run"},
     {"export", "lmms_model", "align", "layers", "resume", "meters", "precompute_ray", "writer"},
     {"tasks", "train_config", "precompute", "rule_writer"},

@@ -24,6 +24,7 @@ def serve(
         list[str] | None, typer.Option(help="A host that URLs may name; may come several times.")
     ] = None,
     allowed_local_media_path: Annotated[Path | None, typer.Option(help="A folder that file URLs may name.")] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Also show a page to ask on.")] = False,
     limit: Annotated[list[str] | None, typer.Option(help="Such as video.max_seconds=60.")] = None,
 ) -> None:
     """Serve a model by OpenAI's chat completions, for files of every modality that it has."""
@@ -39,6 +40,7 @@ def serve(
             f"xblip serve needs what an extra brings: pip install 'xblip[serve]'. ({first_line(cause)})"
         ) from cause
     given = {
+        "ui": ui,
         "host": host,
         "port": port,
         "api_keys": api_key or [key for key in os.environ.get(KEYS, "").split(",") if key],
@@ -50,6 +52,13 @@ def serve(
     values |= {name: value for name, value in given.items() if value}
     settings = configs.build(ServeConfig, values, where="serve")
     settings.check()
+    if settings.ui:
+        try:
+            import xblip.serve_page  # noqa: F401 - before the model is loaded, which takes longer
+        except ImportError as cause:
+            raise ConfigError(
+                f"xblip serve --ui needs what an extra brings: pip install 'xblip[ui]'. ({first_line(cause)})"
+            ) from cause
     run(load(model), settings, name=model)
 
 

@@ -27,6 +27,7 @@ class ServeConfig:
       decode_workers, decode_seconds, decode_memory_mib: see `xblip.decode_pool.DecodePool`.
       drain_seconds: that running requests have to end when the server is told to stop.
       engine: what the engine may hold.
+      ui: also show a page, see `xblip.serve_page`.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +48,7 @@ class ServeConfig:
     decode_memory_mib: int = 2048
     drain_seconds: float = 30.0
     engine: EngineConfig = field(default_factory=EngineConfig)
+    ui: bool = False
 
     def check(self) -> None:
         """Raises `ConfigError` for settings that cannot be, or that would let everyone in unasked."""

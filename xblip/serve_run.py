@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from xblip import plugins
 from xblip.serve import Server
 from xblip.serve_config import ServeConfig
 
 if TYPE_CHECKING:
     from xblip.model import XBlip
+
+log = logging.getLogger("xblip.serve")
 
 
 def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
@@ -22,6 +25,13 @@ def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     server = Server(model, config, name=name)
+    if config.ui:
+        from xblip.serve_page import PATH, add_page
+
+        add_page(server, examples=plugins.examples(name))
+        log.info(
+            "The page: http://%s:%d%s/", f"[{config.host}]" if ":" in config.host else config.host, config.port, PATH
+        )
     settings = uvicorn.Config(
         server.app,
         host=config.host,
