@@ -47,7 +47,7 @@ class Server:
       model: that answers.
       config: settings.
       name: what clients call the model.
-      exits: what else is to be done when this closes.
+      leaving, exits: what else is to be done when this is told to stop, and when it closes.
     """
 
     def __init__(self, model: "XBlip", config: ServeConfig, *, name: str, fetcher: Fetcher | None = None):
@@ -81,14 +81,19 @@ class Server:
         self.door = MediaDoor(model, fetcher=fetcher, pool=self.pool)
         self.engine = Engine(model, config.engine)
         self.metrics = Metrics(self.engine, self.pool)
-        self.exits = contextlib.ExitStack()
+        self.leaving, self.exits = contextlib.ExitStack(), contextlib.ExitStack()
         self._inside = 0
         self._is_draining = False
         self.app = self._app()
 
+    def leave(self) -> None:
+        """Takes nothing more; what was taken goes on."""
+        self._is_draining = True
+        self.leaving.close()
+
     def close(self) -> None:
         """Ends the engine, after what it was asked, and the workers."""
-        self._is_draining = True
+        self.leave()
         self.engine.close(seconds=self.config.drain_seconds)
         self.pool.close()
         self.exits.close()

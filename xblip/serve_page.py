@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
-from fastapi.responses import RedirectResponse
+from fastapi.responses import RedirectResponse, Response
 from gradio.data_classes import FileData
 from gradio.processing_utils import move_files_to_cache
 from gradio.route_utils import XSS_SAFE_MIMETYPES
 
 from xblip.errors import InputError, MediaError, XBlipError
 from xblip.media import is_url
-from xblip.modality import Modality
 from xblip.records import raw_records, read_record
 from xblip.sample import Media, media_of
 from xblip.serve_gate import Gate
@@ -50,6 +49,8 @@ CSS = """
 footer {display: none !important}
 #head h1 {font-size: 1.4rem; font-weight: 600; margin: 0} #head p {opacity: .75; margin: 2px 0 0}
 #uploads {gap: 10px; align-items: start} .upload {gap: 6px} .wrong {font-size: .9rem; padding: 4px 8px}
+.upload .icon-wrap {display: none} .upload button .wrap {font-size: .85rem; line-height: 1.3}
+[aria-label="Share"] {display: none}
 #talk .message img, #talk .message video {max-height: 130px; width: auto; border-radius: 8px}
 #examples button {font-size: .85rem}
 """
@@ -96,8 +97,14 @@ def add_page(server: "Server", *, examples: Path | None = None) -> None:
         head='<link rel="icon" href="data:,">',
     )
     mount = server.app.routes[-1]
+    server.leaving.callback(mount.app.stop_event.set)  # which ends the heartbeats of pages that are open
     mount.app = Gate(mount.app, server, folder)
-    server.app.get("/", include_in_schema=False)(lambda: RedirectResponse(f"{PATH}/"))
+    for own in ("/", "/manifest.json", "/favicon.ico"):  # Gradio's page looks for these there, wherever it is
+        server.app.add_route(own, _leads_to(f"{PATH}{own}"), include_in_schema=False)
+
+
+def _leads_to(url: str) -> Callable[[Any], Response]:
+    return lambda _: RedirectResponse(url)
 
 
 def read_examples(manifest: Path, modalities: Collection[str]) -> list[Example]:
@@ -133,14 +140,15 @@ def build(server: "Server", examples: Sequence[Example]) -> gr.Blocks:
                 uploads = [_upload(server, name) for name in names]
             with gr.Column(scale=6, min_width=300):
                 talk = gr.Chatbot(
-                    show_label=False, height=430, elem_id="talk", buttons=["copy"], feedback_options=None,
-                    placeholder="Answers stand here.",
+                    show_label=False, height=430, elem_id="talk", buttons=["copy"], allow_file_downloads=False,
+                    feedback_options=None, placeholder="Answers stand here.",
                 )  # fmt: skip
                 question = gr.Textbox(
                     show_label=False, placeholder="A question about the files", submit_btn=ASK, elem_id="question",
                     max_lines=6, autofocus=True,
                 )  # fmt: skip
-                new = gr.Button("New conversation", size="sm", elem_id="new")
+                with gr.Row():
+                    new = gr.Button("New conversation", size="sm", elem_id="new", scale=0, min_width=160)
                 if examples:
                     _show_examples(examples, names, question, uploads)
 
@@ -155,19 +163,22 @@ def build(server: "Server", examples: Sequence[Example]) -> gr.Blocks:
             yield {talk: _messages(done), question: gr.Textbox("", submit_btn=False, stop_btn=STOP)}
             async for _ in answers(server, exchange, earlier, caller=caller, path=PATH):
                 yield {talk: _messages(done)}
-            idle = {question: gr.Textbox(text if exchange.error else "", submit_btn=ASK, stop_btn=False)}
-            yield idle if exchange.error else {**idle, **dict.fromkeys(uploads)}
+            if exchange.error:
+                yield {question: _idle(value=text)}
+            else:  # what is being written as the next question stays
+                yield {question: _idle(), **dict.fromkeys(uploads)}
 
         def forget():
-            return {exchanges: [], talk: [], question: _idle(""), **dict.fromkeys(uploads)}
+            return {exchanges: [], talk: [], question: _idle(value=""), **dict.fromkeys(uploads)}
 
         common = {"api_visibility": "private", "show_progress": "hidden"}
         asking = question.submit(
             ask, [question, exchanges, *uploads], [talk, question, *uploads],
             concurrency_limit=None, **common | {"show_progress": "minimal", "show_progress_on": talk},
         )  # fmt: skip
-        question.stop(lambda: _idle(gr.skip()), None, question, cancels=asking, queue=False, **common)
-        new.click(forget, None, [exchanges, talk, question, *uploads], cancels=asking, queue=False, **common)
+        question.stop(_idle, None, question, cancels=asking, **common)
+        for begin in (new.click, talk.clear):
+            begin(forget, None, [exchanges, talk, question, *uploads], cancels=asking, **common)
         page.queue(max_size=server.config.max_requests, default_concurrency_limit=None, api_open=False)
     return page
 
@@ -177,12 +188,12 @@ def _upload(server: "Server", name: str) -> gr.File:
     modality = server.model.branches[name].modality
     with gr.Column(min_width=220, elem_classes="upload"):
         upload = gr.File(
-        label=name.replace("_", " ").capitalize(),
-        file_count="multiple",
-        file_types=[*modality.suffixes] or None,
-        height=104,
-        elem_id=f"upload-{name}",
-    )
+            label=name.replace("_", " ").capitalize(),
+            file_count="multiple",
+            file_types=[*modality.suffixes] or None,
+            height=104,
+            elem_id=f"upload-{name}",
+        )
         upload.async_move_resource_to_block_cache = partial(_only_uploaded, upload.async_move_resource_to_block_cache)
 
         @gr.render(inputs=upload, show_progress="hidden", concurrency_limit=None)
@@ -204,21 +215,16 @@ async def _only_uploaded(move: Callable[..., Any], path: str | Path | None) -> s
 
 
 def preview(server: "Server", name: str, path: Path) -> Path:
-    """Returns the file that shows a visitor's file: itself, or what its modality made of it, read by a worker.
+    """Has a visitor's file read by a worker; returns the file that shows it: itself, or what its modality made of it.
 
     Raises:
       MediaError: it cannot be read.
     """
-    modality = server.model.branches[name].modality
-    if type(modality).preview is Modality.preview:
-        return path
-    if (shown := _shown(path)) != path:
-        return shown
     try:
         tensors = server.pool.load(name, path)
     except MediaError as error:
         raise MediaError(str(error).replace(str(path), path.name)) from None
-    made = modality.preview(tensors)
+    made = server.model.branches[name].modality.preview(tensors)
     if made is None:
         return path
     shown = path.with_name(f"{path.name}{PREVIEW}{made[0]}")
@@ -259,15 +265,17 @@ def _show_examples(
     shown.click(fill, shown, [question, *uploads], api_visibility="private", show_progress="hidden")
 
 
-def _idle(text: Any) -> gr.Textbox:
-    return gr.Textbox(text, submit_btn=ASK, stop_btn=False)
+def _idle(**text: str) -> gr.Textbox:
+    return gr.Textbox(submit_btn=ASK, stop_btn=False, **text)
 
 
 def _messages(exchanges: Sequence[Exchange]) -> list[dict[str, Any]]:
     """A conversation as Gradio shows it."""
     found: list[dict[str, Any]] = []
     for one in exchanges:
-        found += [{"role": "user", "content": {"path": str(_shown(given.path))}} for given in one.files]
+        for given in one.files:  # which may not be shown, where they were refused
+            content = given.path.name if one.error else {"path": str(_shown(given.path))}
+            found.append({"role": "user", "content": content})
         found.append({"role": "user", "content": one.question})
         if one.answer:
             found.append({"role": "assistant", "content": one.answer})

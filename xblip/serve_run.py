@@ -1,6 +1,7 @@
 """Runs a server by uvicorn, until it is told to stop."""
 
 import logging
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     from xblip.model import XBlip
 
 log = logging.getLogger("xblip.serve")
+
+
+def server_of(model: "XBlip", config: ServeConfig, *, name: str) -> Server:
+    """Returns a server, with the page if `config.ui` wants it; arguments as of `run`."""
+    server = Server(model, config, name=name)
+    if config.ui:
+        from xblip.serve_page import add_page
+
+        add_page(server, examples=plugins.examples(name))
+    return server
 
 
 def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
@@ -42,4 +53,16 @@ def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
         timeout_keep_alive=30,
         server_header=False,
     )
-    uvicorn.Server(settings).run()
+    Runner(settings, server).run()
+
+
+class Runner(uvicorn.Server):
+    """Tells a server that it is to stop as soon as the process is told."""
+
+    def __init__(self, config: uvicorn.Config, server: Server):
+        super().__init__(config)
+        self._server = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._server.leave()
+        super().handle_exit(sig, frame)

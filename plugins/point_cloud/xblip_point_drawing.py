@@ -71,7 +71,7 @@ def _point_colors(shares: np.ndarray) -> np.ndarray:
 
 
 def _view(points: np.ndarray, tones: np.ndarray, turn: float, tilt: float) -> PIL.Image.Image:
-    """Draws points (P, 3) in colours (P, 3) as discs, the near over the far ones, which are paler; x to the right, y upwards."""
+    """Draws points (P, 3) in colours (P, 3) as discs, the near over the far ones, which are paler; x right, y up."""
     turn, tilt = np.radians(turn), np.radians(tilt)
     about_y = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
     about_x = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
