@@ -130,7 +130,7 @@ class Fetcher:
             "data:TYPE/SUBTYPE;base64,..."
         )
 
-    def found(self, path: Path, modality: type[Modality] | Modality) -> Fetched:
+    def found(self, path: Path) -> Fetched:
         """Takes a file where it lies, which whoever calls keeps from changing; it is not for use as a context manager.
 
         Raises:

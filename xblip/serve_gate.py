@@ -7,6 +7,7 @@ is not known to be needed is not there, as a setting of a request that is not kn
 import asyncio
 import contextlib
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,8 @@ def _size(folder: Path) -> int:
     size = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
-            size += file.stat().st_size
+            found = file.stat()
+            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return size
 
 

@@ -66,7 +66,7 @@ class MediaDoor:
         """
         part = Part(modality, place)
         try:
-            return self._read(part, self.fetcher.found(path, self.model.branches[modality].modality), caller="")
+            return self._read(part, self.fetcher.found(path), caller="")
         except XBlipError as error:
             error.place = place
             raise
