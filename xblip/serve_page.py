@@ -9,7 +9,7 @@ import mimetypes
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 from fastapi.responses import RedirectResponse, Response
 from gradio.data_classes import FileData
-from gradio.processing_utils import move_files_to_cache
+from gradio.processing_utils import move_files_to_cache, save_file_to_cache
 from gradio.route_utils import XSS_SAFE_MIMETYPES
 
 from xblip.errors import InputError, MediaError, XBlipError
-from xblip.media import is_url
 from xblip.records import raw_records, read_record
 from xblip.sample import Media, media_of
 from xblip.serve_gate import Gate
@@ -81,10 +80,17 @@ def add_page(server: "Server", *, examples: Path | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="xblip-page-"))
     server.exits.callback(shutil.rmtree, folder, ignore_errors=True)
     os.environ[CACHE] = str(folder)
+    page = build(server, asked)
+    page.has_launched = True  # else Gradio, mounted, believes whatever path a visitor names
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = partial(
+            _only_uploaded, folder, block.async_move_resource_to_block_cache
+        )
     gr.mount_gradio_app(
         server.app,
-        build(server, asked),
+        page,
         PATH,
+        show_error=False,
         max_file_size=server.config.max_part_bytes,
         footer_links=[],
         run_history=False,
@@ -194,7 +200,6 @@ def _upload(server: "Server", name: str) -> gr.File:
             height=104,
             elem_id=f"upload-{name}",
         )
-        upload.async_move_resource_to_block_cache = partial(_only_uploaded, upload.async_move_resource_to_block_cache)
 
         @gr.render(inputs=upload, show_progress="hidden", concurrency_limit=None)
         def show(paths: list[str] | None) -> None:
@@ -207,10 +212,10 @@ def _upload(server: "Server", name: str) -> gr.File:
     return upload
 
 
-async def _only_uploaded(move: Callable[..., Any], path: str | Path | None) -> str | None:
-    """Lets Gradio take a visitor's file, but not fetch a URL in its place, which is for the server's fetcher to refuse."""
-    if is_url(path):
-        raise gr.Error("Upload the file: this page fetches nothing.", print_exception=False)
+async def _only_uploaded(folder: Path, move: Callable[[Any], Awaitable[Any]], path: str | Path | None) -> str | None:
+    """Lets Gradio take what was uploaded; it else takes any file, and fetches any URL, that a visitor names."""
+    if path is not None and not Path(path).resolve().is_relative_to(folder):
+        raise gr.Error("Upload the file: this page takes nothing else.", print_exception=False)
     return await move(path)
 
 
@@ -260,7 +265,11 @@ def _show_examples(
     )  # fmt: skip
 
     def fill(index: int):
-        return [examples[index].question, *(examples[index].files.get(name) for name in names)]
+        files = examples[index].files
+        own = [
+            [save_file_to_cache(file, cache_dir=os.environ[CACHE]) for file in files.get(name, ())] for name in names
+        ]
+        return [examples[index].question, *own]
 
     shown.click(fill, shown, [question, *uploads], api_visibility="private", show_progress="hidden")
 
