@@ -46,18 +46,15 @@ def test_a_conversation_about_a_file_of_each_kind(numerals, demo, visit):
     files = {name: demo / name / file for name, file in FILES.items()}
     for name, file in files.items():
         visit.give(name, file)
-    for shown in ("#uploads img[src*='six.png']", "#uploads video", "#uploads img[src*='six.obj.preview.webp']"):
-        visit.page.wait_for_selector(shown)
-    visit.page.wait_for_selector(
-        "#uploads [data-testid=waveform-six], #uploads .waveform-container, #uploads #waveform"
-    )
+    for shown in ("img[src*='six.png']", "video[src*='one.mp4']", "#waveform", "img[src*='six.obj.preview.webp']"):
+        visit.page.wait_for_selector(f"#uploads {shown}")
     question = "Which number is larger, the image or the audio?"
     assert visit.ask(question) == numerals.server.model.ask(question, **files).text == "the image"
     assert visit.page.query_selector("#upload-image .file-preview") is None, "what was asked about is in the talk"
     assert visit.page.query_selector("#talk img[src*='six.png']") and visit.page.query_selector("#talk video")
     assert visit.ask("Which one is red?") == "the video"
     assert visit.answers == ["the image", "the video"] and question in visit.talk
-    assert visit.asked_of == {urlsplit(numerals.url).netloc}, "it needs nothing from elsewhere"
+    assert visit.asked_of - {""} == {urlsplit(numerals.url).netloc}, "it needs nothing from elsewhere"
     visit.page.click("#new")
     visit.page.wait_for_function("document.querySelectorAll('#talk .message').length == 0")
     assert "six" not in visit.ask("Which number is in the image?"), "it is forgotten"

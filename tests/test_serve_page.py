@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from served import KEY, running
 from visits import Visit, needs_a_browser, opened
 
+from xblip import cli_serve
 from xblip.errors import ConfigError, InputError
 from xblip.serve_config import ServeConfig
 from xblip.serve_page import PATH, Example, build, read_examples
@@ -39,6 +41,13 @@ class TestMadeFromTheModel:
     def test_examples_are_questions_with_their_kinds_of_files(self, model):
         _, found = page_of(model, [Example("what ?", {"toy": ["a.txt"], "beads": ["b.txt"]})])
         assert found["examples"]["samples"] == [["what ? (toy, beads)"]]
+
+
+def test_without_the_extra_it_is_said_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "xblip.serve_page")
+    with pytest.raises(ConfigError, match=r"xblip serve --ui needs .*: pip install 'xblip\[ui\]'\. \(.*gradio"):
+        cli_serve.serve("no-such-model", ui=True)
 
 
 class TestExamples:

@@ -169,10 +169,9 @@ def build(server: "Server", examples: Sequence[Example]) -> gr.Blocks:
             yield {talk: _messages(done), question: gr.Textbox("", submit_btn=False, stop_btn=STOP)}
             async for _ in answers(server, exchange, earlier, caller=caller, path=PATH):
                 yield {talk: _messages(done)}
-            if exchange.error:
-                yield {question: _idle(value=text)}
-            else:  # what is being written as the next question stays
-                yield {question: _idle(), **dict.fromkeys(uploads)}
+            yield {talk: _messages(done), question: _idle(value=text) if exchange.error else _idle()}
+            if not exchange.error:  # what is written already, as the next question, stays
+                yield dict.fromkeys(uploads)
 
         def forget():
             return {exchanges: [], talk: [], question: _idle(value=""), **dict.fromkeys(uploads)}
