@@ -3,6 +3,7 @@
 import base64
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,10 +140,17 @@ class TestBehindAKey:
             )
         assert locked.server.pool.counters.loads == 0 and not list(folder.rglob("own.txt"))
 
-    def test_uploads_go_when_the_server_ends(self, rows_model):
+    @pytest.mark.parametrize("is_old", [True, False])
+    def test_uploads_go_when_they_are_old_and_when_the_server_ends(self, rows_model, monkeypatch, is_old):
+        monkeypatch.setattr("xblip.serve_page.SWEPT_SECONDS", 1)
+        monkeypatch.setattr("xblip.serve_page.KEPT_SECONDS", 1 if is_old else 3600)
         with running(rows_model, ui=True, decode_workers=1) as served:
             [path] = httpx.post(f"{served.url}{PATH}/gradio_api/upload", files={"files": FILE}).json()
             assert Path(path).is_file()
+            deadline = time.monotonic() + (20 if is_old else 2)
+            while Path(path).exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert Path(path).exists() is not is_old
         assert not Path(path).exists() and not Path(path).parents[1].exists()
 
 

@@ -100,7 +100,6 @@ def add_page(server: "Server", *, examples: Path | None = None) -> None:
         pwa=False,
         theme=gr.themes.Soft(**THEME),
         css=CSS,
-        head='<link rel="icon" href="data:,">',
     )
     mount = server.app.routes[-1]
     server.leaving.callback(mount.app.stop_event.set)  # which ends the heartbeats of pages that are open
@@ -166,12 +165,12 @@ def build(server: "Server", examples: Sequence[Example]) -> gr.Blocks:
             exchange = Exchange(text, tuple(files))
             caller, earlier = server.caller(request.request), [*done]
             done.append(exchange)  # in place: what was said of an answer that is stopped stays, and can be gone on from
-            yield {talk: _messages(done), question: gr.Textbox("", submit_btn=False, stop_btn=STOP)}
+            asked = {question: gr.Textbox("", submit_btn=False, stop_btn=STOP), **dict.fromkeys(uploads)}
+            yield {talk: _messages(done), **asked}
             async for _ in answers(server, exchange, earlier, caller=caller, path=PATH):
                 yield {talk: _messages(done)}
-            yield {talk: _messages(done), question: _idle(value=text) if exchange.error else _idle()}
-            if not exchange.error:  # what is written already, as the next question, stays
-                yield dict.fromkeys(uploads)
+            again = {question: _idle(value=text), **dict(zip(uploads, given, strict=True))}
+            yield {talk: _messages(done), **(again if exchange.error else {question: _idle()})}
 
         def forget():
             return {exchanges: [], talk: [], question: _idle(value=""), **dict.fromkeys(uploads)}

@@ -35,14 +35,9 @@ def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
       name: what clients call the model, if `config.model_name` does not say.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    server = Server(model, config, name=name)
+    server = server_of(model, config, name=name)
     if config.ui:
-        from xblip.serve_page import PATH, add_page
-
-        add_page(server, examples=plugins.examples(name))
-        log.info(
-            "The page: http://%s:%d%s/", f"[{config.host}]" if ":" in config.host else config.host, config.port, PATH
-        )
+        log.info("The page: http://%s:%d/", f"[{config.host}]" if ":" in config.host else config.host, config.port)
     settings = uvicorn.Config(
         server.app,
         host=config.host,
