@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt $(PLUGINS:%=plugins/%/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--config-settings editable_mode=compat \
-		--editable .[test,ray,serve] $(PLUGINS:%=--editable plugins/%) --editable plugins/numerals[build]
+		--editable .[test,ray,serve,ui] $(PLUGINS:%=--editable plugins/%) --editable plugins/numerals[build]
 	touch $@
 
 # An environment of its own: lmms-eval wants protobuf below 7. It wants av below 16 too, for models of its own; our videos want

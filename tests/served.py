@@ -13,6 +13,7 @@ import uvicorn
 
 from xblip.serve import COMPLETIONS, Server
 from xblip.serve_config import ServeConfig
+from xblip.serve_run import server_of
 
 
 class Running:
@@ -42,7 +43,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(model: Any, name: str = "toys", **settings: Any) -> Iterator[Running]:
-    found = Running(Server(model, ServeConfig(**settings), name=name))
+    found = Running(server_of(model, ServeConfig(**settings), name=name))
     try:
         yield found
     finally:

@@ -148,12 +148,12 @@ def test_ask_runs_as_written(tmp_path):
 def test_serve_runs_as_written(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    install, code = blocks("docs/serve.md")
+    install, code, page = blocks("docs/serve.md")
     *_, command = install.text.strip().splitlines()
-    assert command == "xblip serve numerals"
+    assert page.text.strip().endswith(f"{command} --ui") and command == "xblip serve numerals"
     log = (tmp_path / "log").open("w")
     with subprocess.Popen(
-        [sys.executable, "-m", "xblip.cli", *command.split()[1:], "--port", port], stdout=log, stderr=log
+        [sys.executable, "-m", "xblip.cli", *command.split()[1:], "--ui", "--port", port], stdout=log, stderr=log
     ) as server:
         try:
             wait_until_up(f"http://127.0.0.1:{port}/ready", server)
@@ -164,10 +164,14 @@ def test_serve_runs_as_written(tmp_path):
                 timeout=120,
             )
             assert told.stdout == "the video\nthe video\n", told.stderr
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as found:
+                assert found.url.endswith("/ui/") and found.status == 200
         finally:
             server.terminate()
         assert server.wait(60) in (0, -signal.SIGTERM), "it drains and ends"
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    said = (tmp_path / "log").read_text().splitlines()
+    lines = [json.loads(line) for line in said if line.startswith("{")]
+    assert f"The page: http://127.0.0.1:{port}/" in said
     assert [line["status"] for line in lines] == [200, 200]
 
 

@@ -261,3 +261,27 @@ def test_other_settings_that_cannot_be(tmp_path):
         FetchConfig(max_part_bytes=0)
     with pytest.raises(ConfigError, match="seconds must be at least 0.1, not 0"):
         FetchConfig(seconds=0)
+
+
+def test_a_file_that_is_here_is_taken_where_it_lies(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_bytes(DATA)
+    found, sent = of().found(file), of().fetch("data:text/plain;base64," + in_base64(DATA), Toy)
+    with sent:
+        assert found.path == file and (found.size, found.digest) == (sent.size, sent.digest)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "Cannot read own.txt: No such file or directory. Give the file again."),
+        (b"", "Cannot read own.txt: it is empty. Give a file that holds something."),
+        (b"x" * 100, "own.txt"),
+    ],
+)
+def test_a_file_that_is_gone_empty_or_too_large(tmp_path, data, message):
+    if data is not None:
+        (tmp_path / "own.txt").write_bytes(data)
+    with pytest.raises(MediaError, match=message) as caught:
+        of(max_part_bytes=50).found(tmp_path / "own.txt")
+    assert str(tmp_path) not in str(caught.value)

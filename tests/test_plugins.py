@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from kit import MODEL, Beads, registered
@@ -319,3 +320,10 @@ def test_public_names_are_found_when_first_used():
     assert set(dir(xblip)) == set(xblip.__all__)
     with pytest.raises(AttributeError, match="no attribute 'modallity'"):
         _ = xblip.modallity
+
+
+def test_a_model_may_have_examples(site, tmp_path):
+    site.install("tiny_model", MODEL.format(folder=tmp_path).replace('")\n', '", examples="questions.json")\n'))
+    assert plugins.examples("tiny_model") == Path("questions.json")
+    assert plugins.get("model", "tiny_model") == tmp_path
+    assert plugins.examples(str(tmp_path)) is None, "a folder is no plugin's"

@@ -24,6 +24,7 @@ def serve(
         list[str] | None, typer.Option(help="A host that URLs may name; may come several times.")
     ] = None,
     allowed_local_media_path: Annotated[Path | None, typer.Option(help="A folder that file URLs may name.")] = None,
+    ui: Annotated[bool, typer.Option("--ui", help="Also show a page to ask on.")] = False,
     limit: Annotated[list[str] | None, typer.Option(help="Such as video.max_seconds=60.")] = None,
     engine: Annotated[
         str, typer.Option(help='"ray" for replicas on Ray Serve; else "own", which is this process.')
@@ -51,6 +52,7 @@ def serve(
             f"xblip serve needs what an extra brings: pip install 'xblip[{extras}]'. ({first_line(cause)})"
         ) from cause
     given = {
+        "ui": ui,
         "host": host,
         "port": port,
         "api_keys": api_key or [key for key in os.environ.get(KEYS, "").split(",") if key],
@@ -64,6 +66,17 @@ def serve(
     if replicas is not None:
         settings.ray.replicas = replicas
     settings.check()
+    if settings.ui:
+        if engine == "ray":
+            raise ConfigError(
+                "A page is of one process, whose talks others do not know: leave out --ui, or --engine ray."
+            )
+        try:
+            import xblip.serve_page  # noqa: F401 - before the model is loaded, which takes longer
+        except ImportError as cause:
+            raise ConfigError(
+                f"xblip serve --ui needs what an extra brings: pip install 'xblip[ui]'. ({first_line(cause)})"
+            ) from cause
     if engine == "ray":
         run_replicas(model, settings)
     else:

@@ -26,6 +26,7 @@ ANY_BYTES = "application/octet-stream"
 """What senders call files whose type they do not know; Python knows endings of it, which would be guesses."""
 CHUNK = 2**20
 """Bytes or characters; a multiple of 4, as base64 wants."""
+DIGEST_BYTES = 16
 LONGEST_HEADER = 256
 """Characters of a data URL before its comma."""
 SHOWN = 80
@@ -131,6 +132,24 @@ class Fetcher:
             "data:TYPE/SUBTYPE;base64,..."
         )
 
+    def found(self, path: Path) -> Fetched:
+        """Takes a file where it lies, which whoever calls keeps from changing; it is not for use as a context manager.
+
+        Raises:
+          MediaError: it is gone, empty or too large.
+        """
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > self.config.max_part_bytes:
+                    raise too_large(path.name, self.config.max_part_bytes)
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
+        except OSError as cause:
+            raise MediaError(f"Cannot read {path.name}: {cause.strerror}. Give the file again.") from None
+        if not size:
+            raise MediaError(f"Cannot read {path.name}: it is empty. Give a file that holds something.")
+        return Fetched(path, size, digest)
+
     def fetch_base64(self, data: str, modality: type[Modality] | Modality, *, format: str = "") -> Fetched:
         """Takes a file that came as base64; `format` is its MIME type or ending, such as "wav".
 
@@ -198,7 +217,7 @@ class Fetcher:
 
     def _write(self, chunks: Iterable[bytes], suffix: str, label: str) -> Fetched:
         descriptor, name = tempfile.mkstemp(prefix="xblip-part-", suffix=suffix)
-        digest, size = hashlib.blake2b(digest_size=16), 0
+        digest, size = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
         try:
             with open(descriptor, "wb") as file:
                 for chunk in chunks:

@@ -6,7 +6,6 @@ finds a thing by name without importing any other plugin.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -31,8 +30,8 @@ def register_bridges(register: "Callable[[type[Bridge]], None]") -> None:
 
 
 @hookspec
-def register_models(register: Callable[[str, Path], None]) -> None:
-    """Offer saved models: call `register(name, folder)` with the folder of a bundle."""
+def register_models(register: Callable[..., None]) -> None:
+    """Offer saved models: call `register(name, folder)` with a bundle's folder, and `examples=manifest` to try it on."""
 
 
 @hookspec

@@ -134,6 +134,18 @@ class Modality(ABC):
         """
         return heat.bars(weights)
 
+    def preview(self, tensors: dict[str, Tensor]) -> tuple[str, bytes] | None:
+        """Makes a file that browsers show, for the page of `xblip serve --ui`, where the modality's own files are none.
+
+        Args:
+          tensors: what `load` gave of one source.
+
+        Returns:
+          The file's ending, such as ".webp", which says by its MIME type how it is shown, and its content; None, unless
+          overridden, where the page shows the file itself.
+        """
+        return None
+
     heat = heat
     RandomCrop = pictures.RandomCrop
     as_array = staticmethod(media.as_array)

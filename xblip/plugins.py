@@ -50,6 +50,7 @@ class _Registry:
     items: dict[str, dict[str, object]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     owners: dict[tuple[str, str], str] = field(default_factory=dict)
     loaded: dict[str, Plugin] = field(default_factory=dict)
+    examples: dict[str, Path] = field(default_factory=dict)
 
 
 _registry = _Registry()
@@ -161,6 +162,7 @@ def register(*things: type) -> None:
 def unregister(name: str) -> None:
     """Forgets what was registered by hand or loaded under that name; a later call loads it anew."""
     _registry.loaded.pop(name, None)
+    _registry.examples.pop(name, None)
     for kind in KINDS:
         if _registry.owners.get((kind, name)) != CORE:
             _registry.items[kind].pop(name, None)
@@ -181,6 +183,17 @@ def get(kind: str, name: str):
     if name not in _registry.items[kind]:
         raise PluginError(f'Plugin "{name}" offers {", ".join(_registry.loaded[name].offers)}, but no {kind}.')
     return _registry.items[kind][name]
+
+
+def examples(model: str) -> Path | None:
+    """Returns the manifest of questions that an installed model offers to be tried on; None if there is none.
+
+    Raises:
+      PluginError: its plugin is broken.
+    """
+    if model in installed():
+        load(model)
+    return _registry.examples.get(model)
 
 
 def names(kind: str) -> list[str]:
@@ -229,6 +242,7 @@ def _run_hooks(module: object, plugin: Plugin, *, only: str | None) -> None:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     offered: dict[tuple[str, str], object] = {}
+    shown: dict[str, Path] = {}
 
     def register_class(kind: str):
         def register(cls: type) -> None:
@@ -236,8 +250,10 @@ def _run_hooks(module: object, plugin: Plugin, *, only: str | None) -> None:
 
         return register
 
-    def register_model(name: str, folder: Path) -> None:
+    def register_model(name: str, folder: Path, examples: Path | None = None) -> None:
         _offer("model", name, Path(folder))
+        if examples is not None:
+            shown[name] = Path(examples)
 
     def _offer(kind: str, name: str | None, thing: object) -> None:
         where = f'Plugin "{plugin.name}" ({plugin.distribution})'
@@ -278,3 +294,4 @@ def _run_hooks(module: object, plugin: Plugin, *, only: str | None) -> None:
         _registry.items[kind][name] = thing
         _registry.owners[kind, name] = plugin.distribution
         plugin.offers.append(f"{kind} {name}")
+    _registry.examples |= shown

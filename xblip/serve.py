@@ -10,11 +10,12 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
+from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -28,7 +29,7 @@ from xblip.sample import Sample
 from xblip.serve_config import MIB, ServeConfig
 from xblip.serve_media import MediaDoor, limited
 from xblip.serve_metrics import Metrics
-from xblip.serve_reply import Replies, error_body, event, status_of
+from xblip.serve_reply import Refused, Replies, error_body, event, key_in, refusal, status_of
 from xblip.serve_sample import sample_of
 from xblip.serve_schema import ChatRequest, parse, schema_of
 
@@ -39,14 +40,6 @@ COMPLETIONS = "/v1/chat/completions"
 log = logging.getLogger("xblip.serve")
 
 
-class Refused(Exception):
-    """A request that is refused for what it is, and not for what it asks: a status, a message and a code of OpenAI's."""
-
-    def __init__(self, status: int, message: str, kind: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.kind, self.code = status, kind, code
-
-
 class Server:
     """One model behind HTTP; `app` is what an ASGI server runs, and its lifespan closes what this opened.
 
@@ -54,6 +47,7 @@ class Server:
       model: that answers.
       config: settings.
       name: what clients call the model.
+      leaving, exits: what else is to be done when this is told to stop, and when it closes.
     """
 
     def __init__(self, model: "XBlip", config: ServeConfig, *, name: str, fetcher: Fetcher | None = None):
@@ -89,19 +83,22 @@ class Server:
         self.door = MediaDoor(model, fetcher=fetcher, pool=self.pool)
         self.engine = Engine(model, config.engine)
         self.metrics = Metrics(self.engine, self.pool)
+        self.leaving, self.exits = contextlib.ExitStack(), contextlib.ExitStack()
         self._inside = 0
         self._is_draining = False
         self.app = self._app()
 
+    def leave(self) -> None:
+        """Takes nothing more; what was taken goes on."""
+        self._is_draining = True
+        self.leaving.close()
+
     def close(self) -> None:
         """Ends the engine, after what it was asked, and the workers."""
-        self.drain()
+        self.leave()
         self.engine.close(seconds=self.config.drain_seconds)
         self.pool.close()
-
-    def drain(self) -> None:
-        """Takes nothing more; what was taken is finished."""
-        self._is_draining = True
+        self.exits.close()
 
     @property
     def is_idle(self) -> bool:
@@ -139,17 +136,17 @@ class Server:
 
     async def show_metrics(self, request: Request) -> Response:
         """Counters and times, for Prometheus."""
-        self._caller(request)
+        self.caller(request)
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> dict[str, Any]:
         """The one model that is served."""
-        self._caller(request)
+        self.caller(request)
         return {"object": "list", "data": [self._model()]}
 
     async def one_model(self, request: Request, name: str) -> dict[str, Any]:
         """The model, by its name."""
-        self._caller(request)
+        self.caller(request)
         self._check_model(name)
         return self._model()
 
@@ -167,21 +164,21 @@ class Server:
             message = f'The model "{name:.100}" is not served here, but "{self.name}" is: ask that.'
             raise Refused(404, message, "invalid_request_error", "model_not_found")
 
-    def _caller(self, request: Request) -> str:
-        """Returns who asks, by the key or else the address.
+    def caller(self, request: HTTPConnection) -> str:
+        """Returns who asks, by the key or else the address. A key may also come as the password of a browser's dialog.
 
         Raises:
           Refused: a key is needed, and there is none or a wrong one.
         """
-        given = request.headers.get("authorization", "")
         if not self.config.api_keys:
             return request.client.host if request.client else ""
-        key = given.removeprefix("Bearer ").strip().encode(errors="replace")
+        given = request.headers.get("authorization", "")
+        key = key_in(given).encode(errors="replace")
         if not any([hmac.compare_digest(key, known.encode()) for known in self.config.api_keys]):
             what = "is wrong" if given else "is missing"
             message = f"The API key {what}: send one as `Authorization: Bearer KEY`."
             raise Refused(401, message, "invalid_request_error", "invalid_api_key")
-        return given
+        return key.decode()
 
     async def complete(self, request: Request) -> Response:
         """Answers a conversation, plain or streamed as server-sent events."""
@@ -189,8 +186,8 @@ class Server:
         tickets: list[Ticket] = []
         leaving: asyncio.Task | None = None
         try:
-            caller = self._caller(request)
-            with self._place():
+            caller = self.caller(request)
+            with self.place():
                 asked = parse(await self._body(request))
                 self._check_model(asked.model)
                 sample = await asyncio.to_thread(sample_of, asked, self.door, caller=caller, most=self.config.max_parts)
@@ -211,7 +208,7 @@ class Server:
                 pieces = self._stream(asked, replies, _events(first, told), tickets, started)
                 return StreamingResponse(pieces, media_type="text/event-stream", headers={"X-Request-Id": id})
             finished = await self._whole(_events(first, told), len(tickets))
-            self._told(id, started, finished)
+            self.metrics.answered(COMPLETIONS, finished, started=started, id=id)
             return JSONResponse(replies.completion(finished), headers={"X-Request-Id": id})
         except Exception as error:
             for ticket in tickets:
@@ -231,7 +228,7 @@ class Server:
                 leaving.cancel()
 
     @contextlib.contextmanager
-    def _place(self):
+    def place(self) -> Iterator[None]:
         """One of the places for requests that come in, which a thousand clients would else fill memory by."""
         if self._is_draining:
             raise Refused(503, "The server is shutting down: ask again in a while.", "server_error", "shutting_down")
@@ -329,15 +326,9 @@ class Server:
             for ticket in tickets:
                 ticket.cancel()
             if status == 200:
-                self._told(replies.id, started, ordered)
+                self.metrics.answered(COMPLETIONS, ordered, started=started, id=replies.id)
             else:
                 self.metrics.told(COMPLETIONS, status, started=started, id=replies.id)
-
-    def _told(self, id: str, started: float, finished: Sequence[Finished]) -> None:
-        read, said = finished[0].answer.num_prompt_tokens, sum(one.answer.num_new_tokens for one in finished)
-        self.metrics.tokens.labels("prompts").inc(read)
-        self.metrics.tokens.labels("answers").inc(said)
-        self.metrics.told(COMPLETIONS, 200, started=started, id=id, prompt_tokens=read, completion_tokens=said)
 
 
 async def _events(first: tuple[int, Event], told: asyncio.Queue) -> AsyncIterator[tuple[int, Event]]:
@@ -355,23 +346,5 @@ async def _leaves(request: Request, told: asyncio.Queue) -> None:
 
 def _refuse(request: Request, error: Exception) -> Response:
     """Tells a client what is wrong, and never the insides of it."""
-    headers = {}
-    if isinstance(error, Refused):
-        status, body = error.status, error_body(str(error), error.kind, code=error.code)
-    elif isinstance(error, XBlipError):
-        status, kind = status_of(error)
-        body = error_body(str(error), kind, place=error.place)
-    elif getattr(error, "status_code", None) in (404, 405):
-        status = error.status_code
-        what = "There is nothing here" if status == 404 else f"{request.method} is not done here"
-        body = error_body(f"{what}: see /openapi.json for what there is.", "invalid_request_error")
-    elif isinstance(error, TimeoutError):
-        status, body = 408, error_body("The request took too long to come in: send it again, faster.", "timeout_error")
-    else:
-        log.error("a request failed", exc_info=error)
-        status, body = 500, error_body("The server failed at this request, and its log says why.", "server_error")
-    if status in (429, 503):
-        headers["Retry-After"] = "1"
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
+    status, body, headers = refusal(error, method=request.method)
     return JSONResponse(body, status, headers=headers)

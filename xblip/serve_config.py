@@ -44,6 +44,7 @@ class ServeConfig:
       drain_seconds: that running requests have to end when the server is told to stop.
       engine: what the engine may hold.
       ray: what replicas have, with `--engine ray`; all other settings are each replica's.
+      ui: also show a page, see `xblip.serve_page`.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +67,7 @@ class ServeConfig:
     drain_seconds: float = 30.0
     engine: EngineConfig = field(default_factory=EngineConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    ui: bool = False
 
     def check(self) -> None:
         """Raises `ConfigError` for settings that cannot be, or that would let everyone in unasked."""

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 if TYPE_CHECKING:
     from xblip.decode_pool import DecodePool
     from xblip.engine import Engine
+    from xblip.requests import Finished
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 log = logging.getLogger("xblip.serve")
@@ -37,6 +38,13 @@ class Metrics:
         self.seconds.observe(seconds)
         line = {"id": id, "path": path, "status": status, "seconds": round(seconds, 4), **facts}
         log.info(json.dumps(line, ensure_ascii=False, default=str))
+
+    def answered(self, path: str, finished: "Sequence[Finished]", *, started: float, id: str) -> None:
+        """Counts a request whose answers are whole, and their tokens; a prompt once however many they are."""
+        read, said = finished[0].answer.num_prompt_tokens, sum(one.answer.num_new_tokens for one in finished)
+        self.tokens.labels("prompts").inc(read)
+        self.tokens.labels("answers").inc(said)
+        self.told(path, 200, started=started, id=id, prompt_tokens=read, completion_tokens=said)
 
 
 class _State:

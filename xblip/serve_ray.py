@@ -96,7 +96,7 @@ class Replica:
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing more, and waits until all is answered, or so many seconds."""
-        self.server.drain()
+        self.server.leave()
         end = time.monotonic() + seconds
         while not self.server.is_idle and time.monotonic() < end:
             await asyncio.sleep(0.05)

@@ -1,6 +1,8 @@
 """What the server says, in OpenAI's form: completions, pieces of them, errors."""
 
+import base64
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,15 @@ if TYPE_CHECKING:  # a proxy that says errors need not import torch
     from xblip.sampling import Drawn
 
 Json = dict[str, Any]
+log = logging.getLogger("xblip.serve")
+
+
+class Refused(Exception):
+    """A request that is refused for what it is, and not for what it asks: a status, a message and a code of OpenAI's."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
+        super().__init__(message)
+        self.status, self.kind, self.code = status, kind, code
 
 
 class Replies:
@@ -92,6 +103,41 @@ def status_of(error: Exception) -> tuple[int, str]:
     if type(error) is XBlipError or not isinstance(error, XBlipError):
         return 500, "server_error"
     return STATUS.get(type(error), (400, "invalid_request_error"))
+
+
+def refusal(error: Exception, *, method: str = "This") -> tuple[int, Json, dict[str, str]]:
+    """Returns status, body and headers that tell a client what is wrong, and never the insides of it, which are logged."""
+    headers = {}
+    if isinstance(error, Refused):
+        status, body = error.status, error_body(str(error), error.kind, code=error.code)
+    elif isinstance(error, XBlipError):
+        status, kind = status_of(error)
+        body = error_body(str(error), kind, place=error.place)
+    elif getattr(error, "status_code", None) in (404, 405):
+        status = error.status_code
+        what = "There is nothing here" if status == 404 else f"{method} is not done here"
+        body = error_body(f"{what}: see /openapi.json for what there is.", "invalid_request_error")
+    elif isinstance(error, TimeoutError):
+        status, body = 408, error_body("The request took too long to come in: send it again, faster.", "timeout_error")
+    else:
+        log.error("a request failed", exc_info=error)
+        status, body = 500, error_body("The server failed at this request, and its log says why.", "server_error")
+    if status in (429, 503):
+        headers["Retry-After"] = "1"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return status, body, headers
+
+
+def key_in(header: str) -> str:
+    """Returns the key in an Authorization header: `Bearer KEY`, or the password of `Basic`, whatever the name beside it."""
+    scheme, _, rest = header.partition(" ")
+    if scheme.lower() != "basic":
+        return header.removeprefix("Bearer ").strip()
+    try:
+        return base64.b64decode(rest, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def error_body(message: str, kind: str, *, place: str | None = None, code: str | None = None) -> Json:

@@ -1,15 +1,29 @@
 """Runs a server by uvicorn, until it is told to stop."""
 
 import logging
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
+from xblip import plugins
 from xblip.serve import Server
 from xblip.serve_config import ServeConfig
 
 if TYPE_CHECKING:
     from xblip.model import XBlip
+
+log = logging.getLogger("xblip.serve")
+
+
+def server_of(model: "XBlip", config: ServeConfig, *, name: str) -> Server:
+    """Returns a server, with the page if `config.ui` wants it; arguments as of `run`."""
+    server = Server(model, config, name=name)
+    if config.ui:
+        from xblip.serve_page import add_page
+
+        add_page(server, examples=plugins.examples(name))
+    return server
 
 
 def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
@@ -21,7 +35,9 @@ def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
       name: what clients call the model, if `config.model_name` does not say.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    server = Server(model, config, name=name)
+    server = server_of(model, config, name=name)
+    if config.ui:
+        log.info("The page: http://%s:%d/", f"[{config.host}]" if ":" in config.host else config.host, config.port)
     settings = uvicorn.Config(
         server.app,
         host=config.host,
@@ -32,4 +48,16 @@ def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
         timeout_keep_alive=30,
         server_header=False,
     )
-    uvicorn.Server(settings).run()
+    Runner(settings, server).run()
+
+
+class Runner(uvicorn.Server):
+    """Tells a server that it is to stop as soon as the process is told."""
+
+    def __init__(self, config: uvicorn.Config, server: Server):
+        super().__init__(config)
+        self._server = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._server.leave()
+        super().handle_exit(sig, frame)

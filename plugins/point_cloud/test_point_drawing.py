@@ -1,10 +1,13 @@
 """Heat lies on the points of the very group that a token stands for, in the picture and in the .ply."""
 
+import io
+
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from point_shapes import loaded, noise
-from xblip_point_drawing import SIDE
+from xblip_point_drawing import FRAMES, SIDE
 
 GREY = (190, 190, 198)
 
@@ -74,3 +77,20 @@ def test_cls_and_pooled_tokens_lie_nowhere(modality):
     for modal, count, name in ((cloud, 9, "[CLS]"), (pooled, 1, "one token that all of it was pooled to")):
         drawing = modal.draw(modal.load(noise(64)), weights(0, count=count))
         assert drawing.placeless == {0: name} and not vertices(drawing.files[".ply"])["heat"].any()
+
+
+@pytest.mark.parametrize("channels, color", [(3, GREY), (6, (255, 0, 0))])
+def test_the_preview_turns_in_the_cloud_s_own_colours(modality, channels, color):
+    cloud = modality(in_channels=channels)
+    red = np.concatenate([noise(200), np.tile([1.0, 0, 0], (200, 1))], 1)
+    ending, content = cloud.preview(cloud.load(red))
+    with PIL.Image.open(io.BytesIO(content)) as film:
+        assert ending == ".webp" and film.format == "WEBP" and film.n_frames == FRAMES and film.info["loop"] == 0
+        frames = []
+        for number in (0, FRAMES // 4):
+            film.seek(number)
+            frames.append(np.asarray(film.convert("RGB")).astype(int))
+    assert (frames[0] != frames[1]).any(-1).mean() > 0.05, "another side is seen"
+    inked = frames[0][frames[0].min(-1) < 200]
+    darkest = inked[inked.sum(-1).argsort()[: len(inked) // 4]].mean(0)
+    assert np.abs(darkest - color).max() < 90

@@ -159,6 +159,12 @@ class PointCloud(xblip.Modality):
 
         return draw(self._encoder_config, tensors, weights)
 
+    def preview(self, tensors: dict[str, Tensor]) -> tuple[str, bytes]:
+        """Shows the points turning, since browsers show no clouds."""
+        from xblip_point_drawing import turning
+
+        return ".webp", turning(tensors)
+
     @classmethod
     def convert_encoder(cls, checkpoint, folder: Path) -> bool:
         """Writes the PointBERT of a checkpoint of ULIP or ULIP-2."""

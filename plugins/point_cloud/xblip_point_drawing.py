@@ -16,6 +16,8 @@ import xblip
 
 heat = xblip.Modality.heat
 SIDE, MARGIN = 280, 1.08
+FRAMES, FRAME_MS, TILT = 48, 80, 20.0
+"""Of a cloud that turns once about its height: pictures, how long each is seen, and degrees towards the eye."""
 VIEWS = {"from the front": (0.0, 0.0), "from above": (0.0, 90.0), "turned and tilted": (35.0, 25.0)}
 """Degrees that the cloud is turned about y, and then towards the eye."""
 
@@ -30,10 +32,22 @@ def draw(config: PointBertConfig, tensors: dict[str, Tensor], weights: np.ndarra
         centres = xyz[0, farthest_point_sampling(xyz, config.num_groups)[0]][None]
         members = nearest_neighbours(xyz, centres, config.group_size)[0]
         shares = heat.scaled(_of_points(members, torch.from_numpy(weights[0, 1:]).double(), len(points)))
-    views = [_view(points.numpy(), shares, *angles) for angles in VIEWS.values()]
+    views = [_view(points.numpy(), _point_colors(shares), *angles) for angles in VIEWS.values()]
     caption = "Coloured points belong to groups that were looked at; a point of several takes their mean."
     picture = heat.sheet([view.crop((0, *_lines(views))) for view in views], list(VIEWS))
     return heat.Drawing({".png": picture, ".ply": _ply(points.numpy(), shares)}, caption, placeless)
+
+
+def turning(tensors: dict[str, Tensor]) -> bytes:
+    """Draws the cloud of `PointCloud.load`, in its own colours or in grey, as a WebP in which it turns for ever."""
+    points = tensors["points"][0].float().cpu().numpy()
+    tones = (points[:, 3:].clip(0, 1) * 255).round().astype(np.uint8)
+    if not tones.size:
+        tones = _point_colors(np.zeros(len(points)))
+    first, *others = [_view(points[:, :3], tones, turn, TILT) for turn in np.linspace(0, 360, FRAMES, endpoint=False)]
+    out = io.BytesIO()
+    first.save(out, "WEBP", save_all=True, append_images=others, duration=FRAME_MS, loop=0, quality=60, method=2)
+    return out.getvalue()
 
 
 def _lines(views: list[PIL.Image.Image]) -> tuple[int, int, int]:
@@ -56,15 +70,15 @@ def _point_colors(shares: np.ndarray) -> np.ndarray:
     return (heat.colors(shares) * strength + np.array([190, 190, 198]) * (1 - strength)).round().astype(np.uint8)
 
 
-def _view(points: np.ndarray, shares: np.ndarray, turn: float, tilt: float) -> PIL.Image.Image:
-    """Draws points as discs, the near ones over the far ones, which are paler; x to the right, y upwards."""
+def _view(points: np.ndarray, tones: np.ndarray, turn: float, tilt: float) -> PIL.Image.Image:
+    """Draws points (P, 3) in colours (P, 3) as discs, the near over the far ones, which are paler; x right, y up."""
     turn, tilt = np.radians(turn), np.radians(tilt)
     about_y = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
     about_x = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
     seen = points @ (about_x @ about_y).T
     depth = (seen[:, 2] / MARGIN + 1) / 2
     mist = 0.55 * (1 - depth[:, None])
-    tones = (_point_colors(shares) * (1 - mist) + 255 * mist).round().astype(np.uint8)
+    tones = (tones * (1 - mist) + 255 * mist).round().astype(np.uint8)
     radius = 2 if len(points) > 2000 else 3
     places = np.stack([(seen[:, 0] / MARGIN + 1) / 2, (1 - seen[:, 1] / MARGIN) / 2], 1) * SIDE
     reach = np.arange(-radius, radius + 1)

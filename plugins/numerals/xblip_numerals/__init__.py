@@ -5,9 +5,10 @@ from pathlib import Path
 import xblip
 
 BUNDLE = Path(__file__).parent / "bundle"
+EXAMPLES = Path(__file__).parent / "demo" / "questions.json"
 
 
 @xblip.hookimpl
 def register_models(register) -> None:
     """Offers the bundle `numerals`."""
-    register("numerals", BUNDLE)
+    register("numerals", BUNDLE, examples=EXAMPLES)

@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
         "Ask about your own files (a drawn digit, a recording of one, ...):\n"
         '  .venv/bin/xblip ask "Which number is in the image?" --image your.png\n'
         '  .venv/bin/xblip ask "Which number is larger, the image or the audio?" --image your.png --audio your.wav'
+        "\n\nAsk on a page of your browser, with these examples and your own files, at http://127.0.0.1:8000:\n"
+        "  .venv/bin/xblip serve numerals --ui"
     )
 
 

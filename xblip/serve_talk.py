@@ -1,0 +1,109 @@
+"""A conversation of the page: what a visitor gave and asked, and what was answered, in the server's terms.
+
+It holds files as paths and not as what was read of them: asked again, they are known by their content, as over HTTP, and a
+conversation that nobody goes on with holds no tensors.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xblip import requests
+from xblip.errors import InputError, XBlipError
+from xblip.requests import Event, Finished
+from xblip.sample import Media, Sample, Turn
+from xblip.serve_reply import refusal
+
+if TYPE_CHECKING:
+    from xblip.serve import Server
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file that a visitor gave, and what reads it."""
+
+    modality: str
+    path: Path
+
+
+@dataclass
+class Exchange:
+    """A question about files, and its answer, or why there is none."""
+
+    question: str
+    files: tuple[Given, ...]
+    answer: str = ""
+    error: str = ""
+
+
+async def answers(
+    server: "Server", exchange: Exchange, earlier: Sequence[Exchange], *, caller: str, path: str
+) -> AsyncIterator[None]:
+    """Has a question answered, by the way that requests over HTTP go.
+
+    Args:
+      server: that answers.
+      exchange: the question; its `answer` grows, or its `error` is said.
+      earlier: exchanges of the conversation; those that failed or said nothing are no turns of it.
+      caller: who asks.
+      path: of the page, for counting.
+
+    Yields:
+      None, whenever more is known. Leaving gives the answer up.
+    """
+    started, id, status = time.monotonic(), f"page-{uuid.uuid4().hex}", 499
+    try:
+        with server.place():
+            sample = await asyncio.to_thread(_sample, server, exchange, earlier)
+        async for event in _events(server, sample, caller):
+            if isinstance(event, Finished):
+                exchange.answer, status = event.answer.text, 200
+                server.metrics.answered(path, [event], started=started, id=id)
+            else:
+                exchange.answer += event.text
+            yield
+    except Exception as error:
+        status, body, _ = refusal(error)
+        exchange.error = body["error"]["message"]
+        yield
+    finally:
+        if status != 200:
+            server.metrics.told(path, status, started=started, id=id, error=exchange.error)
+
+
+def _sample(server: "Server", exchange: Exchange, earlier: Sequence[Exchange]) -> Sample:
+    most = server.config.max_parts
+    if len(exchange.files) >= most:
+        raise InputError(f"There are {len(exchange.files)} files, and {most - 1} are allowed at once: give fewer.")
+    turns = [
+        Turn((*_media(server, one.files), one.question), one.answer) for one in earlier if one.answer and not one.error
+    ]
+    return Sample(exchange.question, _media(server, exchange.files), None, turns)
+
+
+def _media(server: "Server", files: Sequence[Given]) -> list[Media]:
+    return [
+        Media(given.modality, server.door.take(given.modality, given.path, place=given.path.name)) for given in files
+    ]
+
+
+async def _events(server: "Server", sample: Sample, caller: str) -> AsyncIterator[Event]:
+    """Asks the engine, and gives what it tells, the last of which is `Finished`."""
+    told: asyncio.Queue[Event] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    request = requests.Request(sample, seconds=server.config.request_seconds, caller=caller)
+    ticket = server.engine.submit(request, lambda event: loop.call_soon_threadsafe(told.put_nowait, event))
+    try:
+        while True:
+            event = await told.get()
+            if isinstance(event, XBlipError):
+                raise event
+            yield event
+            if isinstance(event, Finished):
+                return
+    finally:
+        ticket.cancel()
