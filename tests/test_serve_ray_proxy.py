@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from xblip import cli
 from xblip.serve_metrics import Merged
 
-pytest.importorskip("ray.serve.request_router", reason="Ray Serve is not installed")
+imports_ray = pytest.mark.slow
+"""It takes seconds to import Ray Serve."""
 
 
 def start(status: int, kind: str, *headers: tuple[bytes, bytes]) -> dict:
@@ -45,6 +46,7 @@ def passed():
     return passed
 
 
+@imports_ray
 def test_what_a_replica_says_passes_with_one_id(passed):
     ids = (b"x-request-id", b"ours"), (b"x-request-id", b"Ray's")
     for status, kind in ((200, "application/json"), (404, "application/json"), (200, "text/event-stream")):
@@ -53,6 +55,7 @@ def test_what_a_replica_says_passes_with_one_id(passed):
         assert sent[0]["headers"][1:] == [(b"x-request-id", b"ours")]
 
 
+@imports_ray
 @pytest.mark.parametrize(
     "said, status, message",
     [
@@ -73,11 +76,13 @@ def test_what_ray_says_is_said_in_openai_s_form(passed, said, status, message):
     assert (b"retry-after" in dict(head["headers"])) == (status in (429, 503))
 
 
+@imports_ray
 def test_a_stream_that_breaks_ends_with_an_error(passed):
     *_, last = passed(start(200, "text/event-stream"), body(b"data: {}", more=True))[0]
     assert b"The replica that had this request died" in last["body"] and not last.get("more_body")
 
 
+@imports_ray
 def test_clients_give_ray_no_orders(passed):
     kept = [(b"authorization", b"\xff"), (b"x-session-id", b"mine")]
     orders = [

@@ -133,8 +133,6 @@ def run_replicas(model: str, config: ServeConfig) -> None:
                 _drain(handle, config.drain_seconds)
         finally:
             serve.delete(NAME)
-            if is_own:
-                serve.shutdown()
 
 
 def _leave(number: int, _: Any) -> None:
