@@ -8,6 +8,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from xblip import cli
+from xblip.errors import ConfigError
+from xblip.serve_config import RayConfig, ServeConfig
 from xblip.serve_metrics import Merged
 
 imports_ray = pytest.mark.slow
@@ -104,6 +106,12 @@ def test_metrics_of_all_replicas_are_one_text():
     assert 'requests_total{replica="one",status="200"} 1.0' in text
     assert 'requests_total{replica="two",status="200"} 2.0' in text
     assert 'seconds_bucket{le="1.0",replica="two"} 1.0' in text and text.count("# TYPE requests_total counter") == 1
+
+
+@pytest.mark.parametrize("setting", [{"replicas": 0}, {"cpus": -1.0}, {"gpus": -1.0}])
+def test_replicas_that_cannot_be(setting):
+    with pytest.raises(ConfigError, match="must be at least"):
+        ServeConfig(ray=RayConfig(**setting)).check()
 
 
 @pytest.mark.parametrize(
