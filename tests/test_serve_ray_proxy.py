@@ -120,6 +120,7 @@ def test_replicas_that_cannot_be(setting):
         (["--engine", "slurm"], '--engine must be "own" or "ray", not "slurm".'),
         (["--replicas", "2"], "--replicas are of Ray: add --engine ray, or leave it out."),
         (["--engine", "ray", "--replicas", "0"], "replicas must be at least 1, not 0."),
+        (["--engine", "ray", "--ui"], "A page is of one process"),
         (["--engine", "ray"], "xblip serve needs what an extra brings: pip install 'xblip[serve,ray]'."),
     ],
 )
