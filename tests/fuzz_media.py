@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,13 @@ PHRASES = {
 }
 REASON = re.compile(r"of another format \((.*)\)\. Expected")
 INSIDES = re.compile(
-    r"<_|<class|\w+Error\b|Traceback|Errno|0x[0-9a-f]{6}|object (has|is|of)|unpack|index|out of (range|bounds)|None|"
-    r"argument|invalid literal for|(list|tuple|str|int|buffer) (must|cannot|can't|has|is)|^b?'[^']*'$|^\W*\w*\W*$"
+    r"<_|<class|\w+Error\b|Traceback|Errno|0x[0-9a-f]{6}|object (has|is|of)|to unpack|unpack requires|index|out of range|"
+    r"out of bounds|None|argument|invalid literal for|(list|tuple|str|int|buffer) (must|cannot|can't|has|is)|^b?'[^']*'$|"
+    r"^\W*\w*\W*$"
 )
 """What only who wrote a reader could make sense of."""
 SLOW_SECONDS = 12.0
+Load = Callable[[str, Path], Mapping[str, Tensor]]
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -70,12 +72,12 @@ class Range:
 
     Attributes:
       name: the modality's.
-      pool: of workers that read it.
+      load: reads a file of a modality, as `DecodePool.load` does.
       spec: how its tensors look: shapes without the first axis, and dtypes.
     """
 
-    def __init__(self, name: str, pool: DecodePool, folder: Path):
-        self.name, self.pool, self._folder = name, pool, folder
+    def __init__(self, name: str, load: Load, folder: Path):
+        self.name, self.load, self._folder = name, load, folder
         self.spec: Spec = {}
 
     def learn(self, whole: Mapping[str, bytes]) -> list[str]:
@@ -113,7 +115,7 @@ class Range:
         path.write_bytes(content)
         began = time.monotonic()
         try:
-            tensors = self.pool.load(self.name, path)
+            tensors = self.load(self.name, path)
         except MediaError as error:
             took = time.monotonic() - began
             said = str(error).replace(str(path), f"broken{ending}")
@@ -175,7 +177,7 @@ def run(found: Range, whole: Mapping[str, bytes], shots: Sequence[Case], keep: P
             outcome = found.shoot(content, case.ending)
         return case, outcome
 
-    with ThreadPoolExecutor(found.pool.workers) as threads:
+    with ThreadPoolExecutor(2) as threads:
         for number, (case, outcome) in enumerate(threads.map(shot, shots), 1):
             counts[outcome.kind] += 1
             times.append(outcome.seconds)
@@ -220,7 +222,7 @@ def main() -> None:
     if options.data:
         whole |= of_others(options.modality, options.data, 3)
     with tempfile.TemporaryDirectory() as folder, DecodePool(model_modalities([options.modality])) as pool:
-        found = Range(options.modality, pool, Path(folder))
+        found = Range(options.modality, pool.load, Path(folder))
         for line in found.learn(whole):
             print(f"Refused whole: {line}")
         shots = drawn(cases(whole, WEIGHTS.get(options.modality)), options.count, options.seed)

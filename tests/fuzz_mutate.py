@@ -121,7 +121,7 @@ def drawn(strategy: st.SearchStrategy, count: int, seed: int) -> list:
 
         @hypothesis.seed(1_000 * seed + part)
         @hypothesis.settings(
-            max_examples=PART,
+            max_examples=min(PART, 2 * count),
             database=None,
             deadline=None,
             phases=[hypothesis.Phase.generate],

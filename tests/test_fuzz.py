@@ -33,23 +33,38 @@ LIMITS = {"max_pixels": 25_000_000, "max_seconds": 600.0, "max_points": 2_000_00
 
 
 @pytest.fixture(scope="module")
-def ranges(tmp_path_factory):
-    """Each modality with a tiny encoder and the limits of a server, read by one pool."""
-    made, examples = {}, {}
+def built(tmp_path_factory):
+    """Each modality with a tiny encoder and the limits of a server, and a good file of it."""
+    found = {}
     for name in MODALITIES:
         kind = plugins.get("modality", name)
-        folder = tmp_path_factory.mktemp(name)
-        examples[name] = kind.example(folder)
-        config = configs.build(kind.Config, examples[name].config, where=name)
+        example = kind.example(tmp_path_factory.mktemp(name))
+        config = configs.build(kind.Config, example.config, where=name)
         for key in LIMITS.keys() & vars(config).keys():
             setattr(config, key, LIMITS[key])
-        made[name] = kind(config)
-    with DecodePool(made, workers=2) as pool:
-        found = {name: Range(name, pool, tmp_path_factory.mktemp("files")) for name in MODALITIES}
-        for name, example in examples.items():
-            path = next(source for source in example.sources if isinstance(source, Path))
-            assert not found[name].learn({path.name: path.read_bytes()})
-        yield found
+        found[name] = kind(config), next(source for source in example.sources if isinstance(source, Path))
+    return found
+
+
+def ranges_of(built, load, folder):
+    """A range for each modality that knows how its tensors look."""
+    found = {name: Range(name, load, folder) for name in built}
+    for name, (_, path) in built.items():
+        assert not found[name].learn({path.name: path.read_bytes()})
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranges(built, tmp_path_factory):
+    """Read in this process, which takes seconds less to start."""
+    return ranges_of(built, lambda name, path: built[name][0].load(path), tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def pooled(built, tmp_path_factory):
+    """Read by a server's workers."""
+    with DecodePool({name: modality for name, (modality, _) in built.items()}) as pool:
+        yield ranges_of(built, pool.load, tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -57,6 +72,13 @@ def test_what_was_found_is_refused_by_a_sentence_or_read(ranges, path):
     outcome = ranges[path.parent.name].read(path.read_bytes(), path.suffix)
     assert outcome.kind in ("read", "refused") and outcome.seconds < 5, outcome
     assert (outcome.kind == "read") == path.name.startswith("read")
+
+
+@pytest.mark.slow
+def test_workers_read_what_was_found_alike(ranges, pooled):
+    for path in CORPUS:
+        first, second = (each[path.parent.name].read(path.read_bytes(), path.suffix) for each in (ranges, pooled))
+        assert first.kind == second.kind, (path, first.said, second.said)
 
 
 def test_the_corpus_is_small():
@@ -175,10 +197,11 @@ HOSTILE: dict[str, tuple[str, str, Callable[[], bytes], str | None]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
-def test_files_made_to_hurt(ranges, name):
+def test_files_made_to_hurt(pooled, name):
     modality, ending, content, refusal = HOSTILE[name]
-    outcome = ranges[modality].read(content(), ending)
+    outcome = pooled[modality].read(content(), ending)
     if refusal is None:
         assert outcome.kind == "read", outcome
     else:
@@ -234,11 +257,11 @@ class TestTheHarness:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_forty_more_of_each(ranges, modality, tmp_path, capsys):
+def test_forty_more_of_each(pooled, modality, tmp_path, capsys):
     whole = {
         name: data for name, data in seeds(modality, tmp_path).items() if name[-4:] not in (".obj", ".off", ".stl")
     }
-    counts = run(ranges[modality], whole, drawn(cases(whole), 40, 0), None)
+    counts = run(pooled[modality], whole, drawn(cases(whole), 40, 0), None)
     assert set(counts) <= set(PLEASANT), capsys.readouterr().out
 
 
