@@ -64,7 +64,7 @@ class ReplicaServer(Server):
     """A server that tells the metrics of all replicas, as Prometheus reaches but one of them."""
 
     async def show_metrics(self, request: Request) -> Response:
-        self._caller(request)
+        self.caller(request)
         broadcast = serve.get_deployment_handle(NAME, NAME).broadcast("metrics")
         told = await broadcast.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
         merged = Merged(dict(one for one in told if not isinstance(one, BaseException)))
