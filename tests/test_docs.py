@@ -135,12 +135,13 @@ def test_evaluate_runs_as_written(tmp_path):
 @pytest.mark.slow
 @needs_numerals
 def test_ask_runs_as_written(tmp_path):
-    _, context, chat, batch, engine = run_as_written("docs/ask.md", tmp_path)
+    _, context, chat, batch, engine, embeds = run_as_written("docs/ask.md", tmp_path)
     assert context.startswith("thirteen\nsix\nthe video\n") and "misses=2" in context
     assert chat == "six\nthe image\n"
     first, second, third = batch.splitlines()
     assert (first, third) == ("Answer: six", "Answer: four") and second.startswith("MediaError: Cannot read")
     assert engine.splitlines()[:3] == ["six stop", "four stop", "seven stop"] and "Finished(answer=" in engine
+    assert embeds.startswith("torch.Size([") and embeds.endswith(" torch.float32\n")
 
 
 @pytest.mark.slow
