@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from kit import Site
 
 from xblip import plugins
 from xblip.decode_pool import DecodePool
+from xblip.decode_worker import _work
 from xblip.errors import ConfigError, InputError, MediaError, PluginError
 from xblip.testing import ToyModality
 
@@ -239,6 +241,16 @@ def test_a_fork_server_that_is_killed_is_started_again(pool, order):
     os.kill(pool._server._process.pid, signal.SIGKILL)
     until(lambda: pool.counters.alive == 0)
     assert [value(pool.load("toy", order("say", number))) for number in range(2)] == [0, 2]
+
+
+@pytest.mark.slow
+def test_a_worker_whose_fork_server_died_before_it_began_ends():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = os.fork()
+        if not worker:
+            _work(os.getpid(), theirs.fileno(), 2, "", {}, MIB, MIB)
+        until(lambda: os.waitpid(worker, os.WNOHANG) == (worker, 1 << 8))
 
 
 @pytest.mark.slow

@@ -220,13 +220,19 @@ def test_nobody_else_is_listened_to(replicated):
 
 
 def test_a_killed_replica_loses_its_requests_alone_and_is_replaced(replicated, client):
-    found: dict[int, list[str]] = {}
-    threads = [threading.Thread(target=streamed, args=(replicated, found, number)) for number in range(8)]
+    found, over = {}, threading.Event()
+
+    def again_and_again(number: int) -> None:
+        while not over.is_set():
+            streamed(replicated, found, number)
+
+    threads = [threading.Thread(target=again_and_again, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     until(lambda: len(found) == 8)
     killed = replicated.replicas[0]
     killed.kill()
+    over.set()
     for _ in range(5):
         assert ask(client, QUESTION).choices, "others are answered"
     for thread in threads:

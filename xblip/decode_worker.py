@@ -55,6 +55,7 @@ def main(descriptor: int) -> None:
     gc.freeze()  # or collecting garbage would copy every page into every worker
     control.send(b"{}")
     alive: set[int] = set()
+    server = os.getpid()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, ORDER_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
         command, _, rest = message.decode().partition(" ")
@@ -62,7 +63,7 @@ def main(descriptor: int) -> None:
             answer = os.fork()
             if answer == 0:
                 control.close()
-                _work(*descriptors, rest, modalities, order["memory_bytes"], order["result_bytes"])
+                _work(server, *descriptors, rest, modalities, order["memory_bytes"], order["result_bytes"])
             os.setpgid(answer, answer)  # of which the programs that it starts will be
             alive.add(answer)
             for descriptor in descriptors:
@@ -103,11 +104,19 @@ def _end(worker: int) -> int:
 
 
 def _work(
-    channel: int, errors: int, folder: str, modalities: Mapping[str, Any], memory_bytes: int, result_bytes: int
+    server: int,
+    channel: int,
+    errors: int,
+    folder: str,
+    modalities: Mapping[str, Any],
+    memory_bytes: int,
+    result_bytes: int,
 ) -> NoReturn:
-    """Is a worker: reads the files that it is told of until it is killed."""
+    """Is a worker: reads the files that it is told of until it is killed, or the fork server is."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:  # killed before this process could say that it wants to know
+            os._exit(1)
         for output in (1, 2):
             os.dup2(errors, output)
         faulthandler.enable()
@@ -117,14 +126,14 @@ def _work(
         before = _address_space()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (before + memory_bytes,) * 2)
-        server = socket.socket(fileno=channel)  # left open until the end: the other side takes its closing for a death
-        for line in server.makefile("rb"):
+        pool = socket.socket(fileno=channel)  # left open until the end: the other side takes its closing for a death
+        for line in pool.makefile("rb"):
             name, path = json.loads(line)
             facts, tensors = _read(modalities[name], Path(path), result_bytes)
             facts["used_up"] = _address_space() - before > memory_bytes // 4
             text = json.dumps(facts).encode()
-            server.sendall(REPLY.pack(len(text), len(tensors)) + text)
-            server.sendall(tensors)
+            pool.sendall(REPLY.pack(len(text), len(tensors)) + text)
+            pool.sendall(tensors)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except BaseException:
