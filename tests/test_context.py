@@ -97,6 +97,20 @@ def test_generation_options_do_what_they_do_in_generate(model, is_static, option
     assert context.ask_many(QUESTIONS, **NEW, **options) == expected
 
 
+@pytest.mark.parametrize(
+    "said", [{"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False}]
+)
+def test_an_llm_whose_own_settings_say_how_it_caches_does_so(llm, said, monkeypatch):
+    contexts = [make_model(llm).encode(media=MEDIA), static(make_model(llm)).encode(media=MEDIA)]
+    expected = [context.ask_many(QUESTIONS, **NEW) for context in contexts]
+    for name, value in said.items():
+        monkeypatch.setattr(llm.model.generation_config, name, value)
+    for context, answers in zip(contexts, expected, strict=True):
+        assert context.ask_many(QUESTIONS, **NEW) == answers
+        assert context.chat().ask(QUESTIONS[0], **NEW) == answers[0]
+        assert make_model(llm).ask(QUESTIONS[0], media=MEDIA, **NEW) == expected[0][0]
+
+
 def test_an_instruction_aware_prompt_is_kept_by_its_instruction(model):
     context = model.encode(toy=LONG)
     [[first]], [[second]] = (model.soft_prompts([Sample(question, context.media)]) for question in QUESTIONS[:2])

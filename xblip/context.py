@@ -16,7 +16,7 @@ from xblip.answer import Answer
 from xblip.contents import describe
 from xblip.errors import InputError
 from xblip.explain import Asked
-from xblip.generation import OWN_CACHE
+from xblip.generation import says_how_to_cache
 from xblip.media_read import KeysValues
 from xblip.prefixes import Prompt, lay_out, shared_by_all, soft_units
 from xblip.router import Piece
@@ -162,7 +162,8 @@ def answer_all(
     options = {**model.generation, **options}
     prompts = make_prompts(model, samples, [options["max_new_tokens"]] * len(samples))
     shared = shared_by_all(prompts)
-    reuses = not OWN_CACHE & options.keys() and (go_on or shared > 0) and model.prefixes.work
+    own_cache = says_how_to_cache(options, model.llm.model.generation_config)
+    reuses = not own_cache and (go_on or shared > 0) and model.prefixes.work
     past = None
     if reuses:
         past = model.prefixes.longest(prompts[0].units) if go_on else model.prefixes.read(prompts[0], shared)

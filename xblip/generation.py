@@ -24,6 +24,8 @@ OWN_CACHE = {
     "prompt_lookup_num_tokens",
 }
 """Options that say how keys and values are kept, so that they are not kept in our way."""
+NO_CACHE_OF_ITS_OWN = (None, True, "hybrid")
+"""What these are in a model's generation config where it says nothing of it; "hybrid" is what transformers unsets there."""
 
 
 def check_generation_options(options: Mapping[str, Any]) -> None:
@@ -52,6 +54,12 @@ def generation_option_names(*, objects: bool = True) -> set[str]:
     settings = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
     parameters = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
     return settings | parameters if objects else settings
+
+
+def says_how_to_cache(options: Mapping[str, Any], defaults: Any) -> bool:
+    """Whether options, or the model's generation config, say how keys and values are kept."""
+    own = any(getattr(defaults, name, None) not in NO_CACHE_OF_ITS_OWN for name in OWN_CACHE)
+    return own or not OWN_CACHE.isdisjoint(options)
 
 
 def counted_penalty(options: Mapping[str, Any], defaults: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from xblip import trials
 from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
-from xblip.generation import OWN_CACHE, check_generation_options, counted_penalty, until
+from xblip.generation import check_generation_options, counted_penalty, says_how_to_cache, until
 from xblip.kv_cache import begun, begun_together, is_roomy
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
@@ -330,7 +330,7 @@ class FrozenLLM(Frozen):
         check_generation_options(options)
         defaults = {"pad_token_id": self.tokenizer.pad_token_id, "tokenizer": self.tokenizer}
         cache, attention = None, contextlib.nullcontext()
-        if self._takes_a_cache and not OWN_CACHE & options.keys():
+        if self._takes_a_cache and not says_how_to_cache(options, self.model.generation_config):
             copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
             rows = len(batch.inputs_embeds) * copies
             if batch.past and rows > 1 and self._shares_beginnings:
