@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -305,7 +306,7 @@ class FrozenLLM(Frozen):
     def ends(self, options: Mapping[str, Any]) -> set[int]:
         """Returns the ids that end an answer, those of generation options among them."""
         stops = (self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id, options.get("eos_token_id"))
-        return {end for stop in stops if stop is not None for end in torch.as_tensor(stop).flatten().tolist()}
+        return {int(end) for stop in stops if stop is not None for end in (stop if np.iterable(stop) else [stop])}
 
     @functools.cached_property
     def last_logits_alone(self) -> dict[str, int]:

@@ -10,14 +10,13 @@ import json
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xblip import config as configs
 from xblip.branch import Branch, without_half_precision
 from xblip.bridge import Bridge
 from xblip.caches import Caches
@@ -61,7 +60,7 @@ class MediaReader:
         if held is None:
             return None
         branch = self.branches[name]
-        settings = configs.plain(branch.modality.config)
+        settings = asdict(branch.modality.config)
         return _hash(held, json.dumps([name, settings, branch.encoder.fingerprint], default=str).encode())
 
     @torch.no_grad()
