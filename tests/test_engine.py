@@ -1,5 +1,6 @@
 """The engine: what a request gets is what `generate` gives it alone, whoever else asks, joins, leaves or fails."""
 
+import asyncio
 import random
 import threading
 import time
@@ -252,6 +253,23 @@ class TestQueue:
             held.may_go.set()
             wait_until(lambda: held.engine.state["rows"] == 0 and held.engine.counts["cancelled"] == 1)
             assert held.engine.counts["tokens"] < 5
+
+    def test_an_event_loop_streams_too(self, engine):
+        async def both():
+            async def one(seed):
+                return [event async for event in engine.astream(Request(ASK, {**NEW, **SAMPLED}, seed=seed))]
+
+            return await asyncio.gather(one(1), one(2))
+
+        for seed, (*said, last) in enumerate(asyncio.run(both()), start=1):
+            assert last.answer == engine.ask(Request(ASK, {**NEW, **SAMPLED}, seed=seed)).answer
+            assert "".join(piece.text for piece in said) == last.answer.text
+
+        async def refused():
+            return [event async for event in engine.astream(Request(Sample("x", [("toy", "none")]), NEW))]
+
+        with pytest.raises(XBlipError):
+            asyncio.run(refused())
 
     def test_a_request_has_its_time(self, model, monkeypatch):
         with Held(model, monkeypatch) as held:

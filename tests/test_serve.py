@@ -210,6 +210,29 @@ class TestLoad:
             assert served.server.engine.counts["cancelled"] == 16
             assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
 
+    def test_a_client_that_leaves_before_the_first_piece_frees_its_row(self, rows_model):
+        body = json.dumps({**BAD, "max_tokens": 90, "min_tokens": 90, "stream": True}).encode()
+
+        async def left(server):
+            told, begun = [{"type": "http.request", "body": body}], asyncio.Event()
+            scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
+
+            async def receive():
+                return told.pop() if told or not await begun.wait() else {"type": "http.disconnect"}
+
+            async def send(_):
+                begun.set()
+                await asyncio.Event().wait()
+
+            await server.app(scope, receive, send)
+            while server.engine.state["rows"]:
+                await asyncio.sleep(0.001)
+
+        with running(rows_model, decode_workers=1) as served:
+            asyncio.run(asyncio.wait_for(left(served.server), 30))
+            assert served.server.engine.counts["cancelled"] == 1
+            assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
+
     def test_a_killed_worker_loses_only_the_file_it_held(self, rows_model):
         with running(rows_model, decode_workers=2, decode_seconds=20) as served, ThreadPoolExecutor(8) as threads:
             slow = asking(rows(b"sleep 2 1 2 3 4"), QUESTION)

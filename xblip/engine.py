@@ -4,11 +4,12 @@ Two threads: one reads media and makes prompts, so that a film does not hold up 
 the LLM. What one request gets does not depend on who else is asking.
 """
 
+import asyncio
 import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,22 @@ class Engine:
         try:
             while True:
                 event = events.get()
+                if isinstance(event, XBlipError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            ticket.cancel()
+
+    async def astream(self, request: Request) -> AsyncIterator[Said | Finished]:
+        """As `stream`, for an event loop, which it does not hold up."""
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        ticket = self.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        try:
+            while True:
+                event = await events.get()
                 if isinstance(event, XBlipError):
                     raise event
                 yield event

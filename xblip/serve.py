@@ -10,13 +10,13 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.requests import HTTPConnection
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from xblip import requests
@@ -24,14 +24,15 @@ from xblip.decode_pool import DecodePool
 from xblip.engine import Engine
 from xblip.errors import LateError, XBlipError
 from xblip.fetch import FetchConfig, Fetcher
-from xblip.requests import Event, Finished, Said, Ticket
+from xblip.requests import Event, Finished, Ticket
 from xblip.sample import Sample
 from xblip.serve_config import MIB, ServeConfig
 from xblip.serve_media import MediaDoor, limited
 from xblip.serve_metrics import Metrics
-from xblip.serve_reply import Refused, Replies, error_body, event, key_in, refusal, status_of
+from xblip.serve_reply import Refused, Replies, key_in, refusal
 from xblip.serve_sample import sample_of
 from xblip.serve_schema import ChatRequest, parse, schema_of
+from xblip.serve_stream import EventStream
 
 if TYPE_CHECKING:
     from xblip.model import XBlip
@@ -205,8 +206,15 @@ class Server:
             )
             if asked.stream:  # whoever sends it watches for those who leave
                 leaving.cancel()
-                pieces = self._stream(asked, replies, _events(first, told), tickets, started)
-                return StreamingResponse(pieces, media_type="text/event-stream", headers={"X-Request-Id": id})
+                return EventStream(
+                    asked,
+                    replies,
+                    _events(first, told),
+                    tickets,
+                    metrics=self.metrics,
+                    path=COMPLETIONS,
+                    started=started,
+                )
             finished = await self._whole(_events(first, told), len(tickets))
             self.metrics.answered(COMPLETIONS, finished, started=started, id=id)
             return JSONResponse(replies.completion(finished), headers={"X-Request-Id": id})
@@ -285,50 +293,6 @@ class Server:
             if len(finished) == count:
                 break
         return [finished[index] for index in range(count)]
-
-    async def _stream(
-        self,
-        asked: ChatRequest,
-        replies: Replies,
-        events: AsyncIterator[tuple[int, Event]],
-        tickets: Sequence[Ticket],
-        started: float,
-    ) -> AsyncIterator[bytes]:
-        finished: dict[int, Finished] = {}
-        begun: set[int] = set()
-        status, at = 499, started
-        try:
-            async for index, one in events:
-                if isinstance(one, XBlipError):
-                    status, kind = status_of(one)
-                    yield event(error_body(str(one), kind, place=one.place))
-                    return
-                if index not in begun:
-                    begun.add(index)
-                    yield event(replies.first(index))
-                now = time.monotonic()
-                (self.metrics.first_token if at == started else self.metrics.per_token).observe(now - at)
-                at = now
-                if isinstance(one, Said):
-                    if one.text or asked.logprobs:
-                        yield event(replies.said(index, one))
-                    continue
-                finished[index] = one
-                yield event(replies.last(index, one))
-                if len(finished) == len(tickets):
-                    break
-            ordered = [finished[index] for index in range(len(tickets))]
-            if asked.stream_options and asked.stream_options.include_usage:
-                yield event(replies.usage(ordered))
-            yield event("[DONE]")
-            status = 200
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
-            if status == 200:
-                self.metrics.answered(COMPLETIONS, ordered, started=started, id=replies.id)
-            else:
-                self.metrics.told(COMPLETIONS, status, started=started, id=replies.id)
 
 
 async def _events(first: tuple[int, Event], told: asyncio.Queue) -> AsyncIterator[tuple[int, Event]]:

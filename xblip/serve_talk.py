@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xblip import requests
-from xblip.errors import InputError, XBlipError
-from xblip.requests import Event, Finished
+from xblip.errors import InputError
+from xblip.requests import Finished, Request
 from xblip.sample import Media, Sample, Turn
 from xblip.serve_reply import refusal
 
@@ -59,7 +58,8 @@ async def answers(
     try:
         with server.place():
             sample = await asyncio.to_thread(_sample, server, exchange, earlier)
-        async for event in _events(server, sample, caller):
+        request = Request(sample, seconds=server.config.request_seconds, caller=caller)
+        async for event in server.engine.astream(request):
             if isinstance(event, Finished):
                 exchange.answer, status = event.answer.text, 200
                 server.metrics.answered(path, [event], started=started, id=id)
@@ -89,21 +89,3 @@ def _media(server: "Server", files: Sequence[Given]) -> list[Media]:
     return [
         Media(given.modality, server.door.take(given.modality, given.path, place=given.path.name)) for given in files
     ]
-
-
-async def _events(server: "Server", sample: Sample, caller: str) -> AsyncIterator[Event]:
-    """Asks the engine, and gives what it tells, the last of which is `Finished`."""
-    told: asyncio.Queue[Event] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    request = requests.Request(sample, seconds=server.config.request_seconds, caller=caller)
-    ticket = server.engine.submit(request, lambda event: loop.call_soon_threadsafe(told.put_nowait, event))
-    try:
-        while True:
-            event = await told.get()
-            if isinstance(event, XBlipError):
-                raise event
-            yield event
-            if isinstance(event, Finished):
-                return
-    finally:
-        ticket.cancel()
