@@ -30,6 +30,7 @@ LAYERS = [
         "contents",
         "packing",
         "heat",
+        "heap",
         "shared_attention",
     },
     {"pictures", "checkpoint", "frozen", "encoder", "activations", "media_read", "likelihood", "parts", "provenance"},

@@ -19,7 +19,7 @@ from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from xblip import requests
+from xblip import heap, requests
 from xblip.decode_pool import DecodePool
 from xblip.engine import Engine
 from xblip.errors import LateError, XBlipError
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from xblip.model import XBlip
 
 COMPLETIONS = "/v1/chat/completions"
+TIDY_SECONDS = 5.0
+"""How often freed memory is given back."""
 log = logging.getLogger("xblip.serve")
 
 
@@ -109,7 +111,9 @@ class Server:
     def _app(self) -> FastAPI:
         @contextlib.asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            tidying = asyncio.create_task(_tidy())
             yield
+            tidying.cancel()
             await asyncio.to_thread(self.close)
 
         app = FastAPI(title="xblip", summary=f"Asks {self.name} about files of any kind.", lifespan=lifespan)
@@ -293,6 +297,12 @@ class Server:
             if len(finished) == count:
                 break
         return [finished[index] for index in range(count)]
+
+
+async def _tidy() -> None:
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.to_thread(heap.give_back)
 
 
 async def _events(first: tuple[int, Event], told: asyncio.Queue) -> AsyncIterator[tuple[int, Event]]:
