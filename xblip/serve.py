@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from xblip.model import XBlip
 
 COMPLETIONS = "/v1/chat/completions"
-TIDY_SECONDS = 5.0
+TIDY_SECONDS = 2.0
 """How often freed memory is given back."""
 log = logging.getLogger("xblip.serve")
 
