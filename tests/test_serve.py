@@ -22,6 +22,8 @@ from xblip.serve_media import limited
 pytestmark = pytest.mark.slow
 """A server takes seconds to start; what it refuses is tried in the quick suite, by `test_serve_refusals`."""
 
+SCOPE = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
+
 
 class TestAnswers:
     def test_an_answer_is_the_model_s(self, rows_model, client):
@@ -191,12 +193,11 @@ class TestLoad:
 
         async def cancelled(server):
             told = [{"type": "http.request", "body": body}]
-            scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
 
             async def receive():
                 return told.pop() if told else await asyncio.Event().wait()
 
-            task = asyncio.create_task(server.app(scope, receive, None))
+            task = asyncio.create_task(server.app({**SCOPE}, receive, None))
             while not server.engine.state["rows"]:
                 await asyncio.sleep(0.001)
             task.cancel()
@@ -215,7 +216,6 @@ class TestLoad:
 
         async def left(server):
             told, begun = [{"type": "http.request", "body": body}], asyncio.Event()
-            scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
 
             async def receive():
                 return told.pop() if told or not await begun.wait() else {"type": "http.disconnect"}
@@ -224,7 +224,7 @@ class TestLoad:
                 begun.set()
                 await asyncio.Event().wait()
 
-            await server.app(scope, receive, send)
+            await server.app({**SCOPE}, receive, send)
             while server.engine.state["rows"]:
                 await asyncio.sleep(0.001)
 
