@@ -24,8 +24,8 @@ OWN_CACHE = {
     "prompt_lookup_num_tokens",
 }
 """Options that say how keys and values are kept, so that they are not kept in our way."""
-NO_CACHE_OF_ITS_OWN = (None, True, "hybrid")
-"""What these are in a model's generation config where it says nothing of it; "hybrid" is what transformers unsets there."""
+SAYS_NOTHING = {"use_cache": True, "cache_implementation": "hybrid"}
+"""What these may be in a model's generation config beside None, and say nothing; transformers unsets "hybrid" there."""
 
 
 def check_generation_options(options: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ def generation_option_names(*, objects: bool = True) -> set[str]:
 
 def says_how_to_cache(options: Mapping[str, Any], defaults: Any) -> bool:
     """Whether options, or the model's generation config, say how keys and values are kept."""
-    own = any(getattr(defaults, name, None) not in NO_CACHE_OF_ITS_OWN for name in OWN_CACHE)
+    own = any(getattr(defaults, name, None) not in (None, SAYS_NOTHING.get(name)) for name in OWN_CACHE)
     return own or not OWN_CACHE.isdisjoint(options)
 
 
