@@ -8,7 +8,7 @@ DATA ?= ../shared/data/numerals
 PLUGINS := image video audio point_cloud numerals
 READY := $(VENV)/ready
 # Two processes of a thread each; left alone, each takes a thread of every core, and they wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 LMMS_VENV := build/lmms-venv
 LMMS_READY := $(LMMS_VENV)/ready
 LMMS_PIP := $(LMMS_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-lmms.txt \
@@ -20,10 +20,10 @@ demo: $(READY)
 	$(BIN)/python -m xblip_numerals.demo --out build/demo
 
 test: $(READY)
-	$(PYTEST) -n 2 -m "not slow and not gpu and not weights and not lmms"
+	$(PYTEST) -m "not slow and not gpu and not weights and not lmms"
 
 test-slow: $(READY)
-	$(PYTEST) -n 2 -m "slow and not gpu and not weights and not lmms"
+	$(PYTEST) -m "slow and not gpu and not weights and not lmms"
 
 test-lmms: $(LMMS_READY)
 	$(LMMS_VENV)/bin/python -m pytest -m lmms tests/test_lmms.py tests/test_captions.py

@@ -13,6 +13,8 @@ from kit import Beads, registered
 
 from xblip.testing import ToyModality
 
+pytestmark = pytest.mark.slow  # trained twice, once by hand
+
 HEADS = 4
 
 
@@ -105,7 +107,6 @@ class TestAgainstThePlainReference:
     def test_one_process(self, llm_folder, expected, name):
         assert_agrees(take_steps(RUNS[name], llm_folder), expected(name), RUNS[name])
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("name", FOR_TWO)
     def test_two_processes(self, of_two, expected, name):
         for found in of_two:

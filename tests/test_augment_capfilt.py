@@ -17,6 +17,8 @@ from xblip.sample import Media
 from xblip.testing import ToyModality, small_qformer
 from xblip.threshold import best_cut, found, precision_recall
 
+pytestmark = pytest.mark.slow  # each captions and ranks with a model
+
 RIGHT = ["red", "green", "blue", "one", "two", "three"]
 NOISY = ["red", "yes", "blue", "yes", "two", "yes"]
 

@@ -9,6 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("xblip_image")
+
+pytestmark = pytest.mark.slow  # most of them time or train
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -89,7 +91,6 @@ def test_small_shapes_share_the_work_as_the_full_size_does(bench):
     assert all(abs(shares[0][name] - shares[1][name]) < 0.03 for name in shares[0]), shares
 
 
-@pytest.mark.slow
 def test_it_prints_a_table_and_writes_its_measurements(bench, folder, tmp_path, capsys):
     train_step, _, _ = bench
     file = tmp_path / "measured.json"

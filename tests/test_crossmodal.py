@@ -22,6 +22,8 @@ from xblip.model import XBlip
 from xblip.runs import read_lines
 from xblip.sample import Media
 
+pytestmark = pytest.mark.slow  # most of them ask a whole model, some in every way
+
 MISREAD = 4
 """The number that the pretended model reads as 5."""
 
@@ -127,7 +129,6 @@ def test_every_way_is_asked_as_it_says(config, pretended):
     assert {measured.n for name, measured in result.figures.items() if name.startswith("two")} == {5}
 
 
-@pytest.mark.slow
 def test_a_file_is_encoded_once_and_words_stand_after_their_cue(config, pretended):
     evaluate(config)
     assert set(pretended.encoded.values()) == {1} and len(pretended.encoded) == 8
@@ -140,7 +141,6 @@ def test_a_file_is_encoded_once_and_words_stand_after_their_cue(config, pretende
     )
 
 
-@pytest.mark.slow
 def test_the_product_of_the_parts(config, pretended):
     evaluate(config)
     told = json.loads(Path(config.output_dir, "across.figures.json").read_text())
@@ -153,7 +153,6 @@ def test_the_product_of_the_parts(config, pretended):
     assert told["parts"]["toy: number"]["n"] == 8 and told["files"] == 8
 
 
-@pytest.mark.slow
 def test_a_resumed_run_asks_what_is_missing_and_writes_the_same_pages(config, pretended):
     evaluate(config)
     pages = [Path(config.output_dir, f"across{end}") for end in (".html", ".md", ".figures.json")]
@@ -209,7 +208,6 @@ def lines_about(count, seed=0):
     return lines
 
 
-@pytest.mark.slow
 def test_intervals_of_the_share_hold_the_truth_where_parts_are_independent():
     found = [Report(lines_about(150, seed), resamples=200).told()["sizes"]["two inputs"]["ratio"] for seed in range(30)]
     held = sum(ratio["low"] <= 1 <= ratio["high"] for ratio in found)
@@ -280,7 +278,6 @@ def test_wrong_settings_are_told(config, settings, message):
         evaluate(config)
 
 
-@pytest.mark.slow
 def test_features_that_do_not_fit_are_made_again(config, pretended, monkeypatch):
     whole = evaluate(config)
     monkeypatch.setattr("xblip.crossmodal.KEPT_BYTES", 12)
@@ -300,7 +297,6 @@ def test_a_broken_file_is_named_and_the_others_are_asked(bundle, written, tmp_pa
         evaluate(config)
 
 
-@pytest.mark.slow
 @needs_numerals
 def test_the_numerals_answer_from_their_inputs(tmp_path):
     demo = Path(plugins.get("model", "numerals")).parent / "demo"

@@ -15,7 +15,10 @@ from xblip.doctor import examine, report_tables
 from xblip.dryrun import _activations, _on_meta
 from xblip.testing import small_qformer
 
-pytestmark = pytest.mark.filterwarnings("ignore::xblip.errors.UnknownWordsWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::xblip.errors.UnknownWordsWarning"),
+]
 
 
 @pytest.mark.usefixtures("toys")
@@ -146,7 +149,6 @@ class TestStandIns:
         assert report.ways["image"].soft_prompt == [soft, 24]
         assert report.ways["image"].training_bytes["bridge's activations"] > 0
 
-    @pytest.mark.slow
     def test_one_source_of_two_branches_is_one_encoder_and_two_alike_are_two(self, write):
         one = examine(write(**pictures(image=far(), video=far())))
         two = examine(write(**pictures(image=far(), video=far("far/other-vit"))))
@@ -210,7 +212,6 @@ class TestStandIns:
         assert report.logits == [1, 1, 40] and report.asking_bytes["keys and values"] > 0
 
 
-@pytest.mark.slow
 def test_image_and_video_of_a_bundle_hold_one_encoder():
     model = xblip.load("numerals")
     image, video = (model.branches[name].encoder for name in ("image", "video"))

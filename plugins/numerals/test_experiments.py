@@ -32,6 +32,8 @@ from xblip_numerals.report_rows import deal, several_rows, single_rows
 
 from xblip.cli import app
 
+pytestmark = pytest.mark.slow  # tables made of many runs
+
 ROOT = Path(__file__).parents[2]
 STEPS = 2
 
@@ -106,7 +108,6 @@ def test_a_variant_differs_from_the_shipped_kind_in_what_it_is_about_alone(train
     assert OmegaConf.masked_copy(last, ["llm", "generation"]) == same
 
 
-@pytest.mark.slow
 def test_all_bridges_of_a_variant_answer_and_the_report_tells_it(stored, shelf, tmp_path, capfd):
     out, rows = tmp_path / "experiments", tmp_path / "rows.jsonl"
     rng = random.Random(0)

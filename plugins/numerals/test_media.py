@@ -15,6 +15,8 @@ from xblip_numerals.sources import NUMBERS, SPEAKERS, SPLITS, SourcesError, read
 
 import xblip
 
+pytestmark = pytest.mark.slow  # a world is made for them
+
 
 def rows_of(manifest: Path) -> list[dict]:
     return [json.loads(line) for line in manifest.read_text().splitlines()]

@@ -11,6 +11,8 @@ from xblip_numerals.questions import Shelf
 from xblip_numerals.report_rows import PAIR_KINDS, TRIPLE_KINDS, swapped, write_rows
 from xblip_numerals.things import Thing, name_of, names
 
+pytestmark = pytest.mark.slow  # a world is made for them
+
 
 @pytest.fixture(scope="module")
 def rows(world, tmp_path_factory):

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from xblip_point_process import CAN_FORK, Ended, Open3DProcess
 
-pytestmark = pytest.mark.skipif(not CAN_FORK, reason="needs Linux, where processes fork")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CAN_FORK, reason="needs Linux, where processes fork"),
+]
 OBJ = "v 0 0 0\nv 1 0 0\nv 0 1 {z}\nf 1 2 3\n"
 CRASHES = "hello " * 100
 """open3d 0.20 ends by a signal on it."""
