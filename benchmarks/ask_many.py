@@ -1,6 +1,6 @@
 """Sixteen questions about one video of eight frames: a context beside transformers' InstructBlipVideo of equal weights.
 
-    python benchmarks/ask_many.py                  # half an hour on an idle core
+    python benchmarks/ask_many.py                  # twenty minutes on an idle core
     python benchmarks/ask_many.py --new-tokens 8 --repeats 3
 
 All systems answer the same questions by greedy decoding, to the same number of tokens, and must say the same texts; one that
