@@ -338,6 +338,36 @@ class TestClosing:
             engine.ask(Request(ASK, NEW))
         assert not any(thread.is_alive() for thread in engine._threads)
 
+    @pytest.mark.parametrize(
+        "kind, work, options",
+        [
+            (Engine, "_made", {}),
+            (Decoder, "join", {}),
+            (Decoder, "say_whole", {"num_beams": 2}),
+            (Decoder, "step", {"min_new_tokens": 12}),
+        ],
+    )
+    def test_what_is_worked_on_is_counted_and_given_up_like_all(self, model, monkeypatch, kind, work, options):
+        at_work, may_go, events = threading.Event(), threading.Event(), []
+        real = getattr(kind, work)
+
+        def held(*given):
+            at_work.set()
+            assert may_go.wait(20)
+            return real(*given)
+
+        monkeypatch.setattr(kind, work, held)
+        engine = Engine(model)
+        try:
+            engine.submit(Request(ASK, {**NEW, **options}), events.append)
+            assert at_work.wait(20) and any(engine.state.values())
+            engine.close(seconds=0.1)
+            assert isinstance(events[-1], BusyError), events
+        finally:
+            may_go.set()
+            engine.close()
+        assert isinstance(events[-1], BusyError) and not any(engine.state.values())
+
     def test_what_takes_too_long_is_given_up(self, model, monkeypatch):
         with Held(model, monkeypatch, max_rows=1) as held:
             events = [held.begin()[1], *(held.submit(Request(ASK, NEW))[1] for _ in range(2))]

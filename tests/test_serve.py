@@ -68,6 +68,16 @@ class TestAnswers:
         ]
         assert found == rows_model.chat(own).text
 
+    def test_an_answer_goes_back_as_it_came(self, client):
+        messages = user(ROWS, QUESTION)
+        message = client.chat.completions.create(model="toys", messages=messages).choices[0].message
+        told = [message, message.model_dump(), {"role": message.role, "content": message.content}]
+        answers = [
+            client.chat.completions.create(model="toys", messages=[*messages, one, *user(QUESTION)], temperature=0)
+            for one in told
+        ]
+        assert len({answer.choices[0].message.content for answer in answers}) == 1
+
     def test_seeds_choices_and_stops(self, client):
         settings = {"temperature": 1.5, "seed": 7, "n": 3}
         first, again = (ask(client, ROWS, QUESTION, **settings) for _ in range(2))

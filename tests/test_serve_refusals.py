@@ -24,13 +24,16 @@ from xblip.serve import COMPLETIONS
         ({**BAD, "temperature": "hot"}, 400, "temperature: "),
         ({**BAD, "temprature": 1}, 400, 'Unknown setting "temprature". Did you mean "temperature"?'),
         ({**BAD, "a" * 50_000: 1}, 400, f'Unknown setting "{"a" * 80}...".'),
-        ({**BAD, "tools": []}, 400, 'Unknown setting "tools".'),
+        ({**BAD, "tools": [{}]}, 400, 'Unknown setting "tools".'),
+        ({**BAD, "messages": [{**user("a")[0], "nmae": "b"}]}, 400, '"messages[0].nmae". Did you mean "name"?'),
+        ({**BAD, "stop": 5}, 400, "stop: Input should be a valid string, or a valid array."),
+        ({**BAD, "messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content: Input should be a"),
         ({**BAD, "frequency_penalty": 0.5}, 400, "frequency_penalty is not done here"),
         ({**BAD, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         ({**BAD, "stream_options": {}}, 400, "stream_options needs stream"),
         ({**BAD, "response_format": {"type": "json_object"}}, 400, "response_format.type"),
         ({**BAD, "n": 1000}, 400, "n: "),
-        ({**BAD, "stop": ["a"] * 9}, 400, "stop"),
+        ({**BAD, "stop": ["a"] * 9}, 400, "stop has 9 texts, and 4 are allowed"),
         ({**BAD, "max_tokens": 10**9}, 400, "The prompt is too long for the LLM"),
         (asking(*"aaaaaaaaa"), 400, "messages[0].content has 9 parts, and 8 are allowed"),
         ({**BAD, "messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
@@ -66,6 +69,22 @@ def test_a_part_that_is_wrong_is_named(served):
     bad = rows(b"red")
     error = post(served, asking(ROWS, bad, QUESTION)).json()["error"]
     assert error["param"] == "messages[0].content[1].rows_url" and error["param"] in error["message"]
+
+
+@pytest.mark.parametrize("empty", [None, [], {}])
+def test_what_is_empty_asks_for_nothing(served, empty):
+    """Clients send all that they know of, and messages as they came."""
+    messages = [*user(QUESTION), {"role": "assistant", "content": "a", "annotations": empty}, *user(QUESTION)]
+    response = post(served, {**BAD, "messages": messages, "tools": empty, "logit_bias": empty})
+    assert response.status_code == 200, response.text
+
+
+def test_a_refusal_leaves_the_connection_open_and_the_log_without_tracebacks(served, caplog):
+    with httpx.Client(base_url=served.url) as http:
+        for _ in range(3):
+            assert http.get("/v1/models/other").status_code == 404
+            assert http.post("/nope", json=BAD).status_code == 404
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_declared_length_is_believed_before_anything_is_read(served):

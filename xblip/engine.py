@@ -79,8 +79,9 @@ class Engine:
         self.counts = dict.fromkeys(names, 0)
         self._changed = threading.Condition()
         self._waiting = Turns()
+        self._reading: list[Job] = []
         self._ready: deque[Job] = deque()
-        self._num_reading = 0
+        self._joining: list[Job] = []
         self._is_closing = self._has_read_all = False
         self._decoder = Decoder(model)
         own = model.llm.model.generation_config.to_diff_dict()
@@ -189,11 +190,15 @@ class Engine:
         with self._changed:
             rows = self._decoder.rows
             held = 0 if rows is None else rows.num_positions
-            return {"waiting": self._num_waiting, "rows": len(self._decoder.jobs), "positions": held}
+            return {"waiting": self._num_waiting, "rows": len(self._answered), "positions": held}
+
+    @property
+    def _answered(self) -> list[Job]:
+        return [*dict.fromkeys([*self._decoder.jobs, *self._joining])]
 
     @property
     def _num_waiting(self) -> int:
-        return len(self._waiting) + self._num_reading + len(self._ready)
+        return len(self._waiting) + len(self._reading) + len(self._ready)
 
     def close(self, *, seconds: float = 30.0) -> None:
         """Takes nothing more, and answers what was taken; what is not answered after so many seconds is given up."""
@@ -204,7 +209,8 @@ class Engine:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         with self._changed:
-            left = [*self._ready, *self._decoder.jobs, *(self._waiting.take() for _ in range(len(self._waiting)))]
+            waiting = [self._waiting.take() for _ in range(len(self._waiting))]
+            left = [*waiting, *self._reading, *self._ready, *self._answered]
         for job in left:
             job.fail(BusyError("The engine was shut down before this was answered: ask again in a while."))
             job.ticket.cancel()
@@ -250,12 +256,11 @@ class Engine:
             if not self._decoder.jobs and not self._ready and not self._is_closing:
                 self._changed.wait_for(lambda: len(self._waiting) >= self.config.max_rows, self.config.wait_ms / 1000)
             count = min(len(self._waiting), self.config.max_rows)
-            batch = [self._waiting.take() for _ in range(count)]
-            self._num_reading = count
+            batch = self._reading = [self._waiting.take() for _ in range(count)]
         wanted = [job for job in batch if self._is_wanted(job)]
         ready = self._made(wanted) if wanted else []
         with self._changed:
-            self._num_reading = 0
+            self._reading = []
             self._ready.extend(ready)
             self._changed.notify_all()
         return True
@@ -290,7 +295,7 @@ class Engine:
             self._changed.wait_for(lambda: self._ready or self._decoder.jobs or self._has_read_all)
             if not self._ready and not self._decoder.jobs:
                 return False
-            joining = self._admitted()
+            joining = self._joining = self._admitted()
             self._changed.notify_all()
         joining = [job for job in joining if self._is_wanted(job)]
         self._decoder.keep([place for place, job in enumerate(self._decoder.jobs) if self._is_wanted(job)])
@@ -308,6 +313,7 @@ class Engine:
                     self._decoder.say_whole(job)
                 except Exception as error:
                     job.fail(error)
+        self._joining = []
         return True
 
     def _admitted(self) -> list[Job]:

@@ -125,7 +125,7 @@ class Server:
         app.get("/health")(self.health)
         app.get("/ready")(self.ready)
         app.get("/metrics")(self.show_metrics)
-        for kind in (Exception, 404, 405):
+        for kind in (Refused, XBlipError, 404, 405, Exception):  # Starlette raises the last again, for its log
             app.add_exception_handler(kind, _refuse)
         return app
 

@@ -4,11 +4,11 @@ Content parts are text, or an input of any modality that the model has: `<modali
 base64. No modality is named here: the parts of a request are checked against the model's branches.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from xblip.errors import InputError, suggest
 
@@ -22,9 +22,19 @@ Text = Annotated[str, StringConstraints(max_length=1_000_000)]
 
 
 class Strict(BaseModel):
-    """Refuses what it does not know: a setting that is not heeded is worse than one that is refused."""
+    """Refuses what it does not know: a setting that is not heeded is worse than one that is refused.
+
+    One that is empty asks for nothing: clients send all that they know of, and messages as they came.
+    """
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields or value not in (None, [], {})}
 
 
 class Message(Strict):
@@ -60,12 +70,12 @@ class ChatRequest(Strict):
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    frequency_penalty: Literal[0] | float | None = None
-    presence_penalty: Literal[0] | float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     num_beams: int | None = Field(None, ge=1, le=16)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
@@ -82,6 +92,8 @@ class ChatRequest(Strict):
                 raise wrong(name, f"{name} is not done here: leave it out, or use repetition_penalty.")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise wrong("max_tokens", "max_tokens and max_completion_tokens differ: give one of them.")
+        if len(self.stops) > MAX_STOPS:
+            raise wrong("stop", f"stop has {len(self.stops)} texts, and {MAX_STOPS} are allowed: give fewer.")
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "top_logprobs needs logprobs to be true.")
         if self.stream_options and not self.stream:
@@ -150,18 +162,42 @@ def parse(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as cause:
-        first = cause.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        place = place if len(place) <= SHOWN else f"{place[:SHOWN]}..."
-        more = f" ({cause.error_count() - 1} more of the kind.)" if cause.error_count() > 1 else ""
-        if first["type"] == "extra_forbidden":
-            known = suggest(str(first["loc"][-1])[:SHOWN], ChatRequest.model_fields)
-            raise wrong(place, f'Unknown setting "{place}".{known} Leave it out: nothing here would heed it.') from None
-        if first["type"] == "json_invalid":
-            raise wrong("", f"The body is no JSON: {first['ctx']['error']}. Send a JSON object in UTF-8.") from None
-        raise wrong(place, f"{place or 'The request'}: {first['msg'][:200]}.{more}") from None
+        raise _told(cause) from None
     request.check()
     return request
+
+
+def _told(cause: ValidationError) -> InputError:
+    """Returns the error about the first place that is wrong."""
+    errors = cause.errors(include_url=False, include_input=False)
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return wrong("", f"The body is no JSON: {first['ctx']['error']}. Send a JSON object in UTF-8.")
+    place, known = _place(first["loc"])
+    if first["type"] == "extra_forbidden":
+        place = ".".join(filter(None, (place, str(first["loc"][-1]))))
+        place = place if len(place) <= SHOWN else f"{place[:SHOWN]}..."
+        did_you_mean = suggest(str(first["loc"][-1])[:SHOWN], known)
+        return wrong(place, f'Unknown setting "{place}".{did_you_mean} Leave it out: nothing here would heed it.')
+    here = [error["msg"][:200] for error in errors if _place(error["loc"])[0] == place]
+    expected = ", or ".join([here[0], *(text.removeprefix("Input should be ") for text in here[1:])])
+    others = len(errors) - len(here)
+    return wrong(place, f"{place or 'The request'}: {expected}." + (f" ({others} more of the kind.)" if others else ""))
+
+
+def _place(location: Sequence[str | int]) -> tuple[str, Collection[str]]:
+    """Returns where in a request that is, and the names of the settings there; pydantic goes on to the kinds of a value."""
+    place, known = "", ChatRequest.model_fields
+    inner = {"messages": Message, "stream_options": StreamOptions, "response_format": ResponseFormat}
+    for part in location:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in known:
+            place = f"{place}.{part}".lstrip(".")
+            known = inner[part].model_fields if part in inner else ()
+        else:
+            break
+    return place, known
 
 
 def parts_of(message: Message, index: int, modalities: Collection[str], *, most: int) -> list[str | Part]:
