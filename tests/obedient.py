@@ -12,12 +12,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import xblip
 from xblip.decode_worker import REPLY
 
 KEPT = []
+SOME = 2_000
 
 
 class Obedient(xblip.Modality):
@@ -68,6 +70,12 @@ class Obedient(xblip.Modality):
     def keep(self, mib):
         KEPT.append(bytearray(int(mib) << 20))
         return self.say(mib)
+
+    def show_what_is_left(self, number):
+        """Leaves a number in memory that it gives back, and shows what there is in memory that it has not filled."""
+        left = np.full(SOME, float(number))
+        del left
+        return {"values": torch.from_numpy(np.empty(SOME))[None]}
 
     def touch_nothing(self):
         ctypes.string_at(0)

@@ -1,6 +1,7 @@
 """Workers that read hostile files: each is refused by a sentence, and costs nobody else anything."""
 
 import os
+import platform
 import signal
 import socket
 import time
@@ -299,6 +300,12 @@ def test_closing_ends_everything_and_refuses_those_who_wait(obedient, order, tmp
 def test_a_modality_that_only_this_process_knows_is_refused(toy, obedient):
     with pytest.raises(PluginError, match='The workers that decode media do not start: No modality is called "toy"'):
         DecodePool({"toy": ToyModality()})
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives memory as it is")
+def test_what_a_library_leaves_unfilled_shows_nothing_of_other_files(pool, order):
+    for number in (1, 2):
+        assert pool.load("toy", order("show_what_is_left", number))["values"].unique().tolist() == [0.0]
 
 
 def test_what_cannot_be_is_refused(pool, obedient):

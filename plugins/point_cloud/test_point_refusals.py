@@ -45,6 +45,7 @@ def test_objects(modality, source, message):
 
 SLOW = {
     "text.off",
+    "zeros.off",
     "text.stl",
     "points_only.obj",
     "cut_face.obj",
@@ -87,6 +88,7 @@ FILES = {
     "cut_compressed.pcd": (pcd(noise(5), "binary_compressed")[:-1], "bytes where [0-9]+ are declared"),
     "text.obj": (TEXT, "crashed|finds no mesh"),
     "text.off": (TEXT, "Read OFF failed"),
+    "zeros.off": (bytes(6_000), "Read OFF failed"),
     "text.stl": (TEXT, "finds no mesh"),
     "text.glb": (TEXT, "its JSON is damaged: Expecting value"),
     "unknown.abc": (TEXT, '".abc" is not a known ending'),

@@ -29,6 +29,7 @@ MEMORY_BYTES = 8 * 2**30  # a damaged header may declare billions of points
 CANNOT_IMPORT = 3
 IDLE_SECONDS = 60
 REASON_BYTES = 4096
+REASON_CHARACTERS = 500
 
 
 def limit_memory() -> None:
@@ -79,7 +80,7 @@ def read_into(open3d, path: str, result: str) -> None:
             sys.exit(str(cause).splitlines()[0])
     failures = [line for line in said.getvalue().splitlines() if "failed" in line.lower()]
     if failures:
-        sys.exit(failures[-1].split("WARNING] ")[-1].split("\x1b")[0])
+        sys.exit(failures[-1].split("WARNING] ")[-1].split("\x1b")[0][:REASON_CHARACTERS])  # it repeats what it read
     np.savez(result, **arrays)
 
 
