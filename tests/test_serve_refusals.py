@@ -28,6 +28,10 @@ from xblip.serve import COMPLETIONS
         ({**BAD, "messages": [{**user("a")[0], "nmae": "b"}]}, 400, '"messages[0].nmae". Did you mean "name"?'),
         ({**BAD, "stop": 5}, 400, "stop: Input should be a valid string, or a valid array."),
         ({**BAD, "messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content: Input should be a"),
+        (asking("a", 5), 400, "messages[0].content[1]: Input should be an object."),
+        ({**BAD, "stop": ["a", 5]}, 400, "stop[1]: Input should be a valid string"),
+        ({**BAD, "metadata": {"a": 5}}, 400, "metadata: Input should be a valid string"),
+        ({**BAD, "messages": [{"content": 5}, {"role": "x"}]}, 400, "messages[0].role: Field required"),
         ({**BAD, "frequency_penalty": 0.5}, 400, "frequency_penalty is not done here"),
         ({**BAD, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         ({**BAD, "stream_options": {}}, 400, "stream_options needs stream"),
@@ -74,7 +78,8 @@ def test_a_part_that_is_wrong_is_named(served):
 @pytest.mark.parametrize("empty", [None, [], {}])
 def test_what_is_empty_asks_for_nothing(served, empty):
     """Clients send all that they know of, and messages as they came."""
-    messages = [*user(QUESTION), {"role": "assistant", "content": "a", "annotations": empty}, *user(QUESTION)]
+    [asked] = user({**ROWS, "cache_control": empty}, QUESTION)
+    messages = [asked, {"role": "assistant", "content": "a", "annotations": empty}, *user(QUESTION)]
     response = post(served, {**BAD, "messages": messages, "tools": empty, "logit_bias": empty})
     assert response.status_code == 200, response.text
 

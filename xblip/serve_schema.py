@@ -16,6 +16,8 @@ URL, INPUT = "_url", "input_"
 """What comes after, or before, a modality's name in the type of a part."""
 MAX_STOPS = 4
 MAX_CHOICES = 16
+EMPTY = (None, [], {})
+"""Values of settings that are not known here, and are let pass."""
 SHOWN = 80
 """Characters of what a client named that a message repeats."""
 Text = Annotated[str, StringConstraints(max_length=1_000_000)]
@@ -34,7 +36,7 @@ class Strict(BaseModel):
     def _without_what_asks_for_nothing(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if name in cls.model_fields or value not in (None, [], {})}
+        return {name: value for name, value in given.items() if name in cls.model_fields or value not in EMPTY}
 
 
 class Message(Strict):
@@ -179,10 +181,14 @@ def _told(cause: ValidationError) -> InputError:
         place = place if len(place) <= SHOWN else f"{place[:SHOWN]}..."
         did_you_mean = suggest(str(first["loc"][-1])[:SHOWN], known)
         return wrong(place, f'Unknown setting "{place}".{did_you_mean} Leave it out: nothing here would heed it.')
-    here = [error["msg"][:200] for error in errors if _place(error["loc"])[0] == place]
-    expected = ", or ".join([here[0], *(text.removeprefix("Input should be ") for text in here[1:])])
-    others = len(errors) - len(here)
-    return wrong(place, f"{place or 'The request'}: {expected}." + (f" ({others} more of the kind.)" if others else ""))
+    places = [_place(error["loc"])[0] for error in errors]
+    inner = (other for other in places if other.startswith(place))  # where a value may be one thing or another
+    place = max(inner, key=lambda other: other.count("[") + other.count("."))
+    here = [error["msg"][:200] for error, own in zip(errors, places, strict=True) if own == place]
+    expected = ", or ".join(dict.fromkeys([here[0], *(text.removeprefix("Input should be ") for text in here[1:])]))
+    others = {other for other in places if not place.startswith(other)}
+    more = f" ({len(others)} more of the kind.)" if others else ""
+    return wrong(place, f"{place or 'The request'}: {expected}.{more}")
 
 
 def _place(location: Sequence[str | int]) -> tuple[str, Collection[str]]:
@@ -195,8 +201,6 @@ def _place(location: Sequence[str | int]) -> tuple[str, Collection[str]]:
         elif part in known:
             place = f"{place}.{part}".lstrip(".")
             known = inner[part].model_fields if part in inner else ()
-        else:
-            break
     return place, known
 
 
@@ -263,8 +267,8 @@ def _by_data(given: Any, modality: str, place: str, uuid: str | None) -> Part:
 
 
 def _check_keys(given: Mapping[str, Any], known: set[str], place: str) -> None:
-    for key in given:
-        if key not in known:
+    for key, value in given.items():
+        if key not in known and value not in EMPTY:
             raise wrong(place, f'{place} has the unknown key "{key!s:.80}".{suggest(str(key)[:SHOWN], known)}')
 
 
