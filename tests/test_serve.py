@@ -154,6 +154,8 @@ class TestKeys:
         assert httpx.get(f"{locked.url}/health").status_code == 200
         client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key=KEY, max_retries=0)
         assert ask(client, QUESTION).choices
+        by_name = post(locked, BAD, Authorization=f"Bearer {KEY}", Host="models.example.org")
+        assert by_name.status_code == 200, "who has a key may ask by any name"
         with pytest.raises(openai.AuthenticationError):
             ask(client.with_options(api_key="other"), QUESTION)
 

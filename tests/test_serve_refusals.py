@@ -92,6 +92,24 @@ def test_a_refusal_leaves_the_connection_open_and_the_log_without_tracebacks(ser
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8000", "localhost.evil.example", "a:b:c.d"])
+def test_who_is_asked_by_a_name_of_others_refuses(served, host):
+    """A site may have its name lead to this machine, and its pages are then of one origin with the server."""
+    for response in (post(served, BAD, Host=host), httpx.get(f"{served.url}/v1/models", headers={"Host": host})):
+        assert response.status_code == 403 and "start it with an API key" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000", "box", "box.local:80"])
+def test_names_of_the_machine_and_its_network_are_its_own(served, host):
+    assert post(served, BAD, Host=host).status_code == 200
+
+
+@pytest.mark.parametrize("site, status", [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)])
+def test_pages_of_other_sites_ask_nothing(served, site, status):
+    headers = {"Sec-Fetch-Site": site, "Content-Type": "text/plain"}
+    assert post(served, BAD, **headers).status_code == status
+
+
 def test_a_declared_length_is_believed_before_anything_is_read(served):
     lines = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n"
     with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port)) as own:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 COMPLETIONS = "/v1/chat/completions"
 TIDY_SECONDS = 2.0
 """How often freed memory is given back."""
+OWN_SITE = ("same-origin", "none")
+"""What browsers say of a request that no other site has a part in."""
+OWN_NAME = re.compile(
+    r"(\[[\da-f:.]*\]|\d+(\.\d+){3}|[^.:]*|[^:]*\.(localhost|local|internal))(:\d*)?", flags=re.IGNORECASE
+)
+"""Of a machine or its network: what nobody can register to let it lead here."""
 log = logging.getLogger("xblip.serve")
 
 
@@ -173,8 +180,16 @@ class Server:
         """Returns who asks, by the key or else the address. A key may also come as the password of a browser's dialog.
 
         Raises:
-          Refused: a key is needed, and there is none or a wrong one.
+          Refused: a key is needed, and there is none or a wrong one; or a browser asks for another site's page.
         """
+        if request.scope["method"] == "POST" and request.headers.get("sec-fetch-site", "none") not in OWN_SITE:
+            raise Refused(403, "A page of another site sent this: ask at the server's own page, or by a client.")
+        host = request.headers.get("host", "")
+        if not self.config.api_keys and not OWN_NAME.fullmatch(host):
+            message = (
+                f'The server is asked as "{host:.80}", a name of others: ask at 127.0.0.1, or start it with an API key.'
+            )
+            raise Refused(403, message)
         if not self.config.api_keys:
             return request.client.host if request.client else ""
         given = request.headers.get("authorization", "")

@@ -78,8 +78,6 @@ class Gate:
         self.server.caller(connection)
         if method != "POST":
             return
-        if connection.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise Refused(403, "Another site's page sent this: ask at this page.")
         length = connection.headers.get("content-length", "")
         if not length.isdecimal():
             raise Refused(411, "The request does not tell its length: send Content-Length.")
