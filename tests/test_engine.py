@@ -16,6 +16,8 @@ from xblip.errors import BusyError, ConfigError, InputError, LateError, MediaErr
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.requests import Finished, Request, Said
 from xblip.sample import Sample
+from xblip.steps import Stepper
+from xblip.text_stream import TextStream
 
 NEW = {"max_new_tokens": 12}
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.95}
@@ -281,8 +283,165 @@ class TestQueue:
             assert "was not whole after 0.2 s: ask for less, or give more time" in str(events[-1])
             assert held.engine.counts["late"] == 1 and held.engine.counts["failed"] == 0
 
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+    def test_who_waits_hears_in_time_that_it_is_too_late(self, model, monkeypatch, options):
+        """While another's answer is being said, by steps or in one go."""
+        at_work, may_go, real = threading.Event(), threading.Event(), FrozenLLM.generate
+
+        def generate(llm, *given, **settings):
+            at_work.set()
+            assert may_go.wait(20)
+            return real(llm, *given, **settings)
+
+        monkeypatch.setattr(FrozenLLM, "generate", generate)
+        with Held(model, monkeypatch, max_rows=1) as held:
+            held.submit(Request(ASK, {**NEW, "min_new_tokens": 12, **options}))
+            wait_until(lambda: at_work.is_set() or held.stepping.is_set())
+            late = [held.submit(Request(ASK, NEW, seconds=0.2))[1] for _ in range(3)]
+            wait_until(lambda: all(events and isinstance(events[-1], LateError) for events in late))
+            assert held.engine.state["waiting"] == 0 and held.engine.counts["late"] == 3
+            may_go.set()
+
+    def test_those_who_left_take_no_place_in_the_queue(self, model, monkeypatch):
+        with Held(model, monkeypatch, max_rows=1, max_waiting=2) as held:
+            held.begin()
+            for _ in range(2):
+                held.submit(Request(ASK, NEW))[0].cancel()
+            _, events = held.submit(Request(ASK, NEW))
+            assert held.engine.state["waiting"] == 1
+            held.may_go.set()
+            wait_until(lambda: events and isinstance(events[-1], Finished))
+            assert held.engine.counts["cancelled"] == 2
+
+    @pytest.mark.parametrize("seconds, told", [(None, None), (0.3, LateError)])
+    def test_an_answer_said_in_one_go_is_given_up_like_others(self, model, monkeypatch, seconds, told):
+        begun, real = threading.Event(), model.llm.model.forward
+
+        def forward(**given):
+            begun.set()
+            time.sleep(0.02)
+            return real(**given)
+
+        monkeypatch.setattr(model.llm.model, "forward", forward)
+        events = []
+        with Engine(model) as engine:
+            many = {"max_new_tokens": 100, "min_new_tokens": 100, "num_beams": 2}
+            ticket = engine.submit(Request(ASK, many, seconds=seconds), events.append)
+            assert begun.wait(20)
+            if not told:
+                ticket.cancel()
+            started = time.monotonic()
+            wait_until(lambda: not any(engine.state.values()))
+            assert time.monotonic() - started < 1.5, "the whole takes 2 s"
+            assert [type(event) for event in events] == ([told] if told else [])
+            assert engine.counts["late" if told else "cancelled"] == 1
+
+    def test_beams_count_in_what_is_held(self, model):
+        with Engine(model, EngineConfig(max_positions=60)) as engine:
+            assert engine.ask(Request(ASK, NEW)).answer.text
+            with pytest.raises(InputError, match=r"take \d+ positions, and this engine holds 60"):
+                engine.ask(Request(ASK, {**NEW, "num_beams": 4}))
+
 
 class TestFailures:
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (
+                {"do_sample": True, "temperature": 1e-40},
+                "scores for the next token are no numbers .* higher temperature",
+            ),
+            ({"do_sample": True, "repetition_penalty": 1e-40}, "scores for the next token are no numbers"),
+        ],
+    )
+    def test_what_cannot_be_drawn_fails_alone(self, model, monkeypatch, options, message):
+        with Held(model, monkeypatch) as held:
+            _, first = held.begin()
+            _, wrong = held.submit(Request(ASK, {**NEW, "min_new_tokens": 12, **options}))
+            held.may_go.set()
+            wait_until(lambda: isinstance(first[-1], Finished) and isinstance(wrong[-1], XBlipError))
+        assert isinstance(wrong[-1], InputError)
+        with pytest.raises(InputError, match=message):
+            raise wrong[-1]
+        assert first[-1].answer == model.generate([ASK], **NEW, min_new_tokens=12)[0]
+
+    def test_a_text_that_cannot_be_made_fails_alone(self, model, monkeypatch):
+        real = TextStream.add
+
+        def add(stream, ids, **settings):
+            if "bad" in stream._stop:
+                raise ZeroDivisionError
+            return real(stream, ids, **settings)
+
+        monkeypatch.setattr(TextStream, "add", add)
+        with Held(model, monkeypatch) as held:
+            _, first = held.begin()
+            _, wrong = held.submit(Request(ASK, NEW, stop=["bad"]))
+            held.may_go.set()
+            wait_until(lambda: isinstance(first[-1], Finished) and wrong)
+        assert type(wrong[-1]) is XBlipError and held.engine.counts["failed"] == 1
+
+    def test_who_cannot_join_fails_alone(self, model, monkeypatch):
+        """As when there is no memory for one prompt more."""
+        real = Stepper.read
+
+        def read(stepper, prompts, past=None):
+            if len(prompts[0].units) > 70:
+                raise torch.OutOfMemoryError
+            return real(stepper, prompts, past)
+
+        monkeypatch.setattr(Stepper, "read", read)
+        with Held(model, monkeypatch) as held:
+            _, first = held.begin()
+            _, wrong = held.submit(Request(Sample("what ? " * 40), NEW))
+            held.may_go.set()
+            wait_until(lambda: isinstance(first[-1], Finished) and wrong)
+        assert type(wrong[-1]) is XBlipError
+        assert first[-1].answer == model.generate([ASK], **NEW, min_new_tokens=12)[0]
+
+    def test_who_cannot_be_kept_alone_is_told_and_the_engine_goes_on(self, model, monkeypatch):
+        with monkeypatch.context() as broken, Held(model, broken) as held:
+            ticket, _ = held.begin()
+            _, other = held.submit(Request(ASK, {**NEW, "min_new_tokens": 12}))
+            broken.setattr(Stepper, "keep", lambda *_: 1 / 0)
+            held.may_go.set()
+            wait_until(lambda: held.engine.state["rows"] == 2)
+            ticket.cancel()
+            wait_until(lambda: other and type(other[-1]) is XBlipError)
+            broken.undo()
+            assert held.engine.is_alive
+            assert held.engine.ask(Request(ASK, NEW)).answer == model.generate([ASK], **NEW)[0]
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"seconds": "5"}, "seconds must be a number above 0"),
+            ({"seconds": 0}, "seconds must be a number above 0"),
+            ({"stop": [5]}, "stop must be texts"),
+            ({"top_log_probabilities": -1}, "top_log_probabilities must be a whole number"),
+        ],
+    )
+    def test_settings_that_cannot_be_are_refused_when_they_are_given(self, settings, message):
+        with pytest.raises(InputError, match=message):
+            Request(ASK, NEW, **settings)
+
+    def test_one_stop_string_may_come_alone_and_more_likelihoods_than_there_are_words(self, engine):
+        whole = engine.ask(Request(ASK, NEW))
+        stop = whole.answer.text.split()[1]
+        assert engine.ask(Request(ASK, NEW, stop=stop)) == engine.ask(Request(ASK, NEW, stop=[stop]))
+        told = engine.ask(Request(ASK, NEW, top_log_probabilities=10**6)).drawn[0].top
+        assert len(told) == engine.model.llm.model.config.vocab_size
+
+    def test_likelihoods_of_what_is_said_in_one_go_are_refused(self, engine):
+        with pytest.raises(InputError, match="Log-probabilities are told .* say them one by one"):
+            engine.submit(Request(ASK, {**NEW, "num_beams": 2}, top_log_probabilities=0), print)
+
+    def test_a_length_among_the_llm_s_own_settings_changes_nothing(self, model):
+        """`max_length` stands in many a published generation_config.json, and gives way to max_new_tokens."""
+        model.llm.model.generation_config.max_length = 4096
+        with Engine(model) as engine:
+            assert engine.ask(Request(ASK, {**NEW, "min_new_tokens": 3})).drawn
+
     @pytest.mark.parametrize(
         "sample, error",
         [
@@ -343,7 +502,7 @@ class TestClosing:
         [
             (Engine, "_made", {}),
             (Decoder, "join", {}),
-            (Decoder, "say_whole", {"num_beams": 2}),
+            (Decoder, "_say_whole", {"num_beams": 2}),
             (Decoder, "step", {"min_new_tokens": 12}),
         ],
     )

@@ -47,8 +47,8 @@ class Job:
 
     @property
     def positions(self) -> int:
-        """Of prompt and answer."""
-        return len(self.prompt.units) + self.options["max_new_tokens"]
+        """Of prompt and answer, once for each beam."""
+        return (len(self.prompt.units) + self.options["max_new_tokens"]) * self.options.get("num_beams", 1)
 
     def tell(self, event: Event) -> None:
         """Tells whoever asked; one who cannot be told is no longer waited for."""
@@ -87,17 +87,29 @@ class Decoder:
         self._stepper = Stepper(model.llm)
 
     def join(self, jobs: Sequence[Job]) -> int:
-        """Reads the prompts of jobs, and says the first token of each; returns how many."""
-        for group in self._groups(jobs):
-            first = group[0].prompt
-            past = self.model.prefixes.read(first, first.stable) if first.stable else None
-            rows, logits = self._stepper.read([job.prompt for job in group], past)
-            staying = self._say(group, logits)
-            if staying:
-                rows = rows if len(staying) == len(group) else self._stepper.keep(rows, staying)
-                self.rows = rows if self.rows is None else self._stepper.join([self.rows, rows])
-                self.jobs += [group[place] for place in staying]
-        return len(jobs)
+        """Reads the prompts of jobs, and says the first token of each, or all where transformers does; returns how many.
+
+        What fails there fails alone: those whose answers are being said go on.
+        """
+        count = 0
+        for group in [*self._groups([job for job in jobs if job.sampler]), *([job] for job in jobs if not job.sampler)]:
+            try:
+                count += self._begin(group) if group[0].sampler else self._say_whole(group[0])
+            except Exception as error:
+                for job in group:
+                    job.fail(error)
+        return count
+
+    def _begin(self, group: Sequence[Job]) -> int:
+        first = group[0].prompt
+        past = self.model.prefixes.read(first, first.stable) if first.stable else None
+        rows, logits = self._stepper.read([job.prompt for job in group], past)
+        staying = self._say(group, logits)
+        if staying:
+            rows = rows if len(staying) == len(group) else self._stepper.keep(rows, staying)
+            self.rows = rows if self.rows is None else self._stepper.join([self.rows, rows])
+            self.jobs += [group[place] for place in staying]
+        return len(group)
 
     def _groups(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """Those whose prompts begin alike with what will be asked about again, then those of like length."""
@@ -131,38 +143,40 @@ class Decoder:
 
     def _say(self, jobs: Sequence[Job], logits: Tensor) -> list[int]:
         """Draws and tells a token of each job; returns the places of those that go on."""
-        staying = []
-        for place, (job, own) in enumerate(zip(jobs, logits, strict=True)):
-            drawn = job.sampler.draw(own)
-            ended = job.sampler.has_ended
-            if not ended:
-                job.drawn.append(drawn)
-            ids = [said.token for said in job.drawn]
-            is_full = len(ids) >= job.options["max_new_tokens"]
-            text = job.text.add(ids, is_last=ended or is_full)
-            if text or not ended:
-                job.tell(Said(text, [] if ended else [drawn]))
-            if ended or job.text.has_stopped:
-                self._finish(job, "stop")
-            elif is_full:
-                self._finish(job, "length")
-            else:
-                staying.append(place)
-        return staying
+        for job, own in zip(jobs, logits, strict=True):
+            try:
+                self._draw(job, own)
+            except Exception as error:
+                job.fail(error)
+        return [place for place, job in enumerate(jobs) if not job.is_over]
 
-    def _finish(self, job: Job, reason: str) -> None:
-        ids = tuple(said.token for said in job.drawn)
-        job.tell(Finished(Answer(job.text.text, len(job.prompt.units), len(ids), ids), reason, job.drawn))
+    def _draw(self, job: Job, logits: Tensor) -> None:
+        drawn = job.sampler.draw(logits)
+        ended = job.sampler.has_ended
+        if not ended:
+            job.drawn.append(drawn)
+        ids = [said.token for said in job.drawn]
+        is_full = len(ids) >= job.options["max_new_tokens"]
+        text = job.text.add(ids, is_last=ended or is_full)
+        if text or not ended:
+            job.tell(Said(text, [] if ended else [drawn]))
+        if ended or is_full or job.text.has_stopped:
+            reason = "stop" if ended or job.text.has_stopped else "length"
+            job.tell(Finished(Answer(job.text.text, len(job.prompt.units), len(ids), tuple(ids)), reason, job.drawn))
 
-    def say_whole(self, job: Job) -> None:
+    def _say_whole(self, job: Job) -> int:
         """Lets transformers generate an answer in one go: beams, and options that no sampler here knows."""
         llm, seed = self.model.llm, job.ticket.request.seed
+        leaves = [*job.options.get("stopping_criteria", []), lambda *_, **__: job.ticket.is_given_up]
         batch = lay_out([job.prompt], None, right=llm.is_encoder_decoder)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            [ids] = llm.generate(batch, **job.options)
+            [ids] = llm.generate(batch, **{**job.options, "stopping_criteria": leaves})
+        if job.ticket.is_given_up:
+            return 0
         job.tell(Said(job.text.add(ids, is_last=True), []))
         is_full = len(ids) >= job.options["max_new_tokens"] and not job.text.has_stopped
         answer = Answer(job.text.text, len(job.prompt.units), len(ids), tuple(ids))
         job.tell(Finished(answer, "length" if is_full else "stop", []))
+        return len(ids)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from xblip.model import XBlip
 
 
+LOOK_SECONDS = 0.25
+"""How often it is looked for who waits too long."""
+
+
 @dataclass
 class EngineConfig:
     """What an engine may hold.
@@ -53,6 +57,13 @@ class Turns:
 
     def add(self, job: Job) -> None:
         self._callers.setdefault(job.ticket.request.caller, deque()).append(job)
+
+    def keep(self, is_wanted: Callable[[Job], bool]) -> None:
+        """Lets all others leave."""
+        for caller, waiting in list(self._callers.items()):
+            self._callers[caller] = deque(filter(is_wanted, waiting))
+            if not self._callers[caller]:
+                del self._callers[caller]
 
     def take(self) -> Job:
         """Takes the next caller's oldest job; that caller comes last now."""
@@ -104,11 +115,13 @@ class Engine:
         Raises:
           BusyError: the queue is full, or the engine is closing.
           ConfigError: an option is wrong.
+          InputError: log-probabilities are asked for where there are none.
         """
         job = self._job(Ticket(request, lambda event: self._tell(tell, event)))
         with self._changed:
             if self._is_closing:
                 raise BusyError("The engine is shutting down: ask again in a while.")
+            self._drop_unwanted()
             if self._num_waiting >= self.config.max_waiting:
                 self.counts["refused"] += 1
                 raise BusyError(f"The queue is full, with {self._num_waiting} requests waiting: ask again in a while.")
@@ -131,7 +144,12 @@ class Engine:
                 ends=sorted(llm.ends(options)),
                 device=llm.device,
                 seed=request.seed,
-                top_log_probabilities=request.top_log_probabilities,
+                top_log_probabilities=request.top_log_probabilities or 0,
+            )
+        elif request.top_log_probabilities is not None:
+            raise InputError(
+                "Log-probabilities are told of tokens where this engine can say them one by one, which beams and some LLMs "
+                "do not let it: leave them out."
             )
         return Job(ticket, options, TextStream(llm.tokenizer, stop), sampler)
 
@@ -193,6 +211,11 @@ class Engine:
             return {"waiting": self._num_waiting, "rows": len(self._answered), "positions": held}
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it goes on answering."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
     def _answered(self) -> list[Job]:
         return [*dict.fromkeys([*self._decoder.jobs, *self._joining])]
 
@@ -234,6 +257,11 @@ class Engine:
         job.is_over = True
         return False
 
+    def _drop_unwanted(self) -> None:
+        """Lets those leave who wait and have left, or wait too long; runs under the lock."""
+        self._waiting.keep(self._is_wanted)
+        self._ready = deque(filter(self._is_wanted, self._ready))
+
     def _read_all(self) -> None:
         while self._read():
             pass
@@ -248,9 +276,9 @@ class Engine:
     def _read(self) -> bool:
         """Makes prompts of what waits, as a batch; returns whether to go on."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: (self._waiting and len(self._ready) < self.config.max_rows) or self._is_closing
-            )
+            while not (self._is_closing or (self._waiting and len(self._ready) < self.config.max_rows)):
+                self._changed.wait(LOOK_SECONDS if self._num_waiting else None)
+                self._drop_unwanted()
             if not self._waiting:
                 return False
             if not self._decoder.jobs and not self._ready and not self._is_closing:
@@ -295,24 +323,21 @@ class Engine:
             self._changed.wait_for(lambda: self._ready or self._decoder.jobs or self._has_read_all)
             if not self._ready and not self._decoder.jobs:
                 return False
+            self._drop_unwanted()
             joining = self._joining = self._admitted()
             self._changed.notify_all()
-        joining = [job for job in joining if self._is_wanted(job)]
-        self._decoder.keep([place for place, job in enumerate(self._decoder.jobs) if self._is_wanted(job)])
         try:
-            self.counts["tokens"] += self._decoder.join([job for job in joining if job.sampler])
+            self._decoder.keep([place for place, job in enumerate(self._decoder.jobs) if self._is_wanted(job)])
+            self.counts["tokens"] += self._decoder.join([job for job in joining if self._is_wanted(job)])
             if self._decoder.jobs:
                 self.counts["tokens"] += self._decoder.step()
                 self.counts["steps"] += 1
         except Exception as error:
-            for job in dict.fromkeys([*self._decoder.clear(), *(job for job in joining if job.sampler)]):
+            for job in [*self._decoder.clear(), *joining]:
                 job.fail(error)
         for job in joining:
-            if not job.sampler:
-                try:
-                    self._decoder.say_whole(job)
-                except Exception as error:
-                    job.fail(error)
+            if not job.sampler:  # it may have been given up while transformers generated it
+                self._is_wanted(job)
         self._joining = []
         return True
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xblip.answer import Answer
-from xblip.errors import XBlipError
+from xblip.errors import InputError, XBlipError
 from xblip.sample import Sample
 from xblip.sampling import Drawn
 
@@ -20,8 +20,8 @@ class Request:
       sample: what is asked; sources are whatever a model takes, features too.
       options: transformers' generation options.
       seed: of sampling; None for one of chance.
-      stop: strings that end the answer, which is cut before them.
-      top_log_probabilities: how many of the likeliest tokens are told with each.
+      stop: strings that end the answer, which is cut before them; or one.
+      top_log_probabilities: how many of the likeliest tokens are told with each; None where likelihoods are not asked for.
       seconds: that it may take in all; None for as long as it takes.
       caller: callers take turns.
     """
@@ -29,10 +29,23 @@ class Request:
     sample: Sample | Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
-    stop: Sequence[str] = ()
-    top_log_probabilities: int = 0
+    stop: Sequence[str] | str = ()
+    top_log_probabilities: int | None = None
     seconds: float | None = None
     caller: str = ""
+
+    def __post_init__(self):
+        """Raises `InputError` for what can be no such request."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", [self.stop])
+        if not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop must be texts, not {self.stop!r:.100}.")
+        top = self.top_log_probabilities
+        if top is not None and (not isinstance(top, int) or top < 0):
+            raise InputError(f"top_log_probabilities must be a whole number from 0 on, not {top!r:.100}.")
+        seconds = self.seconds
+        if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
+            raise InputError(f"seconds must be a number above 0, not {seconds!r:.100}.")
 
 
 @dataclass(frozen=True)
@@ -89,3 +102,8 @@ class Ticket:
     def is_late(self) -> bool:
         seconds = self.request.seconds
         return seconds is not None and time.monotonic() - self.submitted > seconds
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the answer is wanted no more, or too late."""
+        return self.is_cancelled or self.is_late

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xblip.errors import ConfigError
+from xblip.errors import ConfigError, InputError
 from xblip.loading import first_line
 
 DEFAULTS: dict[str, Any] = {
@@ -28,8 +28,11 @@ DEFAULTS: dict[str, Any] = {
 """What a sampler does, with transformers' defaults."""
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0}
 """Other options that change nothing at these values, as any that is false or 0."""
-TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
-"""Options that are known by other ways, and facts that lie among them."""
+ELSEWHERE = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("max_length", "transformers_version"),
+}
+"""Options that are known by other ways or give way to others, and facts that lie among them."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +91,31 @@ class Sampler:
     @staticmethod
     def knows(options: Mapping[str, Any]) -> bool:
         """Whether generation options ask for nothing that only transformers' `generate` does."""
-        others = {name: value for name, value in options.items() if name not in DEFAULTS and name not in TOKENS}
+        others = {name: value for name, value in options.items() if name not in DEFAULTS and name not in ELSEWHERE}
         return all(not value or name.startswith("_") or value == NEUTRAL.get(name) for name, value in others.items())
 
     def draw(self, logits: Tensor) -> Drawn:
-        """Draws the next token from its logits (vocabulary,), and remembers it."""
+        """Draws the next token from its logits (vocabulary,), and remembers it.
+
+        Raises:
+          InputError: what the options make of the logits is nothing that can be drawn from.
+        """
         scores = logits[None]
         said = torch.tensor([self.ids], dtype=torch.long, device=logits.device)
         for processor in self._processors:
             scores = processor(said, scores)
+        if not scores.amax().isfinite():  # on an accelerator drawing from these ends the whole process's work
+            raise InputError(
+                "The scores for the next token are no numbers that can be compared: use a higher temperature, a "
+                "repetition_penalty nearer to 1, or other inputs."
+            )
         if self._draws:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
         else:
             token = int(scores.argmax(-1))
         self.ids.append(token)
         likelihoods = logits.log_softmax(-1)
-        values, indices = likelihoods.topk(self._top)
+        values, indices = likelihoods.topk(min(self._top, len(likelihoods)))
         return Drawn(token, float(likelihoods[token]), list(zip(indices.tolist(), values.tolist(), strict=True)))
 
     @property

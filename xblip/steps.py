@@ -86,7 +86,7 @@ class Stepper:
 
     def keep(self, rows: Rows, places: Sequence[int]) -> Rows:
         """Returns some rows alone, without columns that are padding to all of them."""
-        index = torch.tensor(places, device=rows.mask.device)
+        index = torch.tensor(places)  # on the CPU, as layers may lie on several accelerators
         mask = rows.mask[index]
         first = int(mask.any(0).int().argmax())
         return self._rows(mask[:, first:], [[part[index, :, first:] for part in layer] for layer in rows.keys_values])
