@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from kit import Site
+from waiting import until
 
 from xblip import plugins
 from xblip.decode_pool import DecodePool
 from xblip.decode_worker import _work
-from xblip.errors import ConfigError, InputError, MediaError, PluginError
+from xblip.errors import BusyError, ConfigError, InputError, MediaError, PluginError
 from xblip.testing import ToyModality
 
 MIB = 2**20
@@ -56,14 +57,6 @@ def value(tensors: dict[str, torch.Tensor]) -> float:
     return tensors["values"][0, 0].item()
 
 
-def until(holds, seconds: float = 10.0) -> None:
-    """Waits until something holds."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
-        time.sleep(0.005)
-
-
 def is_there(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -91,6 +84,7 @@ MEMORY = (
     "Cannot read the toy: reading it takes more than the 256 MiB of memory that there are for one, so it is too large or "
     "damaged. Give a smaller one."
 )
+CLOSED = "No more media are read here, as this is being shut down: ask again in a while."
 DEATH = "Cannot read the toy: the process that read it died ({}), so it is probably damaged. Give another file."
 FAILURE = "Cannot read the toy: reading it failed, and the log says why. Give another file."
 
@@ -213,6 +207,16 @@ def test_workers_killed_while_idle_cost_no_file(pool, order):
     assert pool.counters.replaced == before.replaced + 2 and pool.counters.died == before.died
 
 
+def test_workers_killed_while_idle_are_put_back_when_somebody_looks(pool):
+    before = pool.counters
+    os.kill(pool.pids[0], signal.SIGKILL)
+    until(lambda: pool.counters.alive == 1)
+    pool.revive()
+    assert pool.counters.alive == 2 and pool.counters.replaced == before.replaced + 1
+    pool.revive()
+    assert pool.counters.replaced == before.replaced + 1
+
+
 def test_signals_that_mean_the_server_end_no_worker(pool, order):
     """A service manager sends them to all processes at once, while the server finishes what it has."""
     before = pool.pids
@@ -290,8 +294,8 @@ def test_closing_ends_everything_and_refuses_those_who_wait(obedient, order, tmp
         until(lambda: pool._waiting)
         pool.close()
         for turn in (reading, waiting):
-            assert str(turn.exception()) == "The pool that decodes media is closed. Open another."
-    with pytest.raises(InputError, match="The pool that decodes media is closed"):
+            assert str(turn.exception()) == CLOSED
+    with pytest.raises(BusyError, match="being shut down: ask again"):
         pool.load("toy", order("say", 1))
     assert not any(map(is_there, pids)) and pool.counters.alive == 0
 

@@ -8,20 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kit import BEADS, LONG, ONE, TWO, eight, make_model
+from kit import BEADS, LONG, eight, make_model
+from waiting import ASK, NEW, Held, until
 
 from xblip.decoder import Decoder
 from xblip.engine import Engine, EngineConfig
-from xblip.errors import BusyError, ConfigError, InputError, LateError, MediaError, XBlipError
+from xblip.errors import BusyError, InputError, LateError, XBlipError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.requests import Finished, Request, Said
 from xblip.sample import Sample
-from xblip.steps import Stepper
-from xblip.text_stream import TextStream
 
-NEW = {"max_new_tokens": 12}
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.95}
-ASK = Sample("what is this ?", [("toy", LONG)])
 
 
 @pytest.fixture
@@ -33,49 +30,6 @@ def model(llm):
 def engine(model):
     with Engine(model) as engine:
         yield engine
-
-
-class Held:
-    """An engine whose steps wait until they may go on, so that a test knows who is waiting."""
-
-    def __init__(self, model, monkeypatch, **settings):
-        self.may_go = threading.Event()
-        self.stepping = threading.Event()
-        real = Decoder.step
-
-        def step(decoder):
-            self.stepping.set()
-            assert self.may_go.wait(20)
-            return real(decoder)
-
-        monkeypatch.setattr(Decoder, "step", step)
-        self.engine = Engine(model, EngineConfig(**settings))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.may_go.set()
-        self.engine.close()
-
-    def submit(self, request):
-        events = []
-        ticket = self.engine.submit(request, events.append)
-        return ticket, events
-
-    def begin(self, **options):
-        """Submits a request, and returns when its answer is being said."""
-        found = self.submit(Request(ASK, {**NEW, "min_new_tokens": 12, **options}, caller="first"))
-        assert self.stepping.wait(20)
-        return found
-
-
-def wait_until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it did not come about in 10 s")
 
 
 def requests_of(count, seed=0):
@@ -202,7 +156,7 @@ class TestQueue:
                 held.submit(Request(ASK, NEW))
             assert held.engine.counts["refused"] == 1
             held.may_go.set()
-            wait_until(lambda: all(events and isinstance(events[-1], Finished) for events in (first, *others)))
+            until(lambda: all(events and isinstance(events[-1], Finished) for events in (first, *others)))
 
     def test_callers_take_turns(self, model, monkeypatch):
         order = []
@@ -215,7 +169,7 @@ class TestQueue:
                         lambda event, caller=caller: order.append(caller) if isinstance(event, Finished) else None,
                     )
             held.may_go.set()
-            wait_until(lambda: len(order) == 6)
+            until(lambda: len(order) == 6)
         assert order.index("modest") <= 2, "one may be on its way already"
 
     def test_rows_are_bounded_by_positions(self, model):
@@ -244,7 +198,7 @@ class TestQueue:
             waiting, _ = held.submit(Request(ASK, NEW))
             waiting.cancel()
             held.may_go.set()
-            wait_until(lambda: held.engine.state == {"waiting": 0, "rows": 0, "positions": 0})
+            until(lambda: held.engine.state == {"waiting": 0, "rows": 0, "positions": 0})
             assert not any(isinstance(event, (Finished, XBlipError)) for event in events) and len(events) <= 2
             assert held.engine.counts["cancelled"] == 2
 
@@ -253,7 +207,7 @@ class TestQueue:
             for _ in held.engine.stream(Request(ASK, {"max_new_tokens": 60, "min_new_tokens": 60})):
                 break
             held.may_go.set()
-            wait_until(lambda: held.engine.state["rows"] == 0 and held.engine.counts["cancelled"] == 1)
+            until(lambda: held.engine.state["rows"] == 0 and held.engine.counts["cancelled"] == 1)
             assert held.engine.counts["tokens"] < 5
 
     def test_an_event_loop_streams_too(self, engine):
@@ -279,7 +233,7 @@ class TestQueue:
             assert held.stepping.wait(20)
             time.sleep(0.25)
             held.may_go.set()
-            wait_until(lambda: events and isinstance(events[-1], LateError))
+            until(lambda: events and isinstance(events[-1], LateError))
             assert "was not whole after 0.2 s: ask for less, or give more time" in str(events[-1])
             assert held.engine.counts["late"] == 1 and held.engine.counts["failed"] == 0
 
@@ -296,9 +250,9 @@ class TestQueue:
         monkeypatch.setattr(FrozenLLM, "generate", generate)
         with Held(model, monkeypatch, max_rows=1) as held:
             held.submit(Request(ASK, {**NEW, "min_new_tokens": 12, **options}))
-            wait_until(lambda: at_work.is_set() or held.stepping.is_set())
+            until(lambda: at_work.is_set() or held.stepping.is_set())
             late = [held.submit(Request(ASK, NEW, seconds=0.2))[1] for _ in range(3)]
-            wait_until(lambda: all(events and isinstance(events[-1], LateError) for events in late))
+            until(lambda: all(events and isinstance(events[-1], LateError) for events in late))
             assert held.engine.state["waiting"] == 0 and held.engine.counts["late"] == 3
             may_go.set()
 
@@ -310,7 +264,7 @@ class TestQueue:
             _, events = held.submit(Request(ASK, NEW))
             assert held.engine.state["waiting"] == 1
             held.may_go.set()
-            wait_until(lambda: events and isinstance(events[-1], Finished))
+            until(lambda: events and isinstance(events[-1], Finished))
             assert held.engine.counts["cancelled"] == 2
 
     @pytest.mark.parametrize("seconds, told", [(None, None), (0.3, LateError)])
@@ -331,7 +285,7 @@ class TestQueue:
             if not told:
                 ticket.cancel()
             started = time.monotonic()
-            wait_until(lambda: not any(engine.state.values()))
+            until(lambda: not any(engine.state.values()))
             assert time.monotonic() - started < 1.5, "the whole takes 2 s"
             assert [type(event) for event in events] == ([told] if told else [])
             assert engine.counts["late" if told else "cancelled"] == 1
@@ -343,154 +297,12 @@ class TestQueue:
                 engine.ask(Request(ASK, {**NEW, "num_beams": 4}))
 
 
-class TestFailures:
-    @pytest.mark.parametrize(
-        "options, message",
-        [
-            (
-                {"do_sample": True, "temperature": 1e-40},
-                "scores for the next token are no numbers .* higher temperature",
-            ),
-            ({"do_sample": True, "repetition_penalty": 1e-40}, "scores for the next token are no numbers"),
-        ],
-    )
-    def test_what_cannot_be_drawn_fails_alone(self, model, monkeypatch, options, message):
-        with Held(model, monkeypatch) as held:
-            _, first = held.begin()
-            _, wrong = held.submit(Request(ASK, {**NEW, "min_new_tokens": 12, **options}))
-            held.may_go.set()
-            wait_until(lambda: isinstance(first[-1], Finished) and isinstance(wrong[-1], XBlipError))
-        assert isinstance(wrong[-1], InputError)
-        with pytest.raises(InputError, match=message):
-            raise wrong[-1]
-        assert first[-1].answer == model.generate([ASK], **NEW, min_new_tokens=12)[0]
-
-    def test_a_text_that_cannot_be_made_fails_alone(self, model, monkeypatch):
-        real = TextStream.add
-
-        def add(stream, ids, **settings):
-            if "bad" in stream._stop:
-                raise ZeroDivisionError
-            return real(stream, ids, **settings)
-
-        monkeypatch.setattr(TextStream, "add", add)
-        with Held(model, monkeypatch) as held:
-            _, first = held.begin()
-            _, wrong = held.submit(Request(ASK, NEW, stop=["bad"]))
-            held.may_go.set()
-            wait_until(lambda: isinstance(first[-1], Finished) and wrong)
-        assert type(wrong[-1]) is XBlipError and held.engine.counts["failed"] == 1
-
-    def test_who_cannot_join_fails_alone(self, model, monkeypatch):
-        """As when there is no memory for one prompt more."""
-        real = Stepper.read
-
-        def read(stepper, prompts, past=None):
-            if len(prompts[0].units) > 70:
-                raise torch.OutOfMemoryError
-            return real(stepper, prompts, past)
-
-        monkeypatch.setattr(Stepper, "read", read)
-        with Held(model, monkeypatch) as held:
-            _, first = held.begin()
-            _, wrong = held.submit(Request(Sample("what ? " * 40), NEW))
-            held.may_go.set()
-            wait_until(lambda: isinstance(first[-1], Finished) and wrong)
-        assert type(wrong[-1]) is XBlipError
-        assert first[-1].answer == model.generate([ASK], **NEW, min_new_tokens=12)[0]
-
-    def test_who_cannot_be_kept_alone_is_told_and_the_engine_goes_on(self, model, monkeypatch):
-        with monkeypatch.context() as broken, Held(model, broken) as held:
-            ticket, _ = held.begin()
-            _, other = held.submit(Request(ASK, {**NEW, "min_new_tokens": 12}))
-            broken.setattr(Stepper, "keep", lambda *_: 1 / 0)
-            held.may_go.set()
-            wait_until(lambda: held.engine.state["rows"] == 2)
-            ticket.cancel()
-            wait_until(lambda: other and type(other[-1]) is XBlipError)
-            broken.undo()
-            assert held.engine.is_alive
-            assert held.engine.ask(Request(ASK, NEW)).answer == model.generate([ASK], **NEW)[0]
-
-    @pytest.mark.parametrize(
-        "settings, message",
-        [
-            ({"seconds": "5"}, "seconds must be a number above 0"),
-            ({"seconds": 0}, "seconds must be a number above 0"),
-            ({"stop": [5]}, "stop must be texts"),
-            ({"top_log_probabilities": -1}, "top_log_probabilities must be a whole number"),
-        ],
-    )
-    def test_settings_that_cannot_be_are_refused_when_they_are_given(self, settings, message):
-        with pytest.raises(InputError, match=message):
-            Request(ASK, NEW, **settings)
-
-    def test_one_stop_string_may_come_alone_and_more_likelihoods_than_there_are_words(self, engine):
-        whole = engine.ask(Request(ASK, NEW))
-        stop = whole.answer.text.split()[1]
-        assert engine.ask(Request(ASK, NEW, stop=stop)) == engine.ask(Request(ASK, NEW, stop=[stop]))
-        told = engine.ask(Request(ASK, NEW, top_log_probabilities=10**6)).drawn[0].top
-        assert len(told) == engine.model.llm.model.config.vocab_size
-
-    def test_likelihoods_of_what_is_said_in_one_go_are_refused(self, engine):
-        with pytest.raises(InputError, match="Log-probabilities are told .* say them one by one"):
-            engine.submit(Request(ASK, {**NEW, "num_beams": 2}, top_log_probabilities=0), print)
-
-    def test_a_length_among_the_llm_s_own_settings_changes_nothing(self, model):
-        """`max_length` stands in many a published generation_config.json, and gives way to max_new_tokens."""
-        model.llm.model.generation_config.max_length = 4096
-        with Engine(model) as engine:
-            assert engine.ask(Request(ASK, {**NEW, "min_new_tokens": 3})).drawn
-
-    @pytest.mark.parametrize(
-        "sample, error",
-        [
-            (Sample("what ?", [("toy", [])]), MediaError),
-            (Sample("what ? " * 200), InputError),
-            ({"toy": ONE}, InputError),
-        ],
-    )
-    def test_what_fails_fails_alone(self, model, engine, sample, error):
-        samples = [ASK, sample, Sample("which one ?", [("beads", BEADS), ("toy", TWO)])]
-        with ThreadPoolExecutor(3) as threads:
-            first, wrong, last = [threads.submit(engine.ask, Request(own, NEW)) for own in samples]
-        with pytest.raises(error):
-            wrong.result()
-        assert [first.result().answer, last.result().answer] == model.generate([samples[0], samples[2]], **NEW)
-        assert engine.counts["failed"] == 1
-
-    @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperatur": 2.0}, {"num_return_sequences": 2}])
-    def test_wrong_options_are_refused_at_once(self, engine, options):
-        with pytest.raises(ConfigError):
-            engine.submit(Request(ASK, options), print)
-
-    def test_values_that_transformers_refuses_are_refused_at_once(self, engine):
-        with pytest.raises(ConfigError, match="These generation options are refused, .*temperature=-1.0"):
-            engine.submit(Request(ASK, {"do_sample": True, "temperature": -1.0}), print)
-
-    def test_a_failure_of_the_model_is_told_without_its_insides_and_the_engine_goes_on(
-        self, model, engine, monkeypatch
-    ):
-        expected = engine.ask(Request(ASK, NEW))
-        with monkeypatch.context() as broken:
-            broken.setattr(model.llm.model, "forward", lambda **_: 1 / 0)
-            with pytest.raises(XBlipError, match="The model failed at this request; the server's log says why") as told:
-                engine.ask(Request(ASK, NEW))
-            assert "division" not in str(told.value)
-        assert engine.ask(Request(ASK, NEW)) == expected
-
-    def test_a_listener_that_fails_is_given_up(self, engine):
-        engine.submit(Request(ASK, {**NEW, "min_new_tokens": 12}), lambda event: 1 / 0)
-        wait_until(lambda: engine.counts["cancelled"] == 1)
-        assert engine.ask(Request(ASK, NEW)).answer.text
-
-
 class TestClosing:
     def test_what_was_taken_is_answered(self, model):
         engine = Engine(model)
         with ThreadPoolExecutor(8) as threads:
             futures = [threads.submit(engine.ask, Request(sample, NEW)) for sample in eight()]
-            wait_until(lambda: engine.counts["submitted"] == 8)
+            until(lambda: engine.counts["submitted"] == 8)
             engine.close()
         assert [future.result().answer for future in futures] == model.generate(eight(), **NEW)
         with pytest.raises(BusyError, match="shutting down"):

@@ -61,7 +61,7 @@ LAYERS = [
     {"engine"},
     {"model", "retrieval", "contrast", "encoding", "streaming", "decode_pool"},
     {"serve_config", "serve_schema", "serve_reply", "serve_metrics"},
-    {"serve_media", "serve_stream"},
+    {"serve_access", "serve_media", "serve_stream"},
     {"serve_sample"},
     {"serve", "serve_ray_proxy"},
     {"serve_talk", "serve_gate", "serve_ray"},

@@ -180,8 +180,8 @@ def test_11_errors_are_swallowed():
                 ends = any(isinstance(node, ast.Raise) for node in ast.walk(handler)) or "exit" in ast.unparse(handler)
                 if is_broad and not ends:
                     silent.add(f"{path.stem}.{function.name}")
-    told_to_who_asked = {"engine._answer", "engine._made", "decoder.tell", "decode_worker.main", "decode_worker._work"}
-    told_to_who_asked |= {"serve.complete", "serve_talk.answers"}
+    told_to_who_asked = {"engine._answer", "engine._made", "decoder.tell", "decoder.join", "decoder._say"}
+    told_to_who_asked |= {"decode_worker.main", "decode_worker._work", "serve.complete", "serve_talk.answers"}
     told = {"doctor._check", "doctor._diagnosed", "pictures._turned", "testing.run_contract"}
     assert silent == told | told_to_who_asked
 

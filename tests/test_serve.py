@@ -1,10 +1,8 @@
 """The server, spoken to by the official `openai` client and by those who mean it ill."""
 
-import asyncio
 import json
 import os
 import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +10,7 @@ import httpx
 import openai
 import pytest
 from served import BAD, KEY, LINES, QUESTION, ROWS, ask, asking, post, rows, running, user
+from waiting import until
 
 from xblip.engine import EngineConfig
 from xblip.errors import ConfigError
@@ -21,8 +20,6 @@ from xblip.serve_media import limited
 
 pytestmark = pytest.mark.slow
 """A server takes seconds to start; what it refuses is tried in the quick suite, by `test_serve_refusals`."""
-
-SCOPE = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
 
 
 class TestAnswers:
@@ -91,6 +88,25 @@ class TestAnswers:
         assert len(ask(client, QUESTION, max_completion_tokens=2).choices[0].message.content.split()) <= 2
         extra = {"num_beams": 3, "min_tokens": 4}
         assert ask(client, ROWS, QUESTION, extra_body=extra).choices[0].message.content
+
+    def test_what_asks_for_steps_goes_by_steps_whatever_the_model_s_own_settings(self, rows_model):
+        """Beams are many published models' own, and neither likelihoods nor temperatures are of beams."""
+        rows_model.generation["num_beams"] = 3
+        try:
+            with running(rows_model, decode_workers=1) as served:
+                for settings in ({"logprobs": True, "top_logprobs": 2}, {"temperature": 0, "logprobs": True}):
+                    [choice] = post(served, {**BAD, **settings}).json()["choices"]
+                    assert len(choice["logprobs"]["content"]) >= 1
+                assert post(served, BAD).json()["choices"][0]["logprobs"] is None
+                assert served.server.engine.counts["steps"] > 0
+        finally:
+            del rows_model.generation["num_beams"]
+
+    def test_likelihoods_that_an_llm_cannot_tell_are_refused(self, rows_model):
+        with running(rows_model, decode_workers=1) as served:
+            served.server.engine._can_step = False
+            response = post(served, {**BAD, "logprobs": True})
+            assert response.status_code == 400 and "Log-probabilities are told" in response.json()["error"]["message"]
 
     def test_streams_of_several_choices(self, client):
         texts = {0: "", 1: ""}
@@ -187,63 +203,41 @@ class TestLoad:
                 time.sleep(0.01)
             assert served.server.engine.state == {"waiting": 0, "rows": 0, "positions": 0}
 
-    def test_a_client_that_leaves_frees_its_row(self, rows_model):
+    def test_time_is_counted_from_the_request_on_files_and_all(self, rows_model):
+        with running(rows_model, decode_workers=1, decode_seconds=20, request_seconds=0.5) as served:
+            response = post(
+                served, asking(*(rows(f"sleep 0.4 {number} 2 3".encode()) for number in range(4)), QUESTION)
+            )
+            assert response.status_code == 504 and "was not whole after 0.5 s" in response.json()["error"]["message"]
+
+    def test_those_without_files_do_not_wait_for_those_who_read(self, rows_model, monkeypatch):
+        monkeypatch.setattr("xblip.serve.READERS", 1)
+        with running(rows_model, decode_workers=1, decode_seconds=20) as served, ThreadPoolExecutor(2) as threads:
+            reading = [
+                threads.submit(post, served, asking(rows(f"sleep 2 1 2 {n}".encode()), QUESTION)) for n in (1, 2)
+            ]
+            until(lambda: served.server._inside == 2)
+            started = time.monotonic()
+            assert post(served, BAD).status_code == 200 and time.monotonic() - started < 1.5
+            assert not any(future.done() for future in reading)
+
+    def test_bodies_have_a_limit_together(self, rows_model):
+        with running(rows_model, decode_workers=1, decode_seconds=20, max_held_bytes=3_000) as served:
+            with ThreadPoolExecutor(1) as threads:
+                large = asking(rows(b"sleep 1 1 2 3"), QUESTION + " " * 2_000)
+                first = threads.submit(post, served, large)
+                until(lambda: served.server._held_bytes > 2_000)
+                refused = post(served, large)
+                assert refused.status_code == 429 and "too large together" in refused.json()["error"]["message"]
+                assert post(served, BAD).status_code == 200 and first.result().status_code == 200
+            assert served.server._held_bytes == 0
+
+    def test_idle_workers_that_were_killed_are_put_back(self, rows_model, monkeypatch):
+        monkeypatch.setattr("xblip.serve.TIDY_SECONDS", 0.2)
         with running(rows_model, decode_workers=1) as served:
-            body = {**BAD, "max_tokens": 90, "min_tokens": 90}
-            with httpx.stream("POST", served.url + COMPLETIONS, json={**body, "stream": True}) as response:
-                next(response.iter_lines())
-            with pytest.raises(httpx.TimeoutException):
-                httpx.post(served.url + COMPLETIONS, json={**body, "n": 16}, timeout=0.05)
-            deadline = time.monotonic() + 10
-            while served.server.engine.state["rows"] and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert served.server.engine.state["rows"] == 0
-
-    def test_a_request_that_is_cancelled_frees_its_rows(self, rows_model):
-        """Ray cancels the task of a client that leaves."""
-        body = json.dumps({**BAD, "max_tokens": 90, "min_tokens": 90, "n": 16, "temperature": 1}).encode()
-
-        async def cancelled(server):
-            told = [{"type": "http.request", "body": body}]
-
-            async def receive():
-                return told.pop() if told else await asyncio.Event().wait()
-
-            task = asyncio.create_task(server.app({**SCOPE}, receive, None))
-            while not server.engine.state["rows"]:
-                await asyncio.sleep(0.001)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            while server.engine.state["rows"]:
-                await asyncio.sleep(0.001)
-
-        with running(rows_model, decode_workers=1) as served:
-            asyncio.run(asyncio.wait_for(cancelled(served.server), 30))
-            assert served.server.engine.counts["cancelled"] == 16
-            assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
-
-    def test_a_client_that_leaves_before_the_first_piece_frees_its_row(self, rows_model):
-        body = json.dumps({**BAD, "max_tokens": 90, "min_tokens": 90, "stream": True}).encode()
-
-        async def left(server):
-            told, begun = [{"type": "http.request", "body": body}], asyncio.Event()
-
-            async def receive():
-                return told.pop() if told or not await begun.wait() else {"type": "http.disconnect"}
-
-            async def send(_):
-                begun.set()
-                await asyncio.Event().wait()
-
-            await server.app({**SCOPE}, receive, send)
-            while server.engine.state["rows"]:
-                await asyncio.sleep(0.001)
-
-        with running(rows_model, decode_workers=1) as served:
-            asyncio.run(asyncio.wait_for(left(served.server), 30))
-            assert served.server.engine.counts["cancelled"] == 1
-            assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
+            os.kill(served.server.pool.pids[0], signal.SIGKILL)
+            until(lambda: served.server.pool.counters.replaced == 1)
+            until(lambda: httpx.get(f"{served.url}/ready").status_code == 200)
 
     def test_a_killed_worker_loses_only_the_file_it_held(self, rows_model):
         with running(rows_model, decode_workers=2, decode_seconds=20) as served, ThreadPoolExecutor(8) as threads:
@@ -260,19 +254,6 @@ class TestLoad:
             assert statuses.count(200) >= 19 and set(statuses) <= {200, 400}
             assert statuses.count(400) + (held.result().status_code == 400) <= 1
             assert served.server.pool.counters.alive == 2
-
-    def test_stopping_finishes_what_runs(self, rows_model):
-        with running(rows_model, decode_workers=1) as served:
-            found = []
-            body = {**BAD, "max_tokens": 90, "min_tokens": 90, "n": 8, "temperature": 1}
-            running_one = threading.Thread(target=lambda: found.append(post(served, body)))
-            running_one.start()
-            deadline = time.monotonic() + 10
-            while not served.server.engine.state["rows"] and time.monotonic() < deadline:
-                time.sleep(0.001)
-            served.stop()
-            running_one.join(20)
-        assert found[0].status_code == 200 and len(found[0].json()["choices"]) == 8
 
 
 def _is_asleep(pid: int) -> float:

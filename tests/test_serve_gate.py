@@ -10,9 +10,9 @@ import pytest
 from served import KEY
 
 from xblip.serve import Server
+from xblip.serve_access import key_in
 from xblip.serve_config import ServeConfig
 from xblip.serve_gate import MAX_EVENT_BYTES, Gate
-from xblip.serve_reply import key_in
 
 
 def server(**settings):

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import yaml
 from served import BAD, KEY, LINES, QUESTION, ROWS, ask, user
+from waiting import until
 
 from xblip.errors import ConfigError, XBlipError
 from xblip.llm import LLMConfig
@@ -98,13 +99,6 @@ class Replicated:
                 self.process.wait(120)
             self.process.kill()
         shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-def until(holds, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +191,7 @@ def test_who_leaves_frees_its_rows(replicated):
         next(response.iter_lines())
     with pytest.raises(httpx.TimeoutException):
         httpx.post(url, json=many, headers=headers, timeout=0.1)
-    until(lambda: sum(replicated.counted("xblip_engine_total{", 'what="cancelled"').values()) > 16)
+    until(lambda: sum(replicated.counted("xblip_engine_total{", 'what="cancelled"').values()) > 16, 60)
     assert not any(replicated.counted("xblip_batch_size{").values())
 
 
@@ -229,7 +223,7 @@ def test_a_killed_replica_loses_its_requests_alone_and_is_replaced(replicated, c
     threads = [threading.Thread(target=again_and_again, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
-    until(lambda: len(found) == 8)
+    until(lambda: len(found) == 8, 60)
     killed = replicated.replicas[0]
     killed.kill()
     over.set()
@@ -249,7 +243,7 @@ def test_sigterm_finishes_what_runs_and_leaves_nothing(replicated):
     tree, found = replicated.tree, {}
     thread = threading.Thread(target=streamed, args=(replicated, found, 0))
     thread.start()
-    until(lambda: found)
+    until(lambda: found, 60)
     replicated.process.send_signal(signal.SIGTERM)
     assert replicated.process.wait(120) == 0
     thread.join(10)

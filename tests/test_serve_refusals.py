@@ -7,7 +7,11 @@ import openai
 import pytest
 from served import BAD, QUESTION, ROWS, ask, asking, post, rows, user
 
+from xblip.errors import InputError
 from xblip.serve import COMPLETIONS
+from xblip.serve_schema import parse
+
+LONG_TALK = [turn for _ in range(9) for turn in ({"role": "assistant", "content": "b"}, *user(ROWS, "a"))]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,15 @@ from xblip.serve import COMPLETIONS
         ({**BAD, "stream_options": {}}, 400, "stream_options needs stream"),
         ({**BAD, "response_format": {"type": "json_object"}}, 400, "response_format.type"),
         ({**BAD, "n": 1000}, 400, "n: "),
+        ({**BAD, "temperature": 1e-40}, 400, "scores for the next token are no numbers"),
+        ({**BAD, "num_beams": 2, "logprobs": True}, 400, "logprobs are not told of beams"),
+        ({**BAD, "messages": [{"role": "user", "content": [0] * 9_000}]}, 400, "messages[0].content[0]: Input should be"),
+        ({**BAD, "stop": [0] * 9_000}, 400, "stop[0]: Input should be a valid string."),
+        ({**BAD, **{f"a{number}": 1 for number in range(5_000)}}, 400, 'Unknown setting "a0".'),
+        (b"[" + b"0," * 49_000 + b"0]", 400, "The request: "),
+        (asking(*"aaaaaaa", "a" * 50_000), 400, "messages: the texts have 50007 characters, and "),
+        ({**BAD, "messages": [*user(ROWS, "a"), *LONG_TALK]}, 400,
+         "messages: there are 10 inputs in all, and 8 are allowed"),
         ({**BAD, "stop": ["a"] * 9}, 400, "stop has 9 texts, and 4 are allowed"),
         ({**BAD, "max_tokens": 10**9}, 400, "The prompt is too long for the LLM"),
         (asking(*"aaaaaaaaa"), 400, "messages[0].content has 9 parts, and 8 are allowed"),
@@ -128,3 +141,13 @@ def test_errors_are_the_client_s_exceptions(served, client):
     for path, status in (("/nope", 404), (COMPLETIONS, 405)):
         response = httpx.get(served.url + path)
         assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_more_values_than_a_request_has_are_refused_before_they_are_read():
+    with pytest.raises(InputError, match="The body has more than 100000 commas"):
+        parse(b"[" + b"0," * 100_001 + b"0]")
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_no_page_loads_programs_from_elsewhere(served, path):
+    assert httpx.get(served.url + path).status_code == 404

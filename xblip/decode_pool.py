@@ -24,7 +24,7 @@ from torch import Tensor
 from xblip import config as configs
 from xblip.decode_process import ForkServer, Worker, quoted
 from xblip.decode_worker import LONGEST, OUT_OF_MEMORY
-from xblip.errors import InputError, MediaError, in_units, suggest
+from xblip.errors import BusyError, InputError, MediaError, in_units, suggest
 from xblip.modality import Modality
 
 COUNTED = ("loads", "refused", "timed_out", "out_of_memory", "died", "failed", "replaced")
@@ -114,7 +114,8 @@ class DecodePool:
 
         Raises:
           MediaError: the modality refuses the file, it takes more time or memory than it may, or the worker died of it.
-          InputError: there is no such modality here, or the pool is closed.
+          InputError: there is no such modality here.
+          BusyError: the pool is closed.
         """
         if name not in self._order["modalities"]:
             raise InputError(f'No modality of this pool is called "{name}".{suggest(name, self._order["modalities"])}')
@@ -124,6 +125,22 @@ class DecodePool:
         finally:
             self._give_back(place)
         return self._result(name, path, facts, tensors)
+
+    def revive(self) -> None:
+        """Puts others in the place of workers that died while they had nothing to do.
+
+        Raises:
+          PluginError: they do not start.
+        """
+        with self._lock:
+            dead = [place for place in self._free if not (self._at[place] and self._at[place].is_alive())]
+            for place in dead:
+                self._free.remove(place)
+        for place in dead:
+            try:
+                self._replace(place)
+            finally:
+                self._give_back(place)
 
     @property
     def pids(self) -> list[int]:
@@ -138,7 +155,7 @@ class DecodePool:
             return DecodeCounters(alive=alive, seconds=self._busy_seconds, **self._counts)
 
     def close(self) -> None:
-        """Ends all workers. Files that are being read are lost, and those who wait get an `InputError`."""
+        """Ends all workers. Files that are being read are lost, and those who wait get a `BusyError`."""
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
@@ -286,8 +303,8 @@ def _text(said: Any) -> str:
     return str(said)[:LONGEST].encode(errors="replace").decode()
 
 
-def _closed() -> InputError:
-    return InputError("The pool that decodes media is closed. Open another.")
+def _closed() -> BusyError:
+    return BusyError("No more media are read here, as this is being shut down: ask again in a while.")
 
 
 def _kills_for_memory() -> int:

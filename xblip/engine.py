@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xblip.context import make_prompts
 from xblip.decoder import Decoder, Job
 from xblip.errors import BusyError, InputError, LateError, XBlipError
-from xblip.requests import Event, Finished, Request, Said, Ticket
+from xblip.requests import Event, Finished, Request, Said, Ticket, late
 from xblip.sampling import Sampler
 from xblip.text_stream import TextStream
 
@@ -252,8 +252,7 @@ class Engine:
         if job.ticket.is_cancelled:
             self.counts["cancelled"] += 1
         else:
-            given = job.ticket.request.seconds
-            job.fail(LateError(f"The answer was not whole after {given:g} s: ask for less, or give more time."))
+            job.fail(late(job.ticket.request.seconds))
         job.is_over = True
         return False
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xblip.answer import Answer
-from xblip.errors import InputError, XBlipError
+from xblip.errors import InputError, LateError, XBlipError
 from xblip.sample import Sample
 from xblip.sampling import Drawn
 
@@ -72,6 +72,11 @@ class Finished:
 
 
 Event = Said | Finished | XBlipError
+
+
+def late(seconds: float) -> LateError:
+    """Returns the error of a request that had so many seconds."""
+    return LateError(f"The answer was not whole after {seconds:.3g} s: ask for less, or give more time.")
 
 
 class Ticket:

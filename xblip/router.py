@@ -23,6 +23,11 @@ from xblip.errors import ConfigError, InputError, UnknownWordsWarning
 from xblip.llm import IGNORE, FrozenLLM, PromptBatch
 from xblip.sample import Media, Sample
 
+MAX_WARNED = 1_000
+"""Texts and words that are remembered as warned of; then there is no warning more."""
+MAX_LISTED = 20
+"""Words that one warning names."""
+
 
 class Bos(Enum):
     """Where the tokenizer's beginning-of-sequence token goes."""
@@ -244,16 +249,16 @@ class Router:
     def _warn_of_unknown(self, text: str, ids: list[int]) -> None:
         """Warns, once of each, of words in a text that the LLM does not know; `ids` are the text's."""
         unknown = self.llm.tokenizer.unk_token_id
-        if unknown not in ids or text in self._warned:
+        if unknown not in ids or text in self._warned or len(self._warned) > MAX_WARNED:
             return
         words = [word for word in text.split() if unknown in self.llm.tokenize(word)]
         new = [word for word in words or [text] if word not in self._warned]
         self._warned.update([text, *new])
         if not new:
             return
-        listed = ", ".join(f'"{word}"' for word in new)
+        listed = ", ".join(f'"{word:.80}"' for word in new[:MAX_LISTED])
         warnings.warn(
-            f'The LLM does not know {listed} in "{text}": it reads every such word as the same one, and its answers '
+            f'The LLM does not know {listed} in "{text:.1000}": it reads every such word as the same one, and its answers '
             "suffer. Use words of its vocabulary.",
             UnknownWordsWarning,
             stacklevel=3,

@@ -6,12 +6,12 @@ engine's own thread; the event loop itself never waits for any of them.
 
 import asyncio
 import contextlib
-import hmac
 import logging
-import re
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,20 @@ from fastapi import FastAPI, Request
 from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
 
 from xblip import heap, requests
 from xblip.decode_pool import DecodePool
 from xblip.engine import Engine
-from xblip.errors import LateError, XBlipError
+from xblip.errors import BusyError, XBlipError
 from xblip.fetch import FetchConfig, Fetcher
-from xblip.requests import Event, Finished, Ticket
+from xblip.requests import Event, Finished, Said, Ticket
 from xblip.sample import Sample
+from xblip.serve_access import caller_of
 from xblip.serve_config import MIB, ServeConfig
 from xblip.serve_media import MediaDoor, limited
-from xblip.serve_metrics import Metrics
-from xblip.serve_reply import Refused, Replies, key_in, refusal
+from xblip.serve_metrics import Metrics, Pace
+from xblip.serve_reply import LeftError, Refused, Replies, refusal
 from xblip.serve_sample import sample_of
 from xblip.serve_schema import ChatRequest, parse, schema_of
 from xblip.serve_stream import EventStream
@@ -40,13 +42,9 @@ if TYPE_CHECKING:
 
 COMPLETIONS = "/v1/chat/completions"
 TIDY_SECONDS = 2.0
-"""How often freed memory is given back."""
-OWN_SITE = ("same-origin", "none")
-"""What browsers say of a request that no other site has a part in."""
-OWN_NAME = re.compile(
-    r"(\[[\da-f:.]*\]|\d+(\.\d+){3}|[^.:]*|[^:]*\.(localhost|local|internal))(:\d*)?", flags=re.IGNORECASE
-)
-"""Of a machine or its network: what nobody can register to let it lead here."""
+"""How often freed memory is given back, and workers that died of nothing are replaced."""
+READERS = 32
+"""Requests whose files are fetched and read at once."""
 log = logging.getLogger("xblip.serve")
 
 
@@ -94,20 +92,31 @@ class Server:
         self.engine = Engine(model, config.engine)
         self.metrics = Metrics(self.engine, self.pool)
         self.leaving, self.exits = contextlib.ExitStack(), contextlib.ExitStack()
-        self._inside = 0
-        self._is_draining = False
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="xblip server reads")
+        self._inside = self._held_bytes = 0
+        self._last_call: threading.Timer | None = None
         self.app = self._app()
 
     def leave(self) -> None:
-        """Takes nothing more; what was taken goes on."""
-        self._is_draining = True
+        """Takes nothing more; what was taken goes on for `drain_seconds`, and is told then that it was given up."""
+        if self._last_call is None:
+            self._last_call = threading.Timer(self.config.drain_seconds, self._give_up)
+            self._last_call.daemon = True
+            self._last_call.start()
         self.leaving.close()
+
+    def _give_up(self) -> None:
+        self.engine.close(seconds=0)
+        self.pool.close()
 
     def close(self) -> None:
         """Ends the engine, after what it was asked, and the workers."""
         self.leave()
-        self.engine.close(seconds=self.config.drain_seconds)
-        self.pool.close()
+        while not self.is_idle and self._last_call.is_alive():
+            time.sleep(0.01)
+        self._last_call.cancel()
+        self._give_up()
+        self._readers.shutdown(wait=False)
         self.exits.close()
 
     @property
@@ -118,12 +127,18 @@ class Server:
     def _app(self) -> FastAPI:
         @contextlib.asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-            tidying = asyncio.create_task(_tidy())
+            tidying = asyncio.create_task(self._tidy())
             yield
             tidying.cancel()
             await asyncio.to_thread(self.close)
 
-        app = FastAPI(title="xblip", summary=f"Asks {self.name} about files of any kind.", lifespan=lifespan)
+        app = FastAPI(
+            title="xblip",
+            summary=f"Asks {self.name} about files of any kind.",
+            lifespan=lifespan,
+            docs_url=None,  # pages that load programs from elsewhere
+            redoc_url=None,
+        )
         schema = schema_of({name: branch.modality.mime_types for name, branch in self.model.branches.items()})
         schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
         app.post(COMPLETIONS, openapi_extra=schema)(self.complete)
@@ -142,9 +157,13 @@ class Server:
 
     async def ready(self) -> Response:
         """Whether it takes requests: workers live, and it is not shutting down."""
-        alive = self.pool.counters.alive
-        is_ready = not self._is_draining and alive > 0
-        return JSONResponse({"ready": is_ready, "workers": alive}, 200 if is_ready else 503)
+        is_ready = self._last_call is None and self.is_alive
+        return JSONResponse({"ready": is_ready, "workers": self.pool.counters.alive}, 200 if is_ready else 503)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can answer: the engine and a worker live."""
+        return self.engine.is_alive and self.pool.counters.alive > 0
 
     async def show_metrics(self, request: Request) -> Response:
         """Counters and times, for Prometheus."""
@@ -177,43 +196,24 @@ class Server:
             raise Refused(404, message, "invalid_request_error", "model_not_found")
 
     def caller(self, request: HTTPConnection) -> str:
-        """Returns who asks, by the key or else the address. A key may also come as the password of a browser's dialog.
-
-        Raises:
-          Refused: a key is needed, and there is none or a wrong one; or a browser asks for another site's page.
-        """
-        if request.scope["method"] == "POST" and request.headers.get("sec-fetch-site", "none") not in OWN_SITE:
-            raise Refused(403, "A page of another site sent this: ask at the server's own page, or by a client.")
-        host = request.headers.get("host", "")
-        if not self.config.api_keys and not OWN_NAME.fullmatch(host):
-            message = (
-                f'The server is asked as "{host:.80}", a name of others: ask at 127.0.0.1, or start it with an API key.'
-            )
-            raise Refused(403, message)
-        if not self.config.api_keys:
-            return request.client.host if request.client else ""
-        given = request.headers.get("authorization", "")
-        key = key_in(given).encode(errors="replace")
-        if not any([hmac.compare_digest(key, known.encode()) for known in self.config.api_keys]):
-            what = "is wrong" if given else "is missing"
-            message = f"The API key {what}: send one as `Authorization: Bearer KEY`."
-            raise Refused(401, message, "invalid_request_error", "invalid_api_key")
-        return key.decode()
+        """Returns who asks; raises `Refused` for those who may not."""
+        return caller_of(request, self.config.api_keys)
 
     async def complete(self, request: Request) -> Response:
         """Answers a conversation, plain or streamed as server-sent events."""
         id, started = f"chatcmpl-{uuid.uuid4().hex}", time.monotonic()
         tickets: list[Ticket] = []
         leaving: asyncio.Task | None = None
+        told: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         try:
             caller = self.caller(request)
             with self.place():
-                asked = parse(await self._body(request))
-                self._check_model(asked.model)
-                sample = await asyncio.to_thread(sample_of, asked, self.door, caller=caller, most=self.config.max_parts)
-                told: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-                leaving = asyncio.create_task(_leaves(request, told))
-                self._submit(asked, sample, caller, told, tickets)
+                async with self._body(request) as body:
+                    leaving = asyncio.create_task(_leaves(request, told))
+                    asked = await asyncio.to_thread(parse, body)
+                    self._check_model(asked.model)
+                    sample = await self._sample(asked, caller, partial(self._check_wanted, leaving, started))
+                self._submit(asked, sample, caller, told, tickets, started=started)
                 first = await told.get()
             if isinstance(first[1], XBlipError):
                 raise first[1]
@@ -257,7 +257,7 @@ class Server:
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
         """One of the places for requests that come in, which a thousand clients would else fill memory by."""
-        if self._is_draining:
+        if self._last_call is not None:
             raise Refused(503, "The server is shutting down: ask again in a while.", "server_error", "shutting_down")
         if self._inside >= self.config.max_requests:
             message = f"{self.config.max_requests} requests are being taken in already: ask again in a while."
@@ -268,7 +268,9 @@ class Server:
         finally:
             self._inside -= 1
 
-    async def _body(self, request: Request) -> bytes:
+    @contextlib.asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytearray]:
+        """The body of a request, which counts in what is held until what it holds has been read."""
         most, body = self.config.max_body_bytes, bytearray()
         length = request.headers.get("content-length", "")
         too_large = Refused(
@@ -276,30 +278,77 @@ class Server:
         )
         if length.isdecimal() and int(length) > most:
             raise too_large
-        async with asyncio.timeout(self.config.request_seconds):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > most:
-                    raise too_large
-        return bytes(body)
+        try:
+            async with asyncio.timeout(self.config.request_seconds):
+                async for piece in request.stream():
+                    body += piece
+                    self._held_bytes += len(piece)
+                    if len(body) > most:
+                        raise too_large
+                    if self._held_bytes > self.config.max_held_bytes:
+                        raise BusyError(
+                            "The requests that are being taken in are too large together: ask again in a while."
+                        )
+            yield body
+        except ClientDisconnect:
+            raise LeftError from None
+        finally:
+            self._held_bytes -= len(body)
+
+    async def _sample(self, asked: ChatRequest, caller: str, check: Callable[[], None]) -> Sample:
+        """What is asked, files let in by a thread that may wait for them; texts wait for nobody."""
+        make = partial(sample_of, asked, self.door, caller=caller, most=self.config.max_parts, check=check)
+        return await self.aside(make) if asked.has_inputs else make()
+
+    async def aside(self, work: Callable[[], Any]) -> Any:
+        """Runs what waits for files in a thread of those that do."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    def _check_wanted(self, leaving: asyncio.Task, started: float) -> None:
+        """Raises what a request is given up by before the engine has it."""
+        if leaving.done():
+            raise LeftError
+        if time.monotonic() - started > self.config.request_seconds:
+            raise requests.late(self.config.request_seconds)
 
     def _submit(
-        self, asked: ChatRequest, sample: Sample, caller: str, told: asyncio.Queue, tickets: list[Ticket]
+        self,
+        asked: ChatRequest,
+        sample: Sample,
+        caller: str,
+        told: asyncio.Queue,
+        tickets: list[Ticket],
+        *,
+        started: float,
     ) -> None:
         """Asks the engine, `n` times; what it tells goes into a queue, each with its choice."""
-        loop = asyncio.get_running_loop()
+        loop, pace = asyncio.get_running_loop(), Pace(self.metrics, started=started)
+
+        def listen(index: int, event: Event) -> None:
+            if isinstance(event, Said):
+                pace.note(index)
+            loop.call_soon_threadsafe(told.put_nowait, (index, event))
+
         for index in range(asked.n or 1):
             request = requests.Request(
                 sample,
                 asked.options,
                 seed=None if asked.seed is None else (asked.seed + index) % 2**63,
                 stop=asked.stops,
-                top_log_probabilities=asked.top_logprobs or 0,
-                seconds=self.config.request_seconds,
+                top_log_probabilities=(asked.top_logprobs or 0) if asked.logprobs else None,
+                seconds=max(0.001, started + self.config.request_seconds - time.monotonic()),
                 caller=caller,
             )
-            listen = partial(lambda index, event: loop.call_soon_threadsafe(told.put_nowait, (index, event)), index)
-            tickets.append(self.engine.submit(request, listen))
+            tickets.append(self.engine.submit(request, partial(listen, index)))
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(TIDY_SECONDS)
+            await asyncio.to_thread(heap.give_back)
+            try:
+                await asyncio.to_thread(self.pool.revive)
+            except XBlipError as error:
+                log.error("Workers cannot be replaced: %s", error)
 
     async def _whole(self, events: AsyncIterator[tuple[int, Event]], count: int) -> list[Finished]:
         """Waits for all choices."""
@@ -314,12 +363,6 @@ class Server:
         return [finished[index] for index in range(count)]
 
 
-async def _tidy() -> None:
-    while True:
-        await asyncio.sleep(TIDY_SECONDS)
-        await asyncio.to_thread(heap.give_back)
-
-
 async def _events(first: tuple[int, Event], told: asyncio.Queue) -> AsyncIterator[tuple[int, Event]]:
     yield first
     while True:
@@ -330,7 +373,7 @@ async def _leaves(request: Request, told: asyncio.Queue) -> None:
     """Says so when the client leaves, as the engine says nothing more to one who has."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    told.put_nowait((0, LateError("The client left before its answer was whole.")))
+    told.put_nowait((0, LeftError()))
 
 
 def _refuse(request: Request, error: Exception) -> Response:

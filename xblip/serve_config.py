@@ -35,7 +35,8 @@ class ServeConfig:
       api_keys: of which a client must send one; none lets everyone in.
       allowed_media_domains, allowed_local_media_path, max_part_bytes, fetch_seconds: see `xblip.fetch.FetchConfig`.
       max_body_bytes: of a request.
-      max_parts: texts and inputs of one message.
+      max_held_bytes: of the bodies of all requests that are being taken in.
+      max_parts: texts and inputs of one message, and inputs of all messages of a request.
       max_requests: that are taken in at once, waiting ones among them; more are refused before their bodies are read.
       request_seconds: that a request may take in all.
       limits: of media, see `xblip.serve_media.limited`.
@@ -56,6 +57,7 @@ class ServeConfig:
     max_part_bytes: int = 64 * MIB
     fetch_seconds: float = 20.0
     max_body_bytes: int = 128 * MIB
+    max_held_bytes: int = 1024 * MIB
     max_parts: int = 64
     max_requests: int = 512
     request_seconds: float = 300.0

@@ -26,7 +26,7 @@ class Metrics:
         common = {"registry": self.registry, "namespace": "xblip"}
         self.requests = Counter("requests", "Requests by path and status.", ["path", "status"], **common)
         self.seconds = Histogram("request_seconds", "From a request to its whole answer.", buckets=SECONDS, **common)
-        self.first_token = Histogram("time_to_first_token_seconds", "To the first piece.", buckets=SECONDS, **common)
+        self.first_token = Histogram("time_to_first_token_seconds", "To the first token.", buckets=SECONDS, **common)
         self.per_token = Histogram("time_per_token_seconds", "Between later tokens.", buckets=SECONDS, **common)
         self.tokens = Counter("tokens", "Tokens of prompts and of answers.", ["of"], **common)
         self.registry.register(_State(engine, pool))
@@ -45,6 +45,24 @@ class Metrics:
         self.tokens.labels("prompts").inc(read)
         self.tokens.labels("answers").inc(said)
         self.told(path, 200, started=started, id=id, prompt_tokens=read, completion_tokens=said)
+
+
+class Pace:
+    """Notes when the answers to one request grow; called by the engine with what it says."""
+
+    def __init__(self, metrics: Metrics, *, started: float):
+        """Begins at `started`, by `time.monotonic`."""
+        self._metrics, self._started = metrics, started
+        self._last: dict[int, float] = {}
+
+    def note(self, choice: int) -> None:
+        """A choice has a token more."""
+        now = time.monotonic()
+        if not self._last:
+            self._metrics.first_token.observe(now - self._started)
+        elif choice in self._last:
+            self._metrics.per_token.observe(now - self._last[choice])
+        self._last[choice] = now
 
 
 class _State:

@@ -87,8 +87,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Called by Ray, which puts another replica in the place of one that raises."""
-        if not self.server.pool.counters.alive:
-            raise RuntimeError("No worker that reads media lives.")
+        if not self.server.is_alive:
+            raise RuntimeError("The engine, or every worker that reads media, has died.")
 
     def metrics(self) -> tuple[str, list[Metric]]:
         """Its name, and what it counted."""

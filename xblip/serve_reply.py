@@ -1,13 +1,12 @@
 """What the server says, in OpenAI's form: completions, pieces of them, errors."""
 
-import base64
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from xblip.errors import BusyError, LateError, XBlipError
+from xblip.errors import BusyError, LateError, PluginError, XBlipError
 
 if TYPE_CHECKING:  # a proxy that says errors need not import torch
     from xblip.requests import Finished, Said
@@ -23,6 +22,13 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
         super().__init__(message)
         self.status, self.kind, self.code = status, kind, code
+
+
+class LeftError(XBlipError):
+    """The client left before its answer was whole."""
+
+    def __init__(self):
+        super().__init__("The client left before its answer was whole.")
 
 
 class Replies:
@@ -95,7 +101,12 @@ def usage(finished: Sequence["Finished"]) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
 
 
-STATUS = {BusyError: (429, "rate_limit_error"), LateError: (504, "timeout_error")}
+STATUS = {
+    BusyError: (429, "rate_limit_error"),
+    LateError: (504, "timeout_error"),
+    PluginError: (500, "server_error"),
+    LeftError: (499, "invalid_request_error"),
+}
 
 
 def status_of(error: Exception) -> tuple[int, str]:
@@ -127,17 +138,6 @@ def refusal(error: Exception, *, method: str = "This") -> tuple[int, Json, dict[
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return status, body, headers
-
-
-def key_in(header: str) -> str:
-    """Returns the key in an Authorization header: `Bearer KEY`, or the password of `Basic`, whatever the name beside it."""
-    scheme, _, rest = header.partition(" ")
-    if scheme.lower() != "basic":
-        return header.removeprefix("Bearer ").strip()
-    try:
-        return base64.b64decode(rest, validate=True).decode().partition(":")[2]
-    except ValueError:
-        return ""
 
 
 def error_body(message: str, kind: str, *, place: str | None = None, code: str | None = None) -> Json:

@@ -1,18 +1,26 @@
 """A request's conversation as a sample: whose turn it is, what is asked last, and the files in it let in."""
 
+from collections.abc import Callable
+
 from xblip.sample import Media, Sample, Turn
 from xblip.serve_media import MediaDoor
-from xblip.serve_schema import ChatRequest, Part, parts_of, wrong
+from xblip.serve_schema import MAX_TEXT, ChatRequest, Part, parts_of, wrong
+
+CHARACTERS = 64
+"""Of a position of the LLM's context: far more than pieces of tokenizers have, but for runs of one character."""
 
 
-def sample_of(asked: ChatRequest, door: MediaDoor, *, caller: str, most: int) -> Sample:
+def sample_of(
+    asked: ChatRequest, door: MediaDoor, *, caller: str, most: int, check: Callable[[], None] = lambda: None
+) -> Sample:
     """Makes a sample of messages, their media fetched and read. A system message is the first text of the first turn.
 
     Args:
       asked: the request.
       door: that lets media in.
       caller: whose they are.
-      most: texts and inputs that a message may have.
+      most: texts and inputs that a message may have, and inputs of all messages.
+      check: called before each input is read, and after the last; what it raises ends the reading.
 
     Raises:
       InputError, MediaError: a message or a part is wrong; `place` says which.
@@ -20,6 +28,14 @@ def sample_of(asked: ChatRequest, door: MediaDoor, *, caller: str, most: int) ->
     contents = [
         parts_of(message, index, door.model.branches, most=most) for index, message in enumerate(asked.messages)
     ]
+    _check_amount([part for content in contents for part in content], most, door.model.llm.context_length)
+
+    def let_in(part: str | Part) -> str | Media:
+        if isinstance(part, str):
+            return part
+        check()
+        return Media(part.modality, door.source(part, caller=caller))
+
     turns: list[Turn] = []
     before: list[str] = []
     current: list[str | Media] | None = None
@@ -30,7 +46,7 @@ def sample_of(asked: ChatRequest, door: MediaDoor, *, caller: str, most: int) ->
                 raise wrong(place, f"{place}: a message of role {message.role} must come first.")
             before += [_text(part) for part in content]
         elif message.role == "user" and current is None:
-            current, before = [*before, *(_let_in(part, door, caller) for part in content)], []
+            current, before = [*before, *map(let_in, content)], []
         elif message.role == "assistant" and current is not None:
             turns.append(Turn(tuple(current), " ".join(_text(part) for part in content)))
             current = None
@@ -41,12 +57,22 @@ def sample_of(asked: ChatRequest, door: MediaDoor, *, caller: str, most: int) ->
     texts = [place for place, part in enumerate(current) if isinstance(part, str)]
     if not texts:
         raise wrong("messages", "messages: the last has no text, which would be the question.")
+    check()
     instruction = current.pop(texts[-1])
     return Sample(instruction, current, None, turns)
 
 
-def _let_in(part: str | Part, door: MediaDoor, caller: str) -> str | Media:
-    return Media(part.modality, door.source(part, caller=caller)) if isinstance(part, Part) else part
+def _check_amount(parts: list[str | Part], most: int, context_length: int | None) -> None:
+    """Refuses what could not be answered before anything of it is read."""
+    inputs = sum(isinstance(part, Part) for part in parts)
+    if inputs > most:
+        raise wrong("messages", f"messages: there are {inputs} inputs in all, and {most} are allowed: send fewer.")
+    characters = sum(len(part) for part in parts if isinstance(part, str))
+    allowed = min(MAX_TEXT, CHARACTERS * (context_length or MAX_TEXT))
+    if characters > allowed:
+        raise wrong(
+            "messages", f"messages: the texts have {characters} characters, and {allowed} are allowed: send less."
+        )
 
 
 def _text(part: str | Part) -> str:

@@ -20,7 +20,13 @@ EMPTY = (None, [], {})
 """Values of settings that are not known here, and are let pass."""
 SHOWN = 80
 """Characters of what a client named that a message repeats."""
-Text = Annotated[str, StringConstraints(max_length=1_000_000)]
+MAX_COMMAS = 100_000
+"""Of a body: every value but the first stands behind one, and takes far more memory than its bytes."""
+MAX_ERRORS = 100
+"""Of one request that are looked at."""
+MAX_TEXT = 1_000_000
+"""Characters of all texts of a request."""
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 
 
 class Strict(BaseModel):
@@ -113,14 +119,22 @@ class ChatRequest(Strict):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
-            "num_beams": self.num_beams,
+            "num_beams": self.num_beams or (1 if self.logprobs else None),
         }
         if self.temperature is not None:
             given["do_sample"] = self.temperature > 0
             given["temperature"] = self.temperature or None
         elif any(getattr(self, name) is not None for name in ("top_p", "top_k", "min_p")):
             given["do_sample"] = True
+        if "do_sample" in given:
+            given["num_beams"] = given["num_beams"] or 1
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether anything but text may stand in it."""
+        parts = (part for message in self.messages if isinstance(message.content, list) for part in message.content)
+        return any(part.get("type") != "text" for part in parts)
 
     @property
     def stops(self) -> list[str]:
@@ -155,12 +169,16 @@ def wrong(place: str, message: str) -> InputError:
     return error
 
 
-def parse(body: bytes) -> ChatRequest:
+def parse(body: bytes | bytearray) -> ChatRequest:
     """Reads a request's body.
 
     Raises:
       InputError: it is no JSON, or not such a request; `place` says what of it.
     """
+    if body.count(b",") > MAX_COMMAS:
+        raise wrong(
+            "", f"The body has more than {MAX_COMMAS} commas, and so too many values or too long a text: send less."
+        )
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as cause:
@@ -171,7 +189,7 @@ def parse(body: bytes) -> ChatRequest:
 
 def _told(cause: ValidationError) -> InputError:
     """Returns the error about the first place that is wrong."""
-    errors = cause.errors(include_url=False, include_input=False)
+    errors = cause.errors(include_url=False, include_input=False)[:MAX_ERRORS]
     first = errors[0]
     if first["type"] == "json_invalid":
         return wrong("", f"The body is no JSON: {first['ctx']['error']}. Send a JSON object in UTF-8.")

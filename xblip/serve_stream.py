@@ -1,6 +1,5 @@
 """An answer as server-sent events, told piece by piece as the engine says it."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
 
 from fastapi.responses import StreamingResponse
@@ -37,7 +36,7 @@ class EventStream(StreamingResponse):
           replies: what writes the pieces.
           events: what the engine tells, each with the choice that it is of.
           tickets: of the choices.
-          metrics: where times are noted, and how it ended.
+          metrics: where it is noted how it ended.
           path: that was asked, for counting.
           started: when, by the monotonic clock.
         """
@@ -65,7 +64,6 @@ class EventStream(StreamingResponse):
 
     async def _pieces(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[bytes]:
         begun: set[int] = set()
-        at = self._started
         async for index, one in events:
             if isinstance(one, XBlipError):
                 self._status, kind = status_of(one)
@@ -74,9 +72,6 @@ class EventStream(StreamingResponse):
             if index not in begun:
                 begun.add(index)
                 yield event(self._replies.first(index))
-            now = time.monotonic()
-            (self._metrics.first_token if at == self._started else self._metrics.per_token).observe(now - at)
-            at = now
             if isinstance(one, Said):
                 if one.text or self._asked.logprobs:
                     yield event(self._replies.said(index, one))

@@ -4,7 +4,6 @@ It holds files as paths and not as what was read of them: asked again, they are 
 conversation that nobody goes on with holds no tensors.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -57,7 +56,7 @@ async def answers(
     started, id, status = time.monotonic(), f"page-{uuid.uuid4().hex}", 499
     try:
         with server.place():
-            sample = await asyncio.to_thread(_sample, server, exchange, earlier)
+            sample = await server.aside(lambda: _sample(server, exchange, earlier))
         request = Request(sample, seconds=server.config.request_seconds, caller=caller)
         async for event in server.engine.astream(request):
             if isinstance(event, Finished):
@@ -76,12 +75,13 @@ async def answers(
 
 
 def _sample(server: "Server", exchange: Exchange, earlier: Sequence[Exchange]) -> Sample:
-    most = server.config.max_parts
-    if len(exchange.files) >= most:
-        raise InputError(f"There are {len(exchange.files)} files, and {most - 1} are allowed at once: give fewer.")
-    turns = [
-        Turn((*_media(server, one.files), one.question), one.answer) for one in earlier if one.answer and not one.error
-    ]
+    answered = [one for one in earlier if one.answer and not one.error]
+    count, most = sum(len(one.files) for one in (*answered, exchange)), server.config.max_parts
+    if count > most:
+        raise InputError(
+            f"There are {count} files in this conversation, and {most} are allowed: give fewer, or begin a new one."
+        )
+    turns = [Turn((*_media(server, one.files), one.question), one.answer) for one in answered]
     return Sample(exchange.question, _media(server, exchange.files), None, turns)
 
 

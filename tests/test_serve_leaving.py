@@ -1,0 +1,142 @@
+"""Who leaves before an answer is whole, and what a server does that is told to stop."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from served import BAD, QUESTION, asking, post, rows, running
+from waiting import until
+
+from xblip.decoder import Decoder
+from xblip.serve import COMPLETIONS
+
+pytestmark = pytest.mark.slow
+
+SCOPE = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
+
+
+def test_a_client_that_leaves_frees_its_row(rows_model):
+    with running(rows_model, decode_workers=1) as served:
+        body = {**BAD, "max_tokens": 90, "min_tokens": 90}
+        with httpx.stream("POST", served.url + COMPLETIONS, json={**body, "stream": True}) as response:
+            next(response.iter_lines())
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(served.url + COMPLETIONS, json={**body, "n": 16}, timeout=0.05)
+        deadline = time.monotonic() + 10
+        while served.server.engine.state["rows"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert served.server.engine.state["rows"] == 0
+
+
+def test_a_request_that_is_cancelled_frees_its_rows(rows_model):
+    """Ray cancels the task of a client that leaves."""
+    body = json.dumps({**BAD, "max_tokens": 90, "min_tokens": 90, "n": 16, "temperature": 1}).encode()
+
+    async def cancelled(server):
+        told = [{"type": "http.request", "body": body}]
+
+        async def receive():
+            return told.pop() if told else await asyncio.Event().wait()
+
+        task = asyncio.create_task(server.app({**SCOPE}, receive, None))
+        while not server.engine.state["rows"]:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while server.engine.state["rows"]:
+            await asyncio.sleep(0.001)
+
+    with running(rows_model, decode_workers=1) as served:
+        asyncio.run(asyncio.wait_for(cancelled(served.server), 30))
+        assert served.server.engine.counts["cancelled"] == 16
+        assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
+
+
+def test_a_client_that_leaves_before_the_first_piece_frees_its_row(rows_model):
+    body = json.dumps({**BAD, "max_tokens": 90, "min_tokens": 90, "stream": True}).encode()
+
+    async def left(server):
+        told, begun = [{"type": "http.request", "body": body}], asyncio.Event()
+
+        async def receive():
+            return told.pop() if told or not await begun.wait() else {"type": "http.disconnect"}
+
+        async def send(_):
+            begun.set()
+            await asyncio.Event().wait()
+
+        await server.app({**SCOPE}, receive, send)
+        while server.engine.state["rows"]:
+            await asyncio.sleep(0.001)
+
+    with running(rows_model, decode_workers=1) as served:
+        asyncio.run(asyncio.wait_for(left(served.server), 30))
+        assert served.server.engine.counts["cancelled"] == 1
+        assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
+
+
+def test_who_leaves_while_files_are_read_is_waited_for_no_more(rows_model, caplog):
+    with running(rows_model, decode_workers=1, decode_seconds=20) as served:
+        slow = [rows(f"sleep 0.4 1 2 {number}".encode()) for number in range(8)]
+        before = served.server.pool.counters.loads
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(served.url + COMPLETIONS, json=asking(*slow, QUESTION), timeout=0.6)
+        until(lambda: 'status="499"' in httpx.get(f"{served.url}/metrics").text)
+        assert served.server.pool.counters.loads - before <= 3 and served.server.is_idle
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_who_breaks_off_sending_is_no_failure(rows_model, caplog):
+    with running(rows_model, decode_workers=1) as served:
+        with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port)) as own:
+            own.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n{{".encode())
+            until(lambda: served.server._inside)
+        until(lambda: 'status="499"' in httpx.get(f"{served.url}/metrics").text)
+        assert served.server._held_bytes == 0
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_stopping_finishes_what_runs(rows_model):
+    with running(rows_model, decode_workers=1) as served:
+        found = []
+        body = {**BAD, "max_tokens": 90, "min_tokens": 90, "n": 8, "temperature": 1}
+        running_one = threading.Thread(target=lambda: found.append(post(served, body)))
+        running_one.start()
+        deadline = time.monotonic() + 10
+        while not served.server.engine.state["rows"] and time.monotonic() < deadline:
+            time.sleep(0.001)
+        served.stop()
+        running_one.join(20)
+    assert found[0].status_code == 200 and len(found[0].json()["choices"]) == 8
+
+
+def test_what_is_not_finished_in_time_is_told_so(rows_model, monkeypatch):
+    real = Decoder.step
+
+    def step(decoder):
+        time.sleep(0.2)
+        return real(decoder)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    body = {**BAD, "max_tokens": 90, "min_tokens": 90}
+    slow = asking(rows(b"sleep 9 1 2 3"), QUESTION)
+    settings = {"decode_workers": 1, "decode_seconds": 20, "drain_seconds": 0.5}
+    with running(rows_model, **settings) as served, ThreadPoolExecutor(3) as threads:
+        found = [threads.submit(post, served, one) for one in (body, {**body, "stream": True}, slow)]
+        until(lambda: served.server.engine.state["rows"] == 2 and served.server.pool._free == deque())
+        started = time.monotonic()
+        served.server.leave()
+        whole, streamed, reading = (future.result() for future in found)
+        assert time.monotonic() - started < 5
+        assert post(served, BAD).status_code == 503
+    for response in (whole, reading):
+        assert response.status_code == 429 and "shut down" in response.json()["error"]["message"]
+    *_, last = filter(None, streamed.text.split("\n"))
+    assert "was shut down before this was answered" in json.loads(last.removeprefix("data: "))["error"]["message"]
