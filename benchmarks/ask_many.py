@@ -5,8 +5,9 @@
 
 All systems answer the same questions by greedy decoding, to the same number of tokens, and must say the same texts; one that
 keeps the first question's soft prompt must say what `generate` says with that prompt. Times are of the same repeat, systems
-in turn. The first question (which encodes) and further ones are told apart, each beside its floor: matrix products that must
-be done, over the best speed of a plain matrix product in the same run.
+in turn; speed is beside transformers one by one, and a batch stands beside transformers' batch too. The first question
+(which encodes) and further ones are told apart, each beside its floor: matrix products that must be done, over the best
+speed of a plain matrix product in the same run.
 """
 
 import argparse
@@ -213,15 +214,17 @@ def measure(shapes: pair.Shapes, folder: Path, *, said: int, repeats: int) -> li
 def table(rows: Sequence[dict]) -> str:
     """Markdown."""
     lines = [
-        "| system | first question | floor | each further | floor | all 16 | floor | speed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| system | first question | floor | each further | floor | all 16 | floor | speed | beside its batch |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    [peer] = [row["total"] for row in rows if row["system"] == "transformers, one batch"]
     for row in rows:
         cells = [
             f"{row[name]:.3f} s" if row[name] == row[name] else ""
             for name in ("first", "first_floor", "further", "further_floor", "total", "total_floor")
         ]
-        lines.append(f"| {row['system']} | {' | '.join(cells)} | {row['speed']:.2f}x |")
+        beside = f"{peer / row['total']:.2f}x" if "batch" in row["system"] else ""
+        lines.append(f"| {row['system']} | {' | '.join(cells)} | {row['speed']:.2f}x | {beside} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """The benchmarks of asking run as their documentation says, compare equal answers, and count what must be done."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -35,8 +36,9 @@ def speeds(lines):
 def test_many_questions_about_a_video(bench):
     lines = []
     bench("ask_many").main(["--tiny", "--repeats", "1", "--new-tokens", "3"], say=lines.append)
-    found = speeds(lines[1].splitlines())
-    assert len(found) == 9 and found[0] == 1 and all(speed > 0 for speed in found)
+    found = [speeds([row]) for row in lines[1].splitlines()[2:]]
+    assert [len(row) for row in found] == [1, 2, 1, 1, 2, 2, 1, 2, 2], "batches stand beside transformers' batch too"
+    assert found[0] == [1] and found[1][1] == 1 and all(speed > 0 for row in found for speed in row)
 
 
 @pytest.mark.slow
@@ -93,3 +95,23 @@ def test_stamped_files_are_other_files_that_hold_the_same(bench, tmp_path):
         (tmp_path / path.name).write_bytes(contents[1])
         for name, value in modality.load(tmp_path / path.name).items():
             assert np.allclose(value, modality.load(path)[name], atol=1e-4), path
+
+
+@needs_numerals
+@pytest.mark.parametrize("suffix", ["mp4", "xyz", "npy", "ply", "png"])
+def test_no_two_numbers_give_the_same_file(bench, suffix):
+    from xblip_numerals.demo import FOLDER
+
+    [path, *_] = sorted(FOLDER.rglob(f"*.{suffix}"))
+    numbers = (0, 1, 127, 128, 255, 256, 2**16, 2**20 + 1, 2**21 - 1)
+    files = {bench("serve_load").stamped(path.read_bytes(), path.name, number) for number in numbers}
+    assert len(files) == len(numbers)
+
+
+@needs_numerals
+def test_the_benchmark_says_how_many_files_there_are(bench):
+    from xblip_numerals.demo import FOLDER
+
+    named = {file for row in json.loads((FOLDER / "questions.json").read_text()) for _, file in row["media"]}
+    load = bench("serve_load")
+    assert load.FILES["same"] == f"the same {len(named)} files" and len(named) == 14 and "same fourteen" in load.__doc__

@@ -47,6 +47,19 @@ def test_a_value_above_the_budget_is_given_but_not_kept(budget):
     assert cache.counters.entries == cache.counters.bytes == 0 and cache.get("a") is None
 
 
+@pytest.mark.parametrize(("budget", "left"), [(2048, "bc"), (1500, "c"), (0, "")])
+def test_a_lower_budget_makes_room_at_once(budget, left):
+    cache = ByteCache(3 * 1024)
+    for key in "abc":
+        cache.put(key, kib(1))
+    cache.budget_bytes = budget
+    assert [key for key, _ in cache.items()] == [*left]
+    counters = cache.counters
+    assert (counters.bytes, counters.evictions) == (1024 * len(left), 3 - len(left))
+    cache.put("d", kib(4))
+    assert cache.counters.bytes <= cache.budget_bytes == counters.budget_bytes == budget
+
+
 def test_threads_wait_for_the_one_that_makes():
     cache, started, may_end, made = ByteCache(10_000), threading.Event(), threading.Event(), []
 

@@ -1,22 +1,28 @@
 """The guide's page for plugin authors and the examples do what they say: their code is run as written."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import typer
+import yaml
 from fresh import fresh_shell
 from test_scaffold import lines_of_code
 
-from xblip import plugins
+from xblip import cli, plugins
+from xblip import config as configs
+from xblip.serve_config import ServeConfig
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^(?:`([^`\n]+)`\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -175,6 +181,36 @@ def test_serve_runs_as_written(tmp_path):
     lines = [json.loads(line) for line in said if line.startswith("{")]
     assert f"The page: http://127.0.0.1:{port}/" in said
     assert [line["status"] for line in lines] == [200, 200]
+
+
+def section(document: str, heading: str) -> str:
+    """The text below a heading of a document, up to the next one of its level."""
+    return (ROOT / document).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_the_reference_has_every_command():
+    rows = re.findall(r"^\| `xblip (\w+)", section("docs/reference.md", "Command line"), re.MULTILINE)
+    assert sorted(rows) == sorted(typer.main.get_command(cli.app).commands)
+
+
+def test_the_reference_has_every_setting_of_a_server_with_its_default():
+    told = {}
+    for names, defaults in re.findall(
+        r"^\| (`.+?`) \| (`.+?`) \|", section("docs/reference.md", "Serving"), re.MULTILINE
+    ):
+        told |= dict(zip(re.findall("`(.+?)`", names), re.findall("`(.+?)`", defaults), strict=True))
+    defaults = dataclasses.asdict(ServeConfig())
+    for group in ("engine", "ray"):
+        defaults |= {f"{group}.{name}": value for name, value in defaults.pop(group).items()}
+    assert {name: yaml.safe_load(value) for name, value in told.items()} == defaults
+
+
+def test_the_server_s_settings_on_its_page_are_some(tmp_path):
+    [shown] = re.findall(r"^Such a `serve.yaml` is\n\n(.+?)\n\n", (ROOT / "docs/serve.md").read_text(), re.M | re.S)
+    (tmp_path / "serve.yaml").write_text(textwrap.dedent(shown))
+    settings = configs.build(ServeConfig, configs.load_yaml(tmp_path / "serve.yaml"), where="serve")
+    settings.check()
+    assert settings.limits == {"video.max_seconds": 60, "max_pixels": 10_000_000} and settings.engine.max_rows == 64
 
 
 def wait_until_up(url, server):

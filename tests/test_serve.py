@@ -16,7 +16,7 @@ from xblip.engine import EngineConfig
 from xblip.errors import ConfigError
 from xblip.serve import COMPLETIONS
 from xblip.serve_config import ServeConfig
-from xblip.serve_media import limited
+from xblip.serve_media import LIMITS, limited
 
 pytestmark = pytest.mark.slow
 """A server takes seconds to start; what it refuses is tried in the quick suite, by `test_serve_refusals`."""
@@ -278,12 +278,31 @@ class TestSettings:
         assert limited(rows_model, {})["rows"].config.max_numbers == 100
         made = limited(rows_model, {"max_numbers": 50, "lines.max_numbers": 20})
         assert (made["rows"].config.max_numbers, made["lines"].config.max_numbers) == (50, 20)
-        assert limited(rows_model, {"max_numbers": 1000})["rows"].config.max_numbers == 100
         assert rows_model.branches["rows"].modality.config.max_numbers == 100, "the model's own stays"
         with pytest.raises(ConfigError, match='Unknown limit "max_number"'):
             limited(rows_model, {"max_number": 3})
         with pytest.raises(ConfigError, match="must be a number above 0"):
             limited(rows_model, {"max_numbers": 0})
+
+    def test_a_server_s_own_limits_are_lowered_to_the_modalities(self, rows_model, monkeypatch):
+        monkeypatch.setitem(LIMITS, "max_numbers", 1000)
+        assert limited(rows_model, {})["rows"].config.max_numbers == 100
+        assert limited(rows_model, {"max_points": 5})["rows"].config.max_numbers == 100, "of no modality here"
+
+    @pytest.mark.parametrize("name", ["rows.max_numbers", "max_numbers"])
+    def test_a_limit_above_the_model_s_own_is_refused(self, rows_model, name):
+        message = (
+            f"The limit {name}=1000 is above the model's own, 100: lower it, or raise max_numbers in the config of"
+        )
+        with pytest.raises(ConfigError, match=message):
+            limited(rows_model, {name: 1000.0})
+
+    def test_a_limit_for_all_may_be_above_that_of_some(self, rows_model, monkeypatch):
+        monkeypatch.setattr(rows_model.branches["rows"].modality.config, "max_numbers", 500)
+        made = limited(rows_model, {"max_numbers": 300})
+        assert (made["rows"].config.max_numbers, made["lines"].config.max_numbers) == (300, 100)
+        with pytest.raises(ConfigError, match="is above the model's own, 500"):
+            limited(rows_model, {"max_numbers": 501})
 
     def test_a_limit_refuses(self, rows_model):
         rows_model.caches.clear()

@@ -37,11 +37,22 @@ class ByteCache:
     """Values by key, those not used for longest going first; a value above the budget is not kept at all."""
 
     def __init__(self, budget_bytes: int):
-        self.budget_bytes = budget_bytes
         self._lock = threading.Lock()
+        self._budget_bytes = budget_bytes
         self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._making: dict[Hashable, Future] = {}
         self._bytes = self._hits = self._misses = self._evictions = 0
+
+    @property
+    def budget_bytes(self) -> int:
+        """What it may hold; where it is set lower, values go at once."""
+        return self._budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, budget_bytes: int) -> None:
+        with self._lock:
+            self._budget_bytes = budget_bytes
+            self._make_room()
 
     def get_or_make(self, keys: Sequence[Hashable], make: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
         """Returns the values of keys, made all at once where they are missing.
@@ -114,11 +125,13 @@ class ByteCache:
         size = bytes_of(value)
         if key in self._held:
             self._bytes -= self._held.pop(key)[1]
-        if size > self.budget_bytes:
-            return
-        self._held[key] = value, size
-        self._bytes += size
-        while self._bytes > self.budget_bytes:
+        if size <= self._budget_bytes:
+            self._held[key] = value, size
+            self._bytes += size
+            self._make_room()
+
+    def _make_room(self) -> None:
+        while self._bytes > self._budget_bytes:
             _, (_, freed) = self._held.popitem(last=False)
             self._bytes -= freed
             self._evictions += 1
@@ -130,7 +143,7 @@ class ByteCache:
 
     def __reduce__(self) -> tuple:
         """A copy begins empty: what is held may be gigabytes, and is of this process."""
-        return ByteCache, (self.budget_bytes,)
+        return ByteCache, (self._budget_bytes,)
 
     def clear(self) -> None:
         """Forgets all values; the counters go on."""
@@ -142,7 +155,7 @@ class ByteCache:
     def counters(self) -> CacheCounters:
         with self._lock:
             return CacheCounters(
-                self._hits, self._misses, self._evictions, len(self._held), self._bytes, self.budget_bytes
+                self._hits, self._misses, self._evictions, len(self._held), self._bytes, self._budget_bytes
             )
 
 

@@ -4,6 +4,7 @@ Nothing heavy is imported before the command runs.
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +18,19 @@ KEYS = "XBLIP_API_KEYS"
 def serve(
     model: Annotated[str, typer.Argument(help="An installed model's name, a folder, a config, or a hub id.")],
     host: Annotated[str | None, typer.Option(help="127.0.0.1 unless given; another needs API keys.")] = None,
-    port: Annotated[int | None, typer.Option(help="8000 unless given.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 unless given; 0 for any that is free.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help=f"May come several times; or {KEYS}, by commas.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML of settings, see docs/serve.md.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML of settings, see docs/serve.md; options come before it.")
+    ] = None,
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="A host that URLs may name; may come several times.")
     ] = None,
     allowed_local_media_path: Annotated[Path | None, typer.Option(help="A folder that file URLs may name.")] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Also show a page to ask on.")] = False,
-    limit: Annotated[list[str] | None, typer.Option(help="Such as video.max_seconds=60.")] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="Such as video.max_seconds=60; may come several times.")
+    ] = None,
     engine: Annotated[
         str, typer.Option(help='"ray" for replicas on Ray Serve; else "own", which is this process.')
     ] = "own",
@@ -37,6 +42,10 @@ def serve(
     from xblip.model import load
     from xblip.serve_config import ServeConfig
 
+    if sys.platform != "linux":
+        raise ConfigError(
+            f"xblip serve needs Linux, and this is {sys.platform}: run it in a container or virtual machine of Linux."
+        )
     if engine not in ("own", "ray"):
         raise ConfigError(f'--engine must be "own" or "ray", not "{engine}".')
     if replicas is not None and engine != "ray":
@@ -54,15 +63,16 @@ def serve(
     given = {
         "ui": ui,
         "host": host,
-        "port": port,
         "api_keys": api_key or [key for key in os.environ.get(KEYS, "").split(",") if key],
         "allowed_media_domains": allowed_media_domains or [],
         "allowed_local_media_path": allowed_local_media_path,
-        "limits": _numbers(limit or []),
     }
     values = configs.load_yaml(config) if config else {}
     values |= {name: value for name, value in given.items() if value}
+    if port is not None:  # 0 is any that is free
+        values["port"] = port
     settings = configs.build(ServeConfig, values, where="serve")
+    settings.limits |= _numbers(limit or [])
     if replicas is not None:
         settings.ray.replicas = replicas
     settings.check()

@@ -121,23 +121,32 @@ def limited(model: "XBlip", limits: Mapping[str, Any]) -> dict[str, Modality]:
       limits: by setting, such as "max_seconds", for all modalities, or "<modality>.max_seconds" for one.
 
     Raises:
-      ConfigError: a limit is of no modality here, or is no number above 0.
+      ConfigError: a limit is of no modality here, is no number above 0, or is above what every modality that it is for
+        takes itself.
     """
-    settings = {name: vars(branch.modality.config) for name, branch in model.branches.items()}
-    known = {f"{name}.{key}" for name, own in settings.items() for key in own if key.startswith("max_")}
-    known |= {name.partition(".")[2] for name in known}
+    own: dict[str, float] = {}
+    for name, branch in model.branches.items():
+        for key, value in vars(branch.modality.config).items():
+            if key.startswith("max_"):
+                own[f"{name}.{key}"] = value
+                own[key] = max(value, own.get(key, value))
     for name, value in limits.items():
-        if name not in known and name not in LIMITS:
-            raise ConfigError(f'Unknown limit "{name}".{suggest(name, known)}')
+        if name not in own and name not in LIMITS:
+            raise ConfigError(f'Unknown limit "{name}".{suggest(name, own)}')
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ConfigError(f"The limit {name} must be a number above 0, not {value!r}.")
+        if value > own.get(name, value):
+            raise ConfigError(
+                f"The limit {name}={value:.12g} is above the model's own, {own[name]:.12g}: lower it, or raise "
+                f"{name.rpartition('.')[2]} in the config of the model's branch."
+            )
     made = {}
     for name, branch in model.branches.items():
-        own = {}
-        for key, value in settings[name].items():
-            if f"{name}.{key}" in known:
+        lower = {}
+        for key, value in vars(branch.modality.config).items():
+            if f"{name}.{key}" in own:
                 most = limits.get(f"{name}.{key}", limits.get(key, LIMITS.get(key, value)))
-                own[key] = type(value)(min(most, value))
+                lower[key] = type(value)(min(most, value))
         made[name] = copy.copy(branch.modality)
-        made[name].config = dataclasses.replace(branch.modality.config, **own)
+        made[name].config = dataclasses.replace(branch.modality.config, **lower)
     return made

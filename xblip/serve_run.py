@@ -1,6 +1,7 @@
 """Runs a server by uvicorn, until it is told to stop."""
 
 import logging
+import socket
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,6 @@ def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     server = server_of(model, config, name=name)
-    if config.ui:
-        log.info("The page: http://%s:%d/", f"[{config.host}]" if ":" in config.host else config.host, config.port)
     settings = uvicorn.Config(
         server.app,
         host=config.host,
@@ -52,11 +51,17 @@ def run(model: "XBlip", config: ServeConfig, *, name: str) -> None:
 
 
 class Runner(uvicorn.Server):
-    """Tells a server that it is to stop as soon as the process is told."""
+    """Tells a server that it is to stop as soon as the process is told, and where the page is once it is there."""
 
     def __init__(self, config: uvicorn.Config, server: Server):
         super().__init__(config)
         self._server = server
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._server.config.ui:
+            host, port = self.config.host, self.servers[0].sockets[0].getsockname()[1]
+            log.info("The page: http://%s:%d/", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._server.leave()
