@@ -38,7 +38,7 @@ class ServeConfig:
       max_held_bytes: of the bodies of all requests that are being taken in.
       max_parts: texts and inputs of one message, and inputs of all messages of a request.
       max_requests: that are taken in at once, waiting ones among them; more are refused before their bodies are read.
-      request_seconds: that a request may take in all.
+      request_seconds: that a request may take in all, from its first byte to its whole answer.
       limits: of media, see `xblip.serve_media.limited`.
       decode_workers, decode_seconds, decode_memory_mib: see `xblip.decode_pool.DecodePool`.
       cache_mib: that each of the model's three caches may hold.

@@ -59,7 +59,7 @@ class Runner(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._server.config.ui:
+        if self._server.config.ui and self.started:
             host, port = self.config.host, self.servers[0].sockets[0].getsockname()[1]
             log.info("The page: http://%s:%d/", f"[{host}]" if ":" in host else host, port)
 
