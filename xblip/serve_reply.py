@@ -91,7 +91,12 @@ class Replies:
 
     def _token(self, token: int, log_probability: float) -> Json:
         text = self._tokenizer.decode([token])
-        return {"token": text, "logprob": max(log_probability, -9999.0), "bytes": list(text.encode())}
+        is_whole = "\ufffd" not in text  # a token may be a part of a character
+        return {
+            "token": text,
+            "logprob": max(log_probability, -9999.0),
+            "bytes": list(text.encode()) if is_whole else None,
+        }
 
 
 def usage(finished: Sequence["Finished"]) -> Json:
