@@ -219,7 +219,7 @@ def _make_prompt(model: "XBlip", pieces: Sequence[Piece], softs: Sequence[tuple[
         length += len(units[-1])
         if isinstance(piece, Media) and is_stable:
             stable = length
-    return Prompt(torch.cat(embeds), np.concatenate(units), stable, is_stable)
+    return Prompt(torch.cat(embeds), np.concatenate(units), min(stable, length - 1), is_stable)
 
 
 def _read_for(instruction: str, parts: Sequence[str | Media]) -> list[str | Media]:

@@ -27,7 +27,8 @@ class Prompt:
     Attributes:
       embeds: (T, D_llm).
       units: (T,) int64, equal where embeddings are: token ids, and numbers below 0 for a soft prompt's positions.
-      stable: how many positions from the first no other question would change, up to the last soft prompt among them.
+      stable: how many positions from the first no other question would change, up to the last soft prompt among them; fewer
+        than T, since the LLM says what comes next only as it reads something.
       goes_on: whether no other question would change any soft prompt, so that the next turn begins with all of this.
     """
 
