@@ -268,7 +268,7 @@ def test_a_bridge_in_training_keeps_nothing(model):
 def test_sources_of_all_sorts_have_keys_where_they_say_what_they_hold(model):
     reader = model.reader
     tensor = torch.tensor(ONE)
-    assert reader.key("toy", tensor) == reader.key("toy", tensor.clone()) == reader.key("toy", tensor.numpy())
+    assert reader.key("toy", tensor) == reader.key("toy", tensor.clone())
     assert reader.key("toy", tensor) != reader.key("toy", tensor.double())
     assert reader.key("toy", ONE) == reader.key("toy", list(ONE)) != reader.key("toy", TWO)
     assert reader.key("toy", tensor) != reader.key("beads", tensor), "another modality reads it otherwise"

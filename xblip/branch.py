@@ -22,6 +22,7 @@ from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlip
 from xblip.frozen import Encoders, FrozenEncoder
 from xblip.llm import DTYPES, FrozenLLM
 from xblip.loading import save_tensors
+from xblip.media import held
 from xblip.modality import Features, Modality, collate
 
 FILE = "branch.yaml"
@@ -124,7 +125,7 @@ class Branch(nn.Module):
                     f"the modality {self.modality.name} gave, or a source."
                 )
             return source
-        return self.modality.load(source)
+        return self.modality.load(held(source, kind=self.modality.name))
 
     def encode(self, sources: Sequence[Any]) -> Features:
         """Gives the frozen features of several sources, each a source, what `read` gave, or `Features`."""

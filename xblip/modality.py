@@ -75,7 +75,8 @@ class Modality(ABC):
 
         Args:
           source: a path, bytes, an open binary file, or an object of the modality's own kind (array, PIL image, ...).
-            `media_file` tells files from objects and reports missing or empty ones.
+            `media_file` tells files from objects and reports missing or empty ones. What is open comes in memory, from where
+            it stood.
 
         Returns:
           Keyword arguments of the encoder; each tensor's first dimension is S, equal for all of them and >= 1.

@@ -11,17 +11,18 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from xblip.branch import Branch, without_half_precision
 from xblip.bridge import Bridge
 from xblip.caches import Caches
-from xblip.contents import KnownFiles, content_key, is_file
+from xblip.contents import KnownFiles, describe, is_file
 from xblip.errors import InputError, MediaError
+from xblip.media import held
 from xblip.modality import Features
 from xblip.sample import Sample, by_modality
 
@@ -56,12 +57,12 @@ class MediaReader:
         """
         if isinstance(source, Features):
             return source.key
-        held = self._files.key(source) if is_file(source) else _content(source)
-        if held is None:
+        content = self._content(source)
+        if content is None:
             return None
         branch = self.branches[name]
         settings = asdict(branch.modality.config)
-        return _hash(held, json.dumps([name, settings, branch.encoder.fingerprint], default=str).encode())
+        return _hash(content, json.dumps([name, settings, branch.encoder.fingerprint], default=str).encode())
 
     @torch.no_grad()
     def encode(self, name: str, sources: Sequence[Any]) -> list[Features]:
@@ -70,13 +71,16 @@ class MediaReader:
         Raises:
           MediaError: one cannot be read, or changed meanwhile.
         """
-        keys = [self.key(name, source) or os.urandom(16) for source in sources]
+        sources = [held(source, kind=name) for source in sources]
+        found = [self.key(name, source) for source in sources]
+        keys = [key or os.urandom(16) for key in found]
 
         def make(places: list[int]) -> list[Features]:
             items = self.branches[name].encode([sources[place] for place in places]).split()
             for place in places:
-                if is_file(sources[place]) and self.key(name, sources[place]) != keys[place]:
-                    raise MediaError(f'Cannot read "{sources[place]}": it changed while it was read. Ask again.')
+                source = sources[place]
+                if isinstance(source, (str, Path, list, tuple)) and self.key(name, source) != found[place]:
+                    raise MediaError(f'Cannot read "{describe(source)}": it changed while it was read. Ask again.')
             return [replace(_own(item), key=keys[place]) for item, place in zip(items, places, strict=True)]
 
         return self.caches.features.get_or_make(keys, make)
@@ -123,6 +127,18 @@ class MediaReader:
         with without_half_precision(features[0].values.device.type):
             return list(zip(self.caches.prompts.get_or_make(keys, make), keys, strict=True))
 
+    def _content(self, source: Any) -> bytes | None:
+        if isinstance(source, ReadMedia):
+            return source.content
+        try:
+            return self._files.key(source)
+        except InputError:
+            return None
+        except MediaError:
+            if is_file(source):
+                raise
+            return None  # texts in a list need not be paths
+
     def _read(self, bridge: Bridge, version: bytes, features: Sequence[Features]) -> Any:
         """Does the part of a bridge's work that no instruction changes, as one for all items."""
         keys = [("read", item.key, version) for item in features]
@@ -156,18 +172,6 @@ def _alike(keys: Sequence[bytes], features: Sequence[Features]) -> list[list[lis
     for places in items.values():
         groups.setdefault((len(places), features[places[0]].values.shape[1]), []).append(places)
     return list(groups.values())
-
-
-def _content(source: Any) -> bytes | None:
-    if isinstance(source, ReadMedia):
-        return source.content
-    if isinstance(source, (np.ndarray, Tensor)):
-        array = np.ascontiguousarray(source.detach().cpu().numpy() if isinstance(source, Tensor) else source)
-        return None if array.dtype == object else _hash(f"{array.dtype} {array.shape}".encode(), array.tobytes())
-    try:
-        return content_key(source)
-    except InputError:
-        return None
 
 
 def _own(value: Any) -> Any:
