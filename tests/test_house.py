@@ -31,6 +31,7 @@ LAYERS = [
         "heat",
         "heap",
         "shared_attention",
+        "weights",
     },
     {
         "pictures",

@@ -5,10 +5,8 @@ would give the second question the first one's prompt.
 """
 
 import hashlib
-import itertools
 import json
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from xblip.errors import InputError, MediaError
 from xblip.media import held
 from xblip.modality import Features
 from xblip.sample import Sample, by_modality
+from xblip.weights import WeightVersions
 
 
 class ReadMedia(dict[str, Tensor]):
@@ -46,8 +45,7 @@ class MediaReader:
         self.branches = branches
         self.caches = caches
         self._files = KnownFiles()
-        self._bridges: weakref.WeakKeyDictionary[Bridge, tuple[Any, bytes]] = weakref.WeakKeyDictionary()
-        self._count = itertools.count()
+        self._weights = WeightVersions()
 
     def key(self, name: str, source: Any) -> bytes | None:
         """Returns what tells a source's features from others, by its content; None if an object does not say what it holds.
@@ -152,15 +150,8 @@ class MediaReader:
         return type(parts[0]).join(parts)
 
     def _version(self, bridge: Bridge) -> bytes:
-        """Tells a bridge's weights from what they were before a step of training, and from other bridges'."""
-        if bridge.training:
-            return os.urandom(16)
-        weights = itertools.chain(bridge.parameters(), bridge.buffers())
-        stamp = [(weight.data_ptr(), weight._version) for weight in weights]
-        known = self._bridges.get(bridge)
-        if known is None or known[0] != stamp:
-            known = self._bridges[bridge] = stamp, next(self._count).to_bytes(8, "little")
-        return known[1]
+        """Tells a bridge's weights from what they were before, and from other bridges'; in training it is new each time."""
+        return os.urandom(16) if bridge.training else self._weights.of(bridge)
 
 
 def _alike(keys: Sequence[bytes], features: Sequence[Features]) -> list[list[list[int]]]:
