@@ -1,5 +1,6 @@
 """What a model reads of its sources, and how it knows them again: by what they hold, wherever that comes from."""
 
+import copy
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from kit import ONE, THREE, TWO, make_branch, registered
+from kit import ONE, THREE, TWO, make_branch, registered, static
 
 from xblip.engine import Engine, EngineConfig
 from xblip.errors import MediaError
@@ -186,6 +187,50 @@ def test_a_home_is_where_it_is_read(model, tmp_path, monkeypatch):
     assert model.reader.key("rolls", "~/one.txt") == model.reader.key("rolls", path)
     with pytest.raises(MediaError, match='Cannot read "~/none.txt": No such file'):
         model.encode(rolls="~/none.txt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+class TestAModelOfAnotherDtype:
+    """What was encoded before is taken for what it is now; nothing that its bridges made before is."""
+
+    @pytest.fixture
+    def model(self, model):
+        """One whose LLM no other test has."""
+        return copy.deepcopy(model)
+
+    def test_makes_soft_prompts_of_features_anew(self, model, dtype):
+        context = model.encode(rolls=ONE + TWO)
+        features, before = context.media[0].source, context.ask(QUESTION, **NEW)
+        model.to(dtype)
+        made = model.caches.counters["prompts"].misses
+        assert context.ask(QUESTION, **NEW).token_ids and model.caches.counters["prompts"].misses == made + 2
+        [(found, _)] = model.reader.soft_prompts("rolls", [features], [QUESTION])
+        [expected] = model.branches["rolls"]([features], [QUESTION])
+        assert found.dtype == expected.dtype == dtype and torch.allclose(found, expected, atol=1e-6)
+        model.float()
+        if dtype is torch.float64:
+            assert context.ask(QUESTION, **NEW) == before
+
+    @pytest.mark.parametrize("is_static", [False, True])
+    def test_brings_features_to_where_its_bridges_are(self, model, dtype, is_static, monkeypatch):
+        model = static(model) if is_static else model
+        before, bridge, given = model.encode(rolls=ONE), model.branches["rolls"].bridge, []
+        read_media = bridge.read_media
+        monkeypatch.setattr(bridge, "read_media", lambda features: given.append(features) or read_media(features))
+        model.to(dtype)
+        context = model.encode(media=[*before.media, ("rolls", TWO)])
+        assert [part.source.values.dtype for part in context.media] == [torch.float32, dtype]
+        context.ask(QUESTION, **NEW)
+        model.generate([{"media": context.media, "instruction": QUESTION}], **NEW)
+        assert {features.values.dtype for features in given} == {dtype}
+
+
+def test_features_of_before_stand_beside_those_of_another_device(model):
+    branch = copy.deepcopy(model.branches["rolls"])
+    before = branch.encode([ONE])
+    for sources in ([before, TWO], [TWO, before]):
+        joined = branch.to("meta").encode(sources)
+        assert joined.values.device == joined.mask.device == torch.device("meta") and joined.segments == [1, 1]
 
 
 class TestTensors:

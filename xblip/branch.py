@@ -134,9 +134,9 @@ class Branch(nn.Module):
         items = [self.read(source) for source in sources]
         fresh = [item for item in items if not isinstance(item, Features)]
         encoded = iter(self._encode(fresh).split() if fresh else [])
-        features = Features.join([item if isinstance(item, Features) else next(encoded) for item in items])
         weights = next(self.bridge.parameters())
-        return Features(features.values.to(weights), features.mask.to(weights.device), features.segments)
+        features = (item if isinstance(item, Features) else next(encoded) for item in items)
+        return Features.join([item.to(weights) for item in features])
 
     def _encode(self, items: Sequence[dict[str, Tensor]]) -> Features:
         tensors, segments = collate(items)

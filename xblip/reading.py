@@ -110,6 +110,8 @@ class MediaReader:
         """
         bridge = self.branches[name].bridge
         version = self._version(bridge)
+        weights = next(bridge.parameters())
+        features = [item.to(weights) for item in features]
         asked = instructions if bridge.reads_instructions else [""] * len(features)
         keys = [_hash(item.key, version, text.encode()) for item, text in zip(features, asked, strict=True)]
 
