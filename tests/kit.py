@@ -20,7 +20,7 @@ from xblip.modality import Example, Modality
 from xblip.model import XBlip
 from xblip.router import RouterConfig
 from xblip.sample import Media, Sample, Turn
-from xblip.testing import ToyModality, small_qformer
+from xblip.testing import ToyModality, small_qformer, toy_tokenizer
 
 ONE, TWO, THREE = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, -2.0, 1.0], [0.5, -1.0, 2.0, 0.0]
 LONG = ONE + TWO + THREE
@@ -190,6 +190,33 @@ def make_model(llm: FrozenLLM, *, generation: dict | None = None, **router: Any)
     with registered(ToyModality, Beads):
         branches = {"toy": make_branch(ToyModality, llm), "beads": make_branch(Beads, llm, seed=1)}
     return XBlip(llm=llm, branches=branches, router=RouterConfig(**router), generation=generation).eval()
+
+
+def static(model: XBlip) -> XBlip:
+    """The same model, whose bridges read no instruction."""
+    for branch in model.branches.values():
+        branch.bridge.tokenizer = None
+    return model
+
+
+def save_llm(kind: str, folder: Path) -> Path:
+    """Writes a tiny random LLM of another kind than the toy one: "opt", "bloom" or "mistral"."""
+    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": len(toy_tokenizer()), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if kind == "opt":
+        model = OPTForCausalLM(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2, **sizes))
+    elif kind == "bloom":
+        model = BloomForCausalLM(BloomConfig(initializer_range=0.2, n_layer=2, n_head=4, **sizes))
+    else:
+        model = MistralForCausalLM(
+            MistralConfig(intermediate_size=48, num_key_value_heads=2, initializer_range=0.2, sliding_window=6, **sizes)
+        )
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def assert_alike(left: XBlip, right: XBlip, samples: list[Sample]) -> None:

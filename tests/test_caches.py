@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -86,24 +86,90 @@ def test_a_failure_is_not_kept():
     assert cache.get_or_make(["a"], lambda _: [kib(1)])[0] is cache.get("a")
 
 
-def test_those_who_wait_for_a_failure_hear_of_it():
-    cache, started, may_end = ByteCache(10_000), threading.Event(), threading.Event()
+class OneThatFails:
+    """A thread that claims keys, and fails at making them when it may; what it raises is kept in `raised`."""
+
+    def __init__(self, cache, keys, error):
+        self.cache, self.keys, self.error = cache, keys, error
+        self.started, self.may_fail = threading.Event(), threading.Event()
+        self.raised = None
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self):
+        try:
+            self.cache.get_or_make(self.keys, self._make)
+        except BaseException as error:
+            self.raised = error
+
+    def _make(self, places):
+        self.started.set()
+        assert self.may_fail.wait(10)
+        raise self.error
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.started.wait(10)
+        return self
+
+    def __exit__(self, *_):
+        self.may_fail.set()
+        self.thread.join(10)
+
+
+class Waited(Future):
+    """A future that says when somebody waits for it."""
+
+    begun = threading.Semaphore(0)
+
+    def result(self, timeout=None):
+        self.begun.release()
+        return super().result(timeout)
+
+
+@pytest.fixture
+def waited(monkeypatch):
+    """Counts threads that begin to wait for what another makes."""
+    monkeypatch.setattr(Waited, "begun", threading.Semaphore(0))
+    monkeypatch.setattr("xblip.caches.Future", Waited)
+    return Waited.begun
+
+
+@pytest.mark.parametrize("error", [ValueError("of another's file"), KeyboardInterrupt(), SystemExit()], ids=repr)
+def test_those_who_wait_for_what_fails_make_it_themselves(waited, error):
+    cache, made = ByteCache(10_000), []
+
+    def make(places):
+        made.append(places)
+        return [kib(1) for _ in places]
+
+    with ThreadPoolExecutor(2) as threads, OneThatFails(cache, ["broken", "good"], error) as failing:
+        others = [
+            threads.submit(cache.get_or_make, ["own", "good"], make),
+            threads.submit(cache.get_or_make, ["good"], make),
+        ]
+        assert all(waited.acquire(timeout=10) for _ in others)
+        failing.may_fail.set()
+        (_, first), (second,) = (other.result(10) for other in others)
+    assert failing.raised is error
+    assert first is second is cache.get("good") and cache.get("broken") is None
+    assert sorted(made) == [[0], [0]] or sorted(made) == [[0], [1]], "own, then good, by one of the two"
+    assert cache.counters.hits + cache.counters.misses == 5 + 1, "one look-up for each key, and the one above"
+
+
+def test_each_who_waits_hears_of_its_own_failure_alone(waited):
+    cache = ByteCache(10_000)
 
     def fail(places):
-        started.set()
-        assert may_end.wait(10)
-        raise ValueError("broken")
+        raise ValueError("of one's own")
 
-    with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(cache.get_or_make, ["a"], fail)
-        assert started.wait(10)
-        second = threads.submit(cache.get_or_make, ["a"], lambda _: [kib(1)])
-        while cache.counters.hits == 0:
-            pass
-        may_end.set()
-        for future in (first, second):
-            with pytest.raises(ValueError, match="broken"):
-                future.result(10)
+    with ThreadPoolExecutor(3) as threads, OneThatFails(cache, ["a"], ValueError("another's")) as failing:
+        others = [threads.submit(cache.get_or_make, ["a"], fail) for _ in range(3)]
+        assert all(waited.acquire(timeout=10) for _ in others)
+        failing.may_fail.set()
+        for other in others:
+            with pytest.raises(ValueError, match="of one's own"):
+                other.result(10)
+    assert str(failing.raised) == "another's"
 
 
 def test_two_threads_that_make_what_the_other_wants_do_not_lock_up():

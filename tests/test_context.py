@@ -5,14 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kit import BEADS, LONG, MORE_BEADS, ONE, TWO, FileToy, make_branch, make_model, registered
+from kit import BEADS, LONG, MORE_BEADS, ONE, TWO, FileToy, make_branch, make_model, registered, save_llm, static
 
 from xblip.answer import Answer
 from xblip.errors import ConfigError, InputError, MediaError, PluginError
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.model import XBlip
 from xblip.sample import Media, Sample, Turn
-from xblip.testing import toy_tokenizer
 
 QUESTIONS = ["what is this ?", "is one larger ?", "show the red", "which one is larger , the input or this ?"]
 MEDIA = [("toy", LONG), "and", ("beads", MORE_BEADS), ("toy", ONE)]
@@ -29,26 +28,6 @@ def any_model(request, llm_folder, t5_folder, tmp_path):
     """With rotary, learned, and linear-bias positions; with layers that forget; and with an encoder."""
     folder = {"llama": llm_folder, "t5": t5_folder}.get(request.param) or save_llm(request.param, tmp_path)
     return make_model(FrozenLLM.from_pretrained(LLMConfig(source=str(folder), dtype="float32")))
-
-
-def save_llm(kind, folder):
-    """A tiny random LLM of another kind than the toy one."""
-    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": len(toy_tokenizer()), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    torch.manual_seed(0)
-    if kind == "opt":
-        model = OPTForCausalLM(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2, **sizes))
-    elif kind == "bloom":
-        model = BloomForCausalLM(BloomConfig(initializer_range=0.2, n_layer=2, n_head=4, **sizes))
-    else:
-        model = MistralForCausalLM(
-            MistralConfig(intermediate_size=48, num_key_value_heads=2, initializer_range=0.2, sliding_window=6, **sizes)
-        )
-    model.save_pretrained(folder)
-    toy_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -70,13 +49,6 @@ def calls(model, monkeypatch):
         counted(branch.bridge, "read_media")
         counted(branch.bridge, "read_instructions")
     return counts
-
-
-def static(model):
-    """The same model, whose bridges read no instruction."""
-    for branch in model.branches.values():
-        branch.bridge.tokenizer = None
-    return model
 
 
 def test_a_context_answers_as_ask_does(any_model):
@@ -296,7 +268,7 @@ def test_a_bridge_in_training_keeps_nothing(model):
 def test_sources_of_all_sorts_have_keys_where_they_say_what_they_hold(model):
     reader = model.reader
     tensor = torch.tensor(ONE)
-    assert reader.key("toy", tensor) == reader.key("toy", tensor.clone()) == reader.key("toy", tensor.numpy())
+    assert reader.key("toy", tensor) == reader.key("toy", tensor.clone())
     assert reader.key("toy", tensor) != reader.key("toy", tensor.double())
     assert reader.key("toy", ONE) == reader.key("toy", list(ONE)) != reader.key("toy", TWO)
     assert reader.key("toy", tensor) != reader.key("beads", tensor), "another modality reads it otherwise"

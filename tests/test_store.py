@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from xblip import shards, store
-from xblip.contents import KnownFiles, content_key
+from xblip.contents import KnownFiles
 from xblip.errors import BundleError, ConfigError, InputError, MediaError
 from xblip.modality import Features
 from xblip.provenance import EncoderFacts, Origin, StoreFacts
@@ -39,7 +39,7 @@ def fill(folder, numbers, dtype="float32", **options) -> FeatureStore:
     made = FeatureStore.create(folder, facts(dtype))
     with StoreWriter(folder, made.facts, **options) as writer:
         for number in numbers:
-            writer.add(content_key([number]), item(number, masked=number >= 20))
+            writer.add(KnownFiles().key([number]), item(number, masked=number >= 20))
     return FeatureStore.open(folder)
 
 
@@ -255,13 +255,30 @@ def test_keys_of_what_is_no_file(tmp_path):
             return self.data
 
     (tmp_path / "a.txt").write_bytes(b"1 2")
-    assert content_key(Member("in/b.TXT", b"1 2")) == KnownFiles().key(tmp_path / "a.txt")
-    assert content_key(Member("b.txt", b"1 3")) != content_key(Member("b.txt", b"1 2"))
+    key = KnownFiles().key
+    assert key(Member("in/b.TXT", b"1 2")) == key(tmp_path / "a.txt")
+    assert key(Member("b.txt", b"1 3")) != key(Member("b.txt", b"1 2"))
     with open(tmp_path / "a.txt", "rb") as file:
-        assert content_key(file) == content_key(file) == KnownFiles().key(tmp_path / "a.txt")
-    assert content_key({"b": [1, 2.5], "a": "ü"}) == content_key({"a": "ü", "b": [1, 2.5]}) != content_key([1, 2.5])
-    with pytest.raises(InputError, match="a ndarray has no bytes to tell"):
-        content_key(np.zeros(3))
+        assert key(file) == key(file) == key(tmp_path / "a.txt")
+    assert key({"b": [1, 2.5], "a": "ü"}) == key({"a": "ü", "b": [1, 2.5]}) != key([1, 2.5])
+    assert key([[1, 2.5], [3]]).hex() == "43a9748e30e578f5f59fe73e5aa6ba17", "stores that are there hold it by this"
+    with pytest.raises(InputError, match="a object has no bytes to tell"):
+        key(object())
+
+
+def test_a_list_of_files_is_stored_by_what_is_in_them(tmp_path, later):
+    path, stored = tmp_path / "a.txt", FeatureStore.create(tmp_path, facts())
+    path.write_text("1 2")
+    with StoreWriter(tmp_path, stored.facts) as writer:
+        writer.add(stored.key([str(path)]), item(1))
+    stored = FeatureStore.open(tmp_path)
+    assert not stored.holds([path]), "it would have to be read"
+    stored.check([[path]])
+    assert stored.holds([path]) and stored.features([str(path)])
+    path.write_text("1 3")
+    assert not stored.holds([path])
+    with pytest.raises(BundleError, match="is not in the feature store"):
+        stored.features([path])
 
 
 def test_many_files_and_items_are_told_apart(tmp_path, later):

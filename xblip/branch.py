@@ -22,6 +22,7 @@ from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlip
 from xblip.frozen import Encoders, FrozenEncoder
 from xblip.llm import DTYPES, FrozenLLM
 from xblip.loading import save_tensors
+from xblip.media import held
 from xblip.modality import Features, Modality, collate
 
 FILE = "branch.yaml"
@@ -124,7 +125,7 @@ class Branch(nn.Module):
                     f"the modality {self.modality.name} gave, or a source."
                 )
             return source
-        return self.modality.load(source)
+        return self.modality.load(held(source, kind=self.modality.name))
 
     def encode(self, sources: Sequence[Any]) -> Features:
         """Gives the frozen features of several sources, each a source, what `read` gave, or `Features`."""
@@ -133,9 +134,9 @@ class Branch(nn.Module):
         items = [self.read(source) for source in sources]
         fresh = [item for item in items if not isinstance(item, Features)]
         encoded = iter(self._encode(fresh).split() if fresh else [])
-        features = Features.join([item if isinstance(item, Features) else next(encoded) for item in items])
         weights = next(self.bridge.parameters())
-        return Features(features.values.to(weights), features.mask.to(weights.device), features.segments)
+        features = (item if isinstance(item, Features) else next(encoded) for item in items)
+        return Features.join([item.to(weights) for item in features])
 
     def _encode(self, items: Sequence[dict[str, Tensor]]) -> Features:
         tensors, segments = collate(items)

@@ -3,10 +3,11 @@
 A value is made by one thread and the others wait for it: a film that a hundred callers send at once is encoded once.
 """
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,55 +58,68 @@ class ByteCache:
     def get_or_make(self, keys: Sequence[Hashable], make: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
         """Returns the values of keys, made all at once where they are missing.
 
+        What another thread fails to make is made here: it may have failed at other keys that it made together with these.
+
         Args:
           keys: of the values wanted; a key may come twice.
           make: takes places in `keys`, each of another key, and returns their values.
 
         Raises:
-          Whatever `make` raises, here or in the thread that was making a value; nothing is kept of it then.
+          Whatever `make` raises here; nothing is kept of it then.
         """
-        wanted: dict[Hashable, Future] = {}
-        own: dict[Hashable, int] = {}
+        wanted: dict[Hashable, int] = {}
+        for place, key in enumerate(keys):
+            wanted.setdefault(key, place)
         with self._lock:
-            for place, key in enumerate(keys):
-                if key in wanted:
-                    self._hits += 1
-                    continue
-                wanted[key] = self._claim(key)
-                if wanted[key] is None:
-                    wanted[key] = self._making[key] = Future()
+            self._hits += len(keys) - len(wanted)
+        values: dict[Hashable, Any] = {}
+        while wanted:
+            found, others, own = self._claim(wanted)
+            values |= found
+            if own:
+                values |= self._make(own, make)
+            for key, future in others.items():
+                with contextlib.suppress(CancelledError):
+                    values[key] = future.result()
+            wanted = {key: place for key, place in wanted.items() if key not in values}
+            with self._lock:
+                self._hits -= len(wanted)
+        return [values[key] for key in keys]
+
+    def _claim(
+        self, wanted: dict[Hashable, int]
+    ) -> tuple[dict[Hashable, Any], dict[Hashable, Future], dict[Hashable, int]]:
+        """Returns the values that are there, what others are making, and the places of keys that are to be made here."""
+        found, others, own = {}, {}, {}
+        with self._lock:
+            for key, place in wanted.items():
+                if key in self._held:
+                    self._held.move_to_end(key)
+                    found[key] = self._held[key][0]
+                elif key in self._making:
+                    others[key] = self._making[key]
+                else:
+                    self._making[key] = Future()
                     own[key] = place
-        if own:
-            self._make(own, make)
-        return [wanted[key].result() for key in keys]
+            self._hits += len(found) + len(others)
+            self._misses += len(own)
+        return found, others, own
 
-    def _claim(self, key: Hashable) -> Future | None:
-        """Returns where a value is or will be; None if nobody makes it yet. Runs under the lock."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            self._hits += 1
-            done: Future = Future()
-            done.set_result(self._held[key][0])
-            return done
-        if key in self._making:
-            self._hits += 1
-            return self._making[key]
-        self._misses += 1
-        return None
-
-    def _make(self, own: dict[Hashable, int], make: Callable[[list[int]], Sequence[Any]]) -> None:
+    def _make(self, own: dict[Hashable, int], make: Callable[[list[int]], Sequence[Any]]) -> dict[Hashable, Any]:
+        """Makes what was claimed; whoever waits for it is given it, or left to make it."""
         try:
             values = list(make(list(own.values())))
             assert len(values) == len(own)
-        except BaseException as error:
+        except BaseException:
             with self._lock:
                 for key in own:
-                    self._making.pop(key).set_exception(error)
+                    self._making.pop(key).cancel()
             raise
         with self._lock:
             for key, value in zip(own, values, strict=True):
                 self._keep(key, value)
                 self._making.pop(key).set_result(value)
+        return dict(zip(own, values, strict=True))
 
     def get(self, key: Hashable) -> Any:
         """Returns a value that is there, or None."""

@@ -9,12 +9,16 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from xblip.errors import InputError, MediaError
+from xblip.media import held
 
 KEY_BYTES = 16
 COLUMNS = 7
@@ -45,20 +49,31 @@ class KnownFiles:
         if table is not None:
             self._keep(table)
 
-    def known(self, path: str | Path) -> bytes | None:
-        """Returns a file's key without reading the file; None if it is new here or changed.
+    def known(self, source: Any) -> bytes | None:
+        """Returns a source's key without reading a file; None if one is new here or changed.
 
         Raises:
-          MediaError: there is no such file.
+          MediaError, InputError: there is no such file, or the source is of no kind that has a key.
         """
+        return _content_key(source, self._known_file)
+
+    def key(self, source: Any) -> bytes:
+        """Returns the key of what a source holds, 16 bytes of BLAKE2b, reading files if need be.
+
+        Args:
+          source: a path, bytes, what can be read (a member of an archive; its `name` may have an ending), an array or a
+            tensor, what JSON can hold, or a list of these.
+
+        Raises:
+          MediaError: a file cannot be read, or is being written.
+          InputError: it is none of these.
+        """
+        return _content_key(source, self._read_file)
+
+    def _known_file(self, path: str | Path) -> bytes | None:
         return self._find(_path_hash(path), stamp(path))
 
-    def key(self, path: str | Path) -> bytes:
-        """Returns a file's key, reading the file if need be.
-
-        Raises:
-          MediaError: the file cannot be read, or is being written.
-        """
+    def _read_file(self, path: str | Path) -> bytes:
         place, before = _path_hash(path), stamp(path)
         if (found := self._find(place, before)) is not None:
             return found
@@ -109,29 +124,52 @@ def is_file(source: Any) -> bool:
     return isinstance(source, (str, Path))
 
 
-def content_key(source: Any) -> bytes:
-    """Returns the key of a source that is no path: 16 bytes of BLAKE2b.
+def files_in(source: Any) -> Iterator[str | Path]:
+    """Yields the paths that a source is, or lists."""
+    if is_file(source):
+        yield source
+    elif isinstance(source, (list, tuple)):
+        for part in source:
+            yield from files_in(part)
 
-    Args:
-      source: bytes or what can be read (a member of an archive; its `name` may have an ending), or what JSON can hold.
 
-    Raises:
-      InputError: it is neither.
-    """
+def _content_key(source: Any, file_key: Callable[[str | Path], bytes | None]) -> bytes | None:
+    """Returns the key of a source, as `KnownFiles.key`; None if `file_key` gives none of a path in it."""
+    if is_file(source):
+        return file_key(source)
     if hasattr(source, "read"):
-        data = source.read()
-        if hasattr(source, "seek"):
-            source.seek(0)
-        return _hash(_person(str(getattr(source, "name", ""))), data)
+        return _hash(_person(str(getattr(source, "name", ""))), held(source, kind="source").read())
     if isinstance(source, (bytes, bytearray)):
         return _hash(_person(""), source)
+    if isinstance(source, (list, tuple)) and _is_of_parts(source):
+        keys = [_content_key(part, file_key) for part in source]
+        return None if None in keys else _hash(b"list", b"".join(keys))
     try:
+        if isinstance(source, (np.ndarray, Tensor)):
+            return _array_key(source)
         return _hash(b"json", json.dumps(source, sort_keys=True, separators=(",", ":")).encode())
-    except (TypeError, ValueError) as cause:
+    except (TypeError, ValueError, RuntimeError) as cause:  # RuntimeError: torch's, of a tensor without its numbers
         raise InputError(
             f"Features are stored by what a source holds, and a {type(source).__name__} has no bytes to tell: give a file, "
             "bytes, or lists of numbers."
         ) from cause
+
+
+def _is_of_parts(source: Any) -> bool:
+    """Whether a source or what it lists, however nested, is more than values that JSON writes as they are."""
+    if isinstance(source, (list, tuple)):
+        return any(map(_is_of_parts, source))
+    return not isinstance(source, (int, float, dict, type(None)))
+
+
+def _array_key(source: np.ndarray | Tensor) -> bytes:
+    """Returns the key of an array, which a tensor of the same numbers does not have: modalities may order them otherwise."""
+    about = f"{type(source).__name__} {source.dtype} {tuple(source.shape)}"
+    if isinstance(source, Tensor):
+        source = source.detach().contiguous().flatten().view(torch.uint8).numpy(force=True)
+    if isinstance(source, np.ma.MaskedArray) or source.dtype.hasobject:
+        raise TypeError("an array that does not hold its numbers")
+    return _hash(b"array", about.encode() + source.tobytes())
 
 
 def view_key(key: bytes, number: int) -> bytes:
@@ -146,7 +184,7 @@ def stamp(path: str | Path) -> tuple[int, int, int, int]:
       MediaError: there is no such file.
     """
     try:
-        found = os.stat(path)
+        found = os.stat(os.path.expanduser(path))
     except (OSError, ValueError) as cause:
         raise MediaError(f'Cannot read "{path}": {getattr(cause, "strerror", None) or cause}.') from cause
     times = found.st_mtime_ns % 2**64, found.st_ctime_ns % 2**64  # a time before 1970 is negative
@@ -163,7 +201,7 @@ def describe(source: Any) -> str:
 def _file_key(path: str | Path) -> bytes:
     person = _person(str(path))
     try:
-        with open(path, "rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=KEY_BYTES, person=person)).digest()
     except OSError as cause:
         raise MediaError(f'Cannot read "{path}": {cause.strerror}.') from cause
@@ -179,7 +217,7 @@ def _person(name: str) -> bytes:
 
 
 def _path_hash(path: str | Path) -> int:
-    name = os.fsencode(os.path.abspath(path))
+    name = os.fsencode(os.path.abspath(os.path.expanduser(path)))
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 

@@ -17,6 +17,7 @@ from xblip.contents import describe
 from xblip.errors import InputError
 from xblip.explain import Asked
 from xblip.generation import says_how_to_cache
+from xblip.media import held
 from xblip.media_read import KeysValues
 from xblip.prefixes import Prompt, lay_out, shared_by_all, soft_units
 from xblip.router import Piece
@@ -80,7 +81,9 @@ class Context:
 
     def encoded(self, parts: Sequence[str | Media]) -> list[str | Media]:
         """Returns parts whose sources are features, and remembers where these are from."""
-        given = Sample(None, list(parts))
+        given = Sample(None, list(parts)).changed(
+            lambda _, part: part.with_source(held(part.source, kind=part.modality))
+        )
         [read] = self.model.reader.encoded([given])
         for before, after in zip(given.all_media, read.all_media, strict=True):
             self._sources[after.source.key] = before.source
@@ -219,7 +222,7 @@ def _make_prompt(model: "XBlip", pieces: Sequence[Piece], softs: Sequence[tuple[
         length += len(units[-1])
         if isinstance(piece, Media) and is_stable:
             stable = length
-    return Prompt(torch.cat(embeds), np.concatenate(units), stable, is_stable)
+    return Prompt(torch.cat(embeds), np.concatenate(units), min(stable, length - 1), is_stable)
 
 
 def _read_for(instruction: str, parts: Sequence[str | Media]) -> list[str | Media]:

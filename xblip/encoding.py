@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from xblip import config as configs
 from xblip.branch import BranchConfig, build_encoder, build_modality
-from xblip.contents import KnownFiles, View, describe, is_file, stamp
+from xblip.contents import KnownFiles, View, describe, files_in, stamp
 from xblip.errors import BundleError, ConfigError, InputError, MediaError, XBlipError
 from xblip.frozen import FrozenEncoder
 from xblip.loading import is_killed_worker
@@ -102,12 +102,14 @@ class _Sources(Dataset):
         source, key, tensors, failed = self.sources[index], b"", None, None
         plain = source.source if isinstance(source, View) else source
         try:
-            before = stamp(plain) if is_file(plain) else None
+            before = [stamp(path) for path in files_in(plain)]
             key = self.store.key(source)
             if self.again or key not in self.store:
                 tensors = self._tensors(source)
-                if is_file(plain) and stamp(plain) != before:
-                    raise MediaError(f'Cannot read "{plain}": it is being written. Wait until that has ended.')
+                if [stamp(path) for path in files_in(plain)] != before:
+                    raise MediaError(
+                        f'Cannot read "{describe(plain)}": it is being written. Wait until that has ended.'
+                    )
         except XBlipError as error:  # as a value, since torch makes a text of what a worker raises
             tensors, failed = None, error
             if isinstance(error, MediaError) and not isinstance(plain, (str, Path, bytes, FilePart)):

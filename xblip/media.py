@@ -113,6 +113,42 @@ class MediaFile:
             yield path
 
 
+class HeldFile(io.BytesIO):
+    """What an open file held from where it stood, to be read as often as need be.
+
+    Attributes:
+      name: the file's own; "" if it says none.
+    """
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.name = name
+
+
+def held(source: Any, *, kind: str) -> Any:
+    """Reads what is open: it stands for what follows its position, where it is left if it can go back.
+
+    Args:
+      source: whatever the user gave.
+      kind: the modality's name, for messages.
+
+    Returns:
+      A `HeldFile`, at its beginning, for an open file, and for each in a list; other sources as they are.
+
+    Raises:
+      MediaError: an open file cannot be read, or holds nothing there.
+    """
+    if isinstance(source, (list, tuple)) and any(hasattr(part, "read") for part in source):
+        return [held(part, kind=kind) for part in source]
+    if isinstance(source, FilePart) or not hasattr(source, "read"):
+        return source
+    label = _open_file(kind)
+    data = source.getvalue() if isinstance(source, HeldFile) else _contents(source, label)
+    if not data:
+        raise MediaError(f"Cannot read {label}: it is empty, or read to its end: seek(0) goes back.")
+    return HeldFile(data, str(getattr(source, "name", "")))
+
+
 def media_file(source: Any, *, kind: str) -> MediaFile | None:
     """Tells files from objects.
 
@@ -132,8 +168,7 @@ def media_file(source: Any, *, kind: str) -> MediaFile | None:
     elif isinstance(source, (bytes, bytearray, memoryview)):
         data, label = bytes(source), f"the {kind} given as bytes"
     elif hasattr(source, "read"):
-        label = f"the {kind} given as an open file"
-        data = _contents(source, label)
+        data, label = held(source, kind=kind).getvalue(), _open_file(kind)
     elif isinstance(source, (str, os.PathLike)):
         return _file_at(source, kind)
     else:
@@ -148,9 +183,16 @@ def is_url(source: Any) -> bool:
     return isinstance(source, str) and URL.match(source) is not None
 
 
+def _open_file(kind: str) -> str:
+    return f"the {kind} given as an open file"
+
+
 def _contents(source: BinaryIO, label: str) -> bytes:
     try:
+        start = source.tell() if hasattr(source, "seekable") and source.seekable() else None
         data = source.read()
+        if start is not None:
+            source.seek(start)
     except Exception as cause:
         raise MediaError(f"Cannot read {label}: {cause}. Open it for reading in binary mode ('rb').") from cause
     if isinstance(data, str):

@@ -11,7 +11,7 @@ tokens, T text tokens, D_enc / D_q / D_llm widths.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -75,7 +75,8 @@ class Modality(ABC):
 
         Args:
           source: a path, bytes, an open binary file, or an object of the modality's own kind (array, PIL image, ...).
-            `media_file` tells files from objects and reports missing or empty ones.
+            `media_file` tells files from objects and reports missing or empty ones. What is open comes in memory, from where
+            it stood.
 
         Returns:
           Keyword arguments of the encoder; each tensor's first dimension is S, equal for all of them and >= 1.
@@ -225,6 +226,10 @@ class Features:
         """Returns one `Features` per item."""
         parts = zip(self.values.split(self.segments), self.mask.split(self.segments), self.segments, strict=True)
         return [Features(values, mask, [count]) for values, mask, count in parts]
+
+    def to(self, weights: Tensor) -> "Features":
+        """Returns them as a bridge with these weights takes them: in their dtype and on their device."""
+        return replace(self, values=self.values.to(weights), mask=self.mask.to(weights.device))
 
     @staticmethod
     def join(parts: "Sequence[Features]") -> "Features":

@@ -18,6 +18,7 @@ from xblip.caches import ByteCache
 from xblip.kv_cache import begun
 from xblip.llm import FrozenLLM, PromptBatch
 from xblip.media_read import KeysValues
+from xblip.weights import WeightVersions
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Prompt:
     Attributes:
       embeds: (T, D_llm).
       units: (T,) int64, equal where embeddings are: token ids, and numbers below 0 for a soft prompt's positions.
-      stable: how many positions from the first no other question would change, up to the last soft prompt among them.
+      stable: how many positions from the first no other question would change, up to the last soft prompt among them; fewer
+        than T, since the LLM says what comes next only as it reads something.
       goes_on: whether no other question would change any soft prompt, so that the next turn begins with all of this.
     """
 
@@ -57,11 +59,12 @@ def soft_units(key: bytes, length: int) -> np.ndarray:
 
 
 class Prefixes:
-    """Beginnings of prompts that one LLM has read."""
+    """Beginnings of prompts that one LLM has read, with the weights it has."""
 
     def __init__(self, llm: FrozenLLM, cache: ByteCache):
         self.llm = llm
         self.cache = cache
+        self._weights = WeightVersions()
 
     @functools.cached_property
     def work(self) -> bool:
@@ -70,7 +73,9 @@ class Prefixes:
 
     def longest(self, units: np.ndarray) -> Beginning | None:
         """Returns the longest beginning of these units that was read, and is not all of them; None if there is none."""
-        found = [(_shared(units[:-1], held.units), key, held) for key, held in self.cache.items()]
+        weights, _ = self._key(units)
+        read = [(key, held) for key, held in self.cache.items() if key[0] == weights]
+        found = [(_shared(units[:-1], held.units), key, held) for key, held in read]
         length, key, held = max(found, key=lambda entry: entry[0], default=(0, None, None))
         if not length:
             return None
@@ -89,12 +94,16 @@ class Prefixes:
             self.llm.model(inputs_embeds=rest, past_key_values=cache, use_cache=True, **self.llm.last_logits_alone)
             return [Beginning(units, [(layer.keys, layer.values) for layer in cache.layers])]
 
-        return self.cache.get_or_make([units.tobytes()], make)[0]
+        return self.cache.get_or_make([self._key(units)], make)[0]
 
     def keep(self, units: np.ndarray, keys_values: KeysValues) -> None:
         """Keeps what a prompt with its answer gave; the units of the first P positions are known."""
         length = keys_values[0][0].shape[2]
-        self.cache.put(units[:length].tobytes(), Beginning(units[:length], keys_values))
+        self.cache.put(self._key(units[:length]), Beginning(units[:length], keys_values))
+
+    def _key(self, units: np.ndarray) -> tuple[bytes, bytes]:
+        """The LLM's weights, and what it read with them."""
+        return self._weights.of(self.llm.model), units.tobytes()
 
 
 def lay_out(prompts: Sequence[Prompt], past: Beginning | None, *, right: bool = False) -> PromptBatch:

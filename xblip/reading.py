@@ -5,25 +5,25 @@ would give the second question the first one's prompt.
 """
 
 import hashlib
-import itertools
 import json
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from xblip.branch import Branch, without_half_precision
 from xblip.bridge import Bridge
 from xblip.caches import Caches
-from xblip.contents import KnownFiles, content_key, is_file
+from xblip.contents import KnownFiles, describe, is_file
 from xblip.errors import InputError, MediaError
+from xblip.media import held
 from xblip.modality import Features
 from xblip.sample import Sample, by_modality
+from xblip.weights import WeightVersions
 
 
 class ReadMedia(dict[str, Tensor]):
@@ -45,8 +45,7 @@ class MediaReader:
         self.branches = branches
         self.caches = caches
         self._files = KnownFiles()
-        self._bridges: weakref.WeakKeyDictionary[Bridge, tuple[Any, bytes]] = weakref.WeakKeyDictionary()
-        self._count = itertools.count()
+        self._weights = WeightVersions()
 
     def key(self, name: str, source: Any) -> bytes | None:
         """Returns what tells a source's features from others, by its content; None if an object does not say what it holds.
@@ -56,12 +55,12 @@ class MediaReader:
         """
         if isinstance(source, Features):
             return source.key
-        held = self._files.key(source) if is_file(source) else _content(source)
-        if held is None:
+        content = self._content(source)
+        if content is None:
             return None
         branch = self.branches[name]
         settings = asdict(branch.modality.config)
-        return _hash(held, json.dumps([name, settings, branch.encoder.fingerprint], default=str).encode())
+        return _hash(content, json.dumps([name, settings, branch.encoder.fingerprint], default=str).encode())
 
     @torch.no_grad()
     def encode(self, name: str, sources: Sequence[Any]) -> list[Features]:
@@ -70,13 +69,16 @@ class MediaReader:
         Raises:
           MediaError: one cannot be read, or changed meanwhile.
         """
-        keys = [self.key(name, source) or os.urandom(16) for source in sources]
+        sources = [held(source, kind=name) for source in sources]
+        found = [self.key(name, source) for source in sources]
+        keys = [key or os.urandom(16) for key in found]
 
         def make(places: list[int]) -> list[Features]:
             items = self.branches[name].encode([sources[place] for place in places]).split()
             for place in places:
-                if is_file(sources[place]) and self.key(name, sources[place]) != keys[place]:
-                    raise MediaError(f'Cannot read "{sources[place]}": it changed while it was read. Ask again.')
+                source = sources[place]
+                if isinstance(source, (str, Path, list, tuple)) and self.key(name, source) != found[place]:
+                    raise MediaError(f'Cannot read "{describe(source)}": it changed while it was read. Ask again.')
             return [replace(_own(item), key=keys[place]) for item, place in zip(items, places, strict=True)]
 
         return self.caches.features.get_or_make(keys, make)
@@ -108,6 +110,8 @@ class MediaReader:
         """
         bridge = self.branches[name].bridge
         version = self._version(bridge)
+        weights = next(bridge.parameters())
+        features = [item.to(weights) for item in features]
         asked = instructions if bridge.reads_instructions else [""] * len(features)
         keys = [_hash(item.key, version, text.encode()) for item, text in zip(features, asked, strict=True)]
 
@@ -123,6 +127,18 @@ class MediaReader:
         with without_half_precision(features[0].values.device.type):
             return list(zip(self.caches.prompts.get_or_make(keys, make), keys, strict=True))
 
+    def _content(self, source: Any) -> bytes | None:
+        if isinstance(source, ReadMedia):
+            return source.content
+        try:
+            return self._files.key(source)
+        except InputError:
+            return None
+        except MediaError:
+            if is_file(source):
+                raise
+            return None  # texts in a list need not be paths
+
     def _read(self, bridge: Bridge, version: bytes, features: Sequence[Features]) -> Any:
         """Does the part of a bridge's work that no instruction changes, as one for all items."""
         keys = [("read", item.key, version) for item in features]
@@ -136,15 +152,8 @@ class MediaReader:
         return type(parts[0]).join(parts)
 
     def _version(self, bridge: Bridge) -> bytes:
-        """Tells a bridge's weights from what they were before a step of training, and from other bridges'."""
-        if bridge.training:
-            return os.urandom(16)
-        weights = itertools.chain(bridge.parameters(), bridge.buffers())
-        stamp = [(weight.data_ptr(), weight._version) for weight in weights]
-        known = self._bridges.get(bridge)
-        if known is None or known[0] != stamp:
-            known = self._bridges[bridge] = stamp, next(self._count).to_bytes(8, "little")
-        return known[1]
+        """Tells a bridge's weights from what they were before, and from other bridges'; in training it is new each time."""
+        return os.urandom(16) if bridge.training else self._weights.of(bridge)
 
 
 def _alike(keys: Sequence[bytes], features: Sequence[Features]) -> list[list[list[int]]]:
@@ -156,18 +165,6 @@ def _alike(keys: Sequence[bytes], features: Sequence[Features]) -> list[list[lis
     for places in items.values():
         groups.setdefault((len(places), features[places[0]].values.shape[1]), []).append(places)
     return list(groups.values())
-
-
-def _content(source: Any) -> bytes | None:
-    if isinstance(source, ReadMedia):
-        return source.content
-    if isinstance(source, (np.ndarray, Tensor)):
-        array = np.ascontiguousarray(source.detach().cpu().numpy() if isinstance(source, Tensor) else source)
-        return None if array.dtype == object else _hash(f"{array.dtype} {array.shape}".encode(), array.tobytes())
-    try:
-        return content_key(source)
-    except InputError:
-        return None
 
 
 def _own(value: Any) -> Any:

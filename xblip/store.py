@@ -19,7 +19,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from xblip import config as configs
-from xblip.contents import COLUMNS, KEY_BYTES, KnownFiles, View, content_key, describe, is_file, view_key
+from xblip.contents import COLUMNS, KEY_BYTES, KnownFiles, View, describe, is_file, view_key
 from xblip.errors import BundleError, ConfigError, MediaError, suggest
 from xblip.modality import Features
 from xblip.provenance import FORMAT, StoreFacts, differences
@@ -143,7 +143,7 @@ class FeatureStore:
         """
         if isinstance(source, View):
             return view_key(self.key(source.source), source.number)
-        return self.files.key(source) if is_file(source) else content_key(source)
+        return self.files.key(source)
 
     def features(self, source: Any) -> Features:
         """Reads the features of one source: of that content, not of that name.
@@ -203,7 +203,7 @@ class FeatureStore:
         """Whether the features of a source are here, as far as it is known without reading a file."""
         plain = source.source if isinstance(source, View) else source
         try:
-            key = self.files.known(plain) if is_file(plain) else None if hasattr(plain, "read") else self.key(plain)
+            key = None if hasattr(plain, "read") else self.files.known(plain)
         except MediaError:
             return False
         return key is not None and (view_key(key, source.number) if isinstance(source, View) else key) in self
