@@ -169,10 +169,16 @@ class TestLists:
 
     def test_with_a_part_that_does_not_say_what_it_holds_have_no_key(self, model, tmp_path):
         path = write(tmp_path / "one.txt", ONE)
-        for part in (object(), "no such file", [path, object()]):
+        for part in (object(), [path, object()]):
             assert model.reader.key("rolls", [path, part]) is None
         with pytest.raises(MediaError, match="Cannot read rolls 'gone.txt': no such file. Check the path"):
             model.encode(rolls=[path, "gone.txt"])
+
+    def test_of_texts_are_known_by_these(self, model, tmp_path):
+        path = write(tmp_path / "one.txt", ONE)
+        key = model.reader.key
+        assert len({key("rolls", given) for given in (["a"], ["b"], ["a", "b"], ["a", path], ["a", str(path)])}) == 4
+        assert None not in (key("rolls", ["a"]), key("rolls", ["a" * 100_000, "\0"]))
 
     def test_of_arrays_are_known_by_these(self, model):
         key = model.reader.key
@@ -223,6 +229,12 @@ class TestAModelOfAnotherDtype:
         context.ask(QUESTION, **NEW)
         model.generate([{"media": context.media, "instruction": QUESTION}], **NEW)
         assert {features.values.dtype for features in given} == {dtype}
+
+
+def test_weights_that_were_loaded_in_inference_mode_are_asked_like_others(model):
+    with torch.inference_mode():
+        other = copy.deepcopy(model)
+    assert other.encode(rolls=ONE).ask("what ?").text == model.encode(rolls=ONE).ask("what ?").text
 
 
 def test_features_of_before_stand_beside_those_of_another_device(model):

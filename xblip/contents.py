@@ -142,7 +142,7 @@ def _content_key(source: Any, file_key: Callable[[str | Path], bytes | None]) ->
     if isinstance(source, (bytes, bytearray)):
         return _hash(_person(""), source)
     if isinstance(source, (list, tuple)) and _is_of_parts(source):
-        keys = [_content_key(part, file_key) for part in source]
+        keys = [_text_key(part) if _is_text(part) else _content_key(part, file_key) for part in source]
         return None if None in keys else _hash(b"list", b"".join(keys))
     try:
         if isinstance(source, (np.ndarray, Tensor)):
@@ -153,6 +153,15 @@ def _content_key(source: Any, file_key: Callable[[str | Path], bytes | None]) ->
             f"Features are stored by what a source holds, and a {type(source).__name__} has no bytes to tell: give a file, "
             "bytes, or lists of numbers."
         ) from cause
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a list is a text that names no file."""
+    return isinstance(part, str) and not os.path.exists(os.path.expanduser(part))
+
+
+def _text_key(text: str) -> bytes:
+    return _hash(b"json", json.dumps(text).encode())
 
 
 def _is_of_parts(source: Any) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from xblip.branch import Branch, without_half_precision
 from xblip.bridge import Bridge
 from xblip.caches import Caches
-from xblip.contents import KnownFiles, describe, is_file
+from xblip.contents import KnownFiles, describe
 from xblip.errors import InputError, MediaError
 from xblip.media import held
 from xblip.modality import Features
@@ -134,10 +134,6 @@ class MediaReader:
             return self._files.key(source)
         except InputError:
             return None
-        except MediaError:
-            if is_file(source):
-                raise
-            return None  # texts in a list need not be paths
 
     def _read(self, bridge: Bridge, version: bytes, features: Sequence[Features]) -> Any:
         """Does the part of a bridge's work that no instruction changes, as one for all items."""

@@ -19,10 +19,10 @@ class WeightVersions:
         """Returns 16 bytes that no other module has, and this one only as long as its weights stay as they are.
 
         A step of training changes them, as do `load_state_dict`, another dtype and another device. What is written through
-        `.data` does not show.
+        `.data`, or in inference mode, does not show.
         """
         weights = [
-            (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+            (weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype, weight.device)
             for part in module.modules()
             for weight in (*part._parameters.values(), *part._buffers.values())
             if weight is not None
