@@ -161,7 +161,7 @@ def test_values_that_transformers_refuses_are_refused_at_once(engine):
         engine.submit(Request(ASK, {"do_sample": True, "temperature": -1.0}), print)
 
 
-def test_a_failure_of_the_model_is_told_without_its_insides_and_the_engine_goes_on(self, model, engine, monkeypatch):
+def test_a_failure_of_the_model_is_told_without_its_insides_and_the_engine_goes_on(model, engine, monkeypatch):
     expected = engine.ask(Request(ASK, NEW))
     with monkeypatch.context() as broken:
         broken.setattr(model.llm.model, "forward", lambda **_: 1 / 0)
