@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -14,9 +15,12 @@ from waiting import until
 
 from xblip.engine import EngineConfig
 from xblip.errors import ConfigError
+from xblip.requests import Said
+from xblip.sampling import Drawn
 from xblip.serve import COMPLETIONS
 from xblip.serve_config import ServeConfig
 from xblip.serve_media import LIMITS, limited
+from xblip.serve_reply import Replies
 
 pytestmark = pytest.mark.slow
 """A server takes seconds to start; what it refuses is tried in the quick suite, by `test_serve_refusals`."""
@@ -101,6 +105,12 @@ class TestAnswers:
                 assert served.server.engine.counts["steps"] > 0
         finally:
             del rows_model.generation["num_beams"]
+
+    def test_a_part_of_a_character_has_no_bytes_that_could_be_put_together(self):
+        tokenizer = SimpleNamespace(decode=lambda ids: "\ufffd" if ids == [1] else "é")
+        replies = Replies(id="", model="", tokenizer=tokenizer, tells_log_probabilities=True)
+        told = replies.said(0, Said("", [Drawn(1, -1.0, []), Drawn(2, -1.0, [])]))["choices"][0]["logprobs"]["content"]
+        assert [one["bytes"] for one in told] == [None, [0xC3, 0xA9]]
 
     def test_likelihoods_that_an_llm_cannot_tell_are_refused(self, rows_model):
         with running(rows_model, decode_workers=1) as served:
