@@ -217,6 +217,18 @@ def test_workers_killed_while_idle_are_put_back_when_somebody_looks(pool):
     assert pool.counters.replaced == before.replaced + 1
 
 
+def test_workers_that_cannot_be_put_back_are_tried_again(pool, monkeypatch):
+    for pid in pool.pids:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: pool.counters.alive == 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(pool._server), "fork", lambda _: (_ for _ in ()).throw(OSError("no room")))
+        with pytest.raises(OSError, match="no room"):
+            pool.revive()
+    pool.revive()
+    assert pool.counters.alive == 2 and len(pool._free) == 2
+
+
 def test_signals_that_mean_the_server_end_no_worker(pool, order):
     """A service manager sends them to all processes at once, while the server finishes what it has."""
     before = pool.pids

@@ -256,6 +256,45 @@ class TestQueue:
             assert held.engine.state["waiting"] == 0 and held.engine.counts["late"] == 3
             may_go.set()
 
+    def test_who_is_being_read_hears_in_time_that_it_is_too_late(self, model, monkeypatch):
+        at_work, may_go, real = threading.Event(), threading.Event(), Engine._made
+
+        def made(engine, batch):
+            at_work.set()
+            assert may_go.wait(20)
+            return real(engine, batch)
+
+        monkeypatch.setattr(Engine, "_made", made)
+        with Engine(model, EngineConfig(max_rows=1)) as engine:
+            told = [[], []]
+            engine.submit(Request(ASK, NEW, seconds=0.2), told[0].append)
+            assert at_work.wait(20)
+            engine.submit(Request(ASK, NEW, seconds=0.2), told[1].append)
+            until(lambda: all(told))
+            may_go.set()
+        assert [[type(event) for event in events] for events in told] == [[LateError], [LateError]]
+        assert engine.counts["late"] == 2 and engine.counts["finished"] == 0
+
+    def test_a_listener_may_ask_again_and_hold_a_lock_of_its_own(self, model, monkeypatch):
+        own, told = threading.Lock(), []
+
+        def listen(event):
+            with own:
+                told.append(event)
+            if isinstance(event, LateError):
+                held.engine.submit(Request(ASK, {"max_new_tokens": 1}), told.append)
+
+        with Held(model, monkeypatch, max_rows=1) as held:
+            held.begin()
+            held.engine.submit(Request(ASK, NEW, seconds=0.1), listen)
+            deadline = time.monotonic() + 2
+            while not told and time.monotonic() < deadline:
+                with own:
+                    held.engine.state  # noqa: B018 - it takes the engine's lock
+            held.may_go.set()
+            until(lambda: any(isinstance(event, Finished) for event in told))
+        assert isinstance(told[0], LateError)
+
     def test_those_who_left_take_no_place_in_the_queue(self, model, monkeypatch):
         with Held(model, monkeypatch, max_rows=1, max_waiting=2) as held:
             held.begin()

@@ -7,7 +7,7 @@ import torch
 from kit import BEADS, ONE, TWO, make_model
 from waiting import ASK, NEW, Held, until
 
-from xblip.engine import Engine
+from xblip.engine import Engine, EngineConfig
 from xblip.errors import ConfigError, InputError, MediaError, XBlipError
 from xblip.requests import Finished, Request
 from xblip.sample import Sample
@@ -125,9 +125,23 @@ def test_likelihoods_of_what_is_said_in_one_go_are_refused(engine):
         engine.submit(Request(ASK, {**NEW, "num_beams": 2}, top_log_probabilities=0), print)
 
 
-def test_a_length_among_the_llm_s_own_settings_changes_nothing(model):
+def test_beams_among_the_llm_s_own_settings_count_and_give_way(model, monkeypatch):
+    monkeypatch.setattr(model.llm.model.generation_config, "num_beams", 3)
+    with Engine(model, EngineConfig(max_positions=80)) as engine:
+        assert engine.ask(Request(ASK, {**NEW, "num_beams": 1}, top_log_probabilities=0)).drawn
+        with pytest.raises(InputError, match=r"take \d+ positions, and this engine holds 80"):
+            engine.ask(Request(ASK, NEW))
+
+
+def test_what_transformers_refuses_is_told_without_objects(engine):
+    with pytest.raises(ConfigError, match="These generation options are refused") as told:
+        engine.ask(Request(ASK, {**NEW, "num_beams": 2, "num_beam_groups": 5}))
+    assert "lambda" not in str(told.value) and "num_beams=2" in str(told.value)
+
+
+def test_a_length_among_the_llm_s_own_settings_changes_nothing(model, monkeypatch):
     """`max_length` stands in many a published generation_config.json, and gives way to max_new_tokens."""
-    model.llm.model.generation_config.max_length = 4096
+    monkeypatch.setattr(model.llm.model.generation_config, "max_length", 4096)
     with Engine(model) as engine:
         assert engine.ask(Request(ASK, {**NEW, "min_new_tokens": 3})).drawn
 

@@ -74,6 +74,7 @@ LAYERS = [
     {"serve_config", "serve_schema", "serve_reply", "serve_metrics"},
     {"serve_access", "serve_media", "serve_stream"},
     {"serve_sample"},
+    {"serve_intake"},
     {"serve", "serve_ray_proxy"},
     {"serve_talk", "serve_gate", "serve_ray"},
     {"serve_page"},

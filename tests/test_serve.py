@@ -221,26 +221,28 @@ class TestLoad:
             assert response.status_code == 504 and "was not whole after 0.5 s" in response.json()["error"]["message"]
 
     def test_those_without_files_do_not_wait_for_those_who_read(self, rows_model, monkeypatch):
-        monkeypatch.setattr("xblip.serve.READERS", 1)
+        monkeypatch.setattr("xblip.serve_intake.READERS", 1)
         with running(rows_model, decode_workers=1, decode_seconds=20) as served, ThreadPoolExecutor(2) as threads:
             reading = [
                 threads.submit(post, served, asking(rows(f"sleep 2 1 2 {n}".encode()), QUESTION)) for n in (1, 2)
             ]
-            until(lambda: served.server._inside == 2)
+            until(lambda: served.server.intake.count == 2)
             started = time.monotonic()
             assert post(served, BAD).status_code == 200 and time.monotonic() - started < 1.5
             assert not any(future.done() for future in reading)
 
     def test_bodies_have_a_limit_together(self, rows_model):
-        with running(rows_model, decode_workers=1, decode_seconds=20, max_held_bytes=3_000) as served:
+        with running(
+            rows_model, decode_workers=1, decode_seconds=20, max_held_bytes=3_000, max_body_bytes=3_000
+        ) as served:
             with ThreadPoolExecutor(1) as threads:
                 large = asking(rows(b"sleep 1 1 2 3"), QUESTION + " " * 2_000)
                 first = threads.submit(post, served, large)
-                until(lambda: served.server._held_bytes > 2_000)
+                until(lambda: served.server.intake.held_bytes > 2_000)
                 refused = post(served, large)
                 assert refused.status_code == 429 and "too large together" in refused.json()["error"]["message"]
                 assert post(served, BAD).status_code == 200 and first.result().status_code == 200
-            assert served.server._held_bytes == 0
+            assert served.server.intake.held_bytes == 0
 
     def test_idle_workers_that_were_killed_are_put_back(self, rows_model, monkeypatch):
         monkeypatch.setattr("xblip.serve.TIDY_SECONDS", 0.2)
@@ -278,7 +280,15 @@ class TestSettings:
         ServeConfig(host="0.0.0.0", api_keys=[KEY]).check()
 
     @pytest.mark.parametrize(
-        "settings", [{"port": 70_000}, {"port": -1}, {"api_keys": [""]}, {"api_keys": ["a b"]}, {"max_requests": 0}]
+        "settings",
+        [
+            {"max_held_bytes": 5, "max_body_bytes": 6},
+            {"port": 70_000},
+            {"port": -1},
+            {"api_keys": [""]},
+            {"api_keys": ["a b"]},
+            {"max_requests": 0},
+        ],
     )
     def test_settings_that_cannot_be(self, settings):
         with pytest.raises(ConfigError):

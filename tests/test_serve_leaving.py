@@ -93,13 +93,41 @@ def test_who_leaves_while_files_are_read_is_waited_for_no_more(rows_model, caplo
     assert not [record for record in caplog.records if record.exc_info]
 
 
+def test_who_waits_for_a_reader_hears_in_time_and_gives_its_place_back(rows_model, monkeypatch):
+    monkeypatch.setattr("xblip.serve_intake.READERS", 1)
+    settings = {"decode_workers": 1, "decode_seconds": 20, "request_seconds": 1.5}
+    with running(rows_model, **settings) as served, ThreadPoolExecutor(3) as threads:
+        first = threads.submit(post, served, asking(rows(b"sleep 3 1 2 3"), QUESTION))
+        until(lambda: served.server.pool._free == deque())
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(served.url + COMPLETIONS, json=asking(rows(b"1 2 3 5"), QUESTION), timeout=0.2)
+        until(lambda: served.server.intake.count == 1)
+        waiting = threads.submit(post, served, asking(rows(b"1 2 3 6"), QUESTION))
+        assert first.result().status_code == waiting.result().status_code == 504
+        assert served.server.pool._free == deque() and served.server.intake.held_bytes > 0, "it is still being read"
+        until(lambda: served.server.intake.held_bytes == 0)
+
+
+def test_who_is_sending_when_there_is_no_more_time_is_told_so(rows_model):
+    with (
+        running(rows_model, decode_workers=1, drain_seconds=0.2) as served,
+        socket.create_connection(("127.0.0.1", httpx.URL(served.url).port), timeout=20) as own,
+    ):
+        own.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n{{".encode())
+        until(lambda: served.server.intake.count)
+        served.server.leave()
+        until(lambda: served.server.intake.has_given_up)
+        served.stop()
+        assert b"503" in own.recv(1000)
+
+
 def test_who_breaks_off_sending_is_no_failure(rows_model, caplog):
     with running(rows_model, decode_workers=1) as served:
         with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port)) as own:
             own.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n{{".encode())
-            until(lambda: served.server._inside)
+            until(lambda: served.server.intake.count)
         until(lambda: 'status="499"' in httpx.get(f"{served.url}/metrics").text)
-        assert served.server._held_bytes == 0
+        assert served.server.intake.held_bytes == 0
     assert not [record for record in caplog.records if record.exc_info]
 
 

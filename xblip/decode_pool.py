@@ -136,11 +136,11 @@ class DecodePool:
             dead = [place for place in self._free if not (self._at[place] and self._at[place].is_alive())]
             for place in dead:
                 self._free.remove(place)
-        for place in dead:
-            try:
+        with contextlib.ExitStack() as places:
+            for place in dead:
+                places.callback(self._give_back, place)
+            for place in dead:
                 self._replace(place)
-            finally:
-                self._give_back(place)
 
     @property
     def pids(self) -> list[int]:

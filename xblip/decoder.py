@@ -1,6 +1,7 @@
 """What an engine's LLM is saying: jobs that join, say a token in each step, and leave when they have ended."""
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,17 +45,23 @@ class Job:
     prompt: Prompt | None = None
     drawn: list[Drawn] = field(default_factory=list)
     is_over: bool = False
+    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def positions(self) -> int:
         """Of prompt and answer, once for each beam."""
-        return (len(self.prompt.units) + self.options["max_new_tokens"]) * self.options.get("num_beams", 1)
+        return (len(self.prompt.units) + self.options["max_new_tokens"]) * self.options["num_beams"]
+
+    def end(self) -> bool:
+        """Nothing more is told; returns whether that is new."""
+        with self._ending:
+            was_over, self.is_over = self.is_over, True
+        return not was_over
 
     def tell(self, event: Event) -> None:
         """Tells whoever asked; one who cannot be told is no longer waited for."""
-        if self.is_over:
+        if self.is_over if isinstance(event, Said) else not self.end():
             return
-        self.is_over = not isinstance(event, Said)
         try:
             self.ticket.tell(event)
         except Exception:

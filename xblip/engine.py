@@ -5,11 +5,12 @@ the LLM. What one request gets does not depend on who else is asking.
 """
 
 import asyncio
+import itertools
 import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +59,15 @@ class Turns:
     def add(self, job: Job) -> None:
         self._callers.setdefault(job.ticket.request.caller, deque()).append(job)
 
-    def keep(self, is_wanted: Callable[[Job], bool]) -> None:
-        """Lets all others leave."""
+    def drop(self, jobs: Collection[Job]) -> None:
+        """Lets some leave."""
         for caller, waiting in list(self._callers.items()):
-            self._callers[caller] = deque(filter(is_wanted, waiting))
+            self._callers[caller] = deque(job for job in waiting if job not in jobs)
             if not self._callers[caller]:
                 del self._callers[caller]
+
+    def __iter__(self) -> Iterator[Job]:
+        return itertools.chain.from_iterable(self._callers.values())
 
     def take(self) -> Job:
         """Takes the next caller's oldest job; that caller comes last now."""
@@ -97,7 +101,7 @@ class Engine:
         self._decoder = Decoder(model)
         own = model.llm.model.generation_config.to_diff_dict()
         self._own_options = own
-        self._can_step = model.prefixes.work and Sampler.knows(own)
+        self._can_step = model.prefixes.work
         self._threads = [
             threading.Thread(target=work, name=f"xblip engine {name}", daemon=True)
             for name, work in (("reads", self._read_all), ("answers", self._answer_all))
@@ -110,7 +114,8 @@ class Engine:
 
         Args:
           request: what is asked.
-          tell: called with every event, in the engine's threads: it must not wait. The last is `Finished` or an error.
+          tell: called with every event, in the engine's threads or another who submits: it must not wait. The last is
+            `Finished` or an error.
 
         Raises:
           BusyError: the queue is full, or the engine is closing.
@@ -118,10 +123,10 @@ class Engine:
           InputError: log-probabilities are asked for where there are none.
         """
         job = self._job(Ticket(request, lambda event: self._tell(tell, event)))
+        self._dismiss()
         with self._changed:
             if self._is_closing:
                 raise BusyError("The engine is shutting down: ask again in a while.")
-            self._drop_unwanted()
             if self._num_waiting >= self.config.max_waiting:
                 self.counts["refused"] += 1
                 raise BusyError(f"The queue is full, with {self._num_waiting} requests waiting: ask again in a while.")
@@ -137,10 +142,11 @@ class Engine:
         stop = given.pop("stop_strings", None) or []
         stop = [stop, *request.stop] if isinstance(stop, str) else [*stop, *request.stop]
         options = {name: value for name, value in given.items() if value is not None}
-        sampler = None
-        if self._can_step and Sampler.knows(options):
+        options.setdefault("num_beams", self._own_options.get("num_beams") or 1)
+        every, sampler = {**self._own_options, **options}, None
+        if self._can_step and Sampler.knows(every):
             sampler = Sampler(
-                {**self._own_options, **options},
+                every,
                 ends=sorted(llm.ends(options)),
                 device=llm.device,
                 seed=request.seed,
@@ -245,21 +251,26 @@ class Engine:
         self.close()
 
     def _is_wanted(self, job: Job) -> bool:
+        """Whether somebody waits for an answer; who waits too long is told so. Not to be called under the lock."""
         if job.is_over:
             return False
-        if not job.ticket.is_cancelled and not job.ticket.is_late:
+        if not job.ticket.is_given_up:
             return True
-        if job.ticket.is_cancelled:
-            self.counts["cancelled"] += 1
-        else:
+        if not job.ticket.is_cancelled:
             job.fail(late(job.ticket.request.seconds))
-        job.is_over = True
+        elif job.end():
+            self.counts["cancelled"] += 1
         return False
 
-    def _drop_unwanted(self) -> None:
-        """Lets those leave who wait and have left, or wait too long; runs under the lock."""
-        self._waiting.keep(self._is_wanted)
-        self._ready = deque(filter(self._is_wanted, self._ready))
+    def _dismiss(self) -> None:
+        """Lets those leave who wait and have left, or wait too long."""
+        with self._changed:
+            given_up = {job for job in (*self._waiting, *self._reading, *self._ready) if job.ticket.is_given_up}
+            if given_up:
+                self._waiting.drop(given_up)
+                self._ready = deque(job for job in self._ready if job not in given_up)
+        for job in given_up:
+            self._is_wanted(job)
 
     def _read_all(self) -> None:
         while self._read():
@@ -274,10 +285,11 @@ class Engine:
 
     def _read(self) -> bool:
         """Makes prompts of what waits, as a batch; returns whether to go on."""
+        self._dismiss()
         with self._changed:
-            while not (self._is_closing or (self._waiting and len(self._ready) < self.config.max_rows)):
+            if not (self._is_closing or (self._waiting and len(self._ready) < self.config.max_rows)):
                 self._changed.wait(LOOK_SECONDS if self._num_waiting else None)
-                self._drop_unwanted()
+                return True
             if not self._waiting:
                 return False
             if not self._decoder.jobs and not self._ready and not self._is_closing:
@@ -318,11 +330,13 @@ class Engine:
 
     def _answer(self) -> bool:
         """Lets jobs join, and says one token more of each; returns whether to go on."""
+        self._dismiss()
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._decoder.jobs or self._has_read_all)
             if not self._ready and not self._decoder.jobs:
-                return False
-            self._drop_unwanted()
+                if self._has_read_all:
+                    return False
+                self._changed.wait(LOOK_SECONDS if self._num_waiting else None)
+                return True
             joining = self._joining = self._admitted()
             self._changed.notify_all()
         try:

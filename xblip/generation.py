@@ -56,6 +56,12 @@ def generation_option_names(*, objects: bool = True) -> set[str]:
     return settings | parameters if objects else settings
 
 
+def shown(options: Mapping[str, Any]) -> str:
+    """Returns options as a message lists them: settings, since objects say nothing to whoever reads it."""
+    settings = generation_option_names(objects=False)
+    return ", ".join(f"{name}={value!r:.80}" for name, value in options.items() if name in settings)
+
+
 def says_how_to_cache(options: Mapping[str, Any], defaults: Any) -> bool:
     """Whether options, or the model's generation config, say how keys and values are kept."""
     own = any(getattr(defaults, name, None) not in (None, SAYS_NOTHING.get(name)) for name in OWN_CACHE)

@@ -22,7 +22,7 @@ from xblip import trials
 from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
-from xblip.generation import check_generation_options, counted_penalty, says_how_to_cache, until
+from xblip.generation import check_generation_options, counted_penalty, says_how_to_cache, shown, until
 from xblip.kv_cache import begun, begun_together, is_roomy
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
@@ -354,8 +354,7 @@ class FrozenLLM(Frozen):
                     "stop_strings does not work with this LLM's tokenizer, whose tokens are whole words: leave it out, "
                     "or cut the answer yourself."
                 ) from cause
-            given = ", ".join(f"{name}={value!r:.80}" for name, value in options.items())
-            raise ConfigError(f"These generation options are refused, {given}: {first_line(cause)}") from cause
+            raise ConfigError(f"These generation options are refused, {shown(options)}: {first_line(cause)}") from cause
         ends = self.ends(options)
         if kept is not None:
             kept += [(layer.keys, layer.values) for layer in cache.layers]

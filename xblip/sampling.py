@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xblip.errors import ConfigError, InputError
+from xblip.generation import shown
 from xblip.loading import first_line
 
 DEFAULTS: dict[str, Any] = {
@@ -85,8 +86,7 @@ class Sampler:
         try:
             self._processors = _processors(given, ends, device)
         except (ValueError, TypeError) as cause:
-            told = ", ".join(f"{name}={value!r:.80}" for name, value in options.items())
-            raise ConfigError(f"These generation options are refused, {told}: {first_line(cause)}") from cause
+            raise ConfigError(f"These generation options are refused, {shown(options)}: {first_line(cause)}") from cause
 
     @staticmethod
     def knows(options: Mapping[str, Any]) -> bool:

@@ -10,8 +10,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +18,20 @@ from fastapi import FastAPI, Request
 from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.requests import ClientDisconnect
 
 from xblip import heap, requests
 from xblip.decode_pool import DecodePool
 from xblip.engine import Engine
-from xblip.errors import BusyError, XBlipError
+from xblip.errors import XBlipError
 from xblip.fetch import FetchConfig, Fetcher
 from xblip.requests import Event, Finished, Said, Ticket
 from xblip.sample import Sample
 from xblip.serve_access import caller_of
 from xblip.serve_config import MIB, ServeConfig
+from xblip.serve_intake import Intake, shutting_down
 from xblip.serve_media import MediaDoor, limited
 from xblip.serve_metrics import Metrics, Pace
 from xblip.serve_reply import LeftError, Refused, Replies, refusal
-from xblip.serve_sample import sample_of
 from xblip.serve_schema import ChatRequest, parse, schema_of
 from xblip.serve_stream import EventStream
 
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
 COMPLETIONS = "/v1/chat/completions"
 TIDY_SECONDS = 2.0
 """How often freed memory is given back, and workers that died of nothing are replaced."""
-READERS = 32
-"""Requests whose files are fetched and read at once."""
 log = logging.getLogger("xblip.serve")
 
 
@@ -55,6 +51,7 @@ class Server:
       model: that answers.
       config: settings.
       name: what clients call the model.
+      intake: that takes requests in.
       leaving, exits: what else is to be done when this is told to stop, and when it closes.
     """
 
@@ -92,13 +89,13 @@ class Server:
         self.engine = Engine(model, config.engine)
         self.metrics = Metrics(self.engine, self.pool)
         self.leaving, self.exits = contextlib.ExitStack(), contextlib.ExitStack()
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="xblip server reads")
-        self._inside = self._held_bytes = 0
+        self.intake = Intake(self.door, config)
         self._last_call: threading.Timer | None = None
         self.app = self._app()
 
     def leave(self) -> None:
         """Takes nothing more; what was taken goes on for `drain_seconds`, and is told then that it was given up."""
+        self.intake.is_leaving = True
         if self._last_call is None:
             self._last_call = threading.Timer(self.config.drain_seconds, self._give_up)
             self._last_call.daemon = True
@@ -106,6 +103,7 @@ class Server:
         self.leaving.close()
 
     def _give_up(self) -> None:
+        self.intake.has_given_up = True
         self.engine.close(seconds=0)
         self.pool.close()
 
@@ -116,13 +114,13 @@ class Server:
             time.sleep(0.01)
         self._last_call.cancel()
         self._give_up()
-        self._readers.shutdown(wait=False)
+        self.intake.close()
         self.exits.close()
 
     @property
     def is_idle(self) -> bool:
         """Whether nobody waits for an answer."""
-        return not self._inside and not any(self.engine.state.values())
+        return not self.intake.count and not any(self.engine.state.values())
 
     def _app(self) -> FastAPI:
         @contextlib.asynccontextmanager
@@ -157,7 +155,7 @@ class Server:
 
     async def ready(self) -> Response:
         """Whether it takes requests: workers live, and it is not shutting down."""
-        is_ready = self._last_call is None and self.is_alive
+        is_ready = not self.intake.is_leaving and self.is_alive
         return JSONResponse({"ready": is_ready, "workers": self.pool.counters.alive}, 200 if is_ready else 503)
 
     @property
@@ -207,12 +205,14 @@ class Server:
         told: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         try:
             caller = self.caller(request)
-            with self.place():
-                async with self._body(request) as body:
+            with self.intake.place():
+                async with self.intake.body(request) as body:
                     leaving = asyncio.create_task(_leaves(request, told))
-                    asked = await asyncio.to_thread(parse, body)
+                    asked, size = await asyncio.to_thread(parse, body), len(body)
+                    body.clear()
                     self._check_model(asked.model)
-                    sample = await self._sample(asked, caller, partial(self._check_wanted, leaving, started))
+                    sample = await self.intake.sample(asked, caller=caller, leaving=leaving, started=started, size=size)
+                asked.messages.clear()
                 self._submit(asked, sample, caller, told, tickets, started=started)
                 first = await told.get()
             if isinstance(first[1], XBlipError):
@@ -245,71 +245,18 @@ class Server:
             status = response.status_code
             self.metrics.told(COMPLETIONS, status, started=started, id=id, error=str(error))
             return response
-        except asyncio.CancelledError:  # Ray's way to say that the client left
+        except (
+            asyncio.CancelledError
+        ):  # Ray's way to say that the client left, and uvicorn's that there is no more time
             for ticket in tickets:
                 ticket.cancel()
-            self.metrics.told(COMPLETIONS, 499, started=started, id=id)
+            self.metrics.told(COMPLETIONS, 503 if self.intake.has_given_up else 499, started=started, id=id)
+            if self.intake.has_given_up:
+                return _refuse(request, shutting_down())
             raise
         finally:
             if leaving:
                 leaving.cancel()
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """One of the places for requests that come in, which a thousand clients would else fill memory by."""
-        if self._last_call is not None:
-            raise Refused(503, "The server is shutting down: ask again in a while.", "server_error", "shutting_down")
-        if self._inside >= self.config.max_requests:
-            message = f"{self.config.max_requests} requests are being taken in already: ask again in a while."
-            raise Refused(429, message, "rate_limit_error", "too_many_requests")
-        self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
-
-    @contextlib.asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[bytearray]:
-        """The body of a request, which counts in what is held until what it holds has been read."""
-        most, body = self.config.max_body_bytes, bytearray()
-        length = request.headers.get("content-length", "")
-        too_large = Refused(
-            413, f"The body is larger than the {most} bytes that are allowed: send less.", "invalid_request_error"
-        )
-        if length.isdecimal() and int(length) > most:
-            raise too_large
-        try:
-            async with asyncio.timeout(self.config.request_seconds):
-                async for piece in request.stream():
-                    body += piece
-                    self._held_bytes += len(piece)
-                    if len(body) > most:
-                        raise too_large
-                    if self._held_bytes > self.config.max_held_bytes:
-                        raise BusyError(
-                            "The requests that are being taken in are too large together: ask again in a while."
-                        )
-            yield body
-        except ClientDisconnect:
-            raise LeftError from None
-        finally:
-            self._held_bytes -= len(body)
-
-    async def _sample(self, asked: ChatRequest, caller: str, check: Callable[[], None]) -> Sample:
-        """What is asked, files let in by a thread that may wait for them; texts wait for nobody."""
-        make = partial(sample_of, asked, self.door, caller=caller, most=self.config.max_parts, check=check)
-        return await self.aside(make) if asked.has_inputs else make()
-
-    async def aside(self, work: Callable[[], Any]) -> Any:
-        """Runs what waits for files in a thread of those that do."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
-
-    def _check_wanted(self, leaving: asyncio.Task, started: float) -> None:
-        """Raises what a request is given up by before the engine has it."""
-        if leaving.done():
-            raise LeftError
-        if time.monotonic() - started > self.config.request_seconds:
-            raise requests.late(self.config.request_seconds)
 
     def _submit(
         self,
@@ -347,7 +294,7 @@ class Server:
             await asyncio.to_thread(heap.give_back)
             try:
                 await asyncio.to_thread(self.pool.revive)
-            except XBlipError as error:
+            except (XBlipError, OSError) as error:
                 log.error("Workers cannot be replaced: %s", error)
 
     async def _whole(self, events: AsyncIterator[tuple[int, Event]], count: int) -> list[Finished]:

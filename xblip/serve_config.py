@@ -76,6 +76,7 @@ class ServeConfig:
         at_least(
             self, port=0, max_part_bytes=1, max_body_bytes=1, max_parts=1, max_requests=1, decode_workers=1, cache_mib=0
         )
+        at_least(self, max_held_bytes=self.max_body_bytes)
         at_least(self.ray, replicas=1, cpus=0, **({} if self.ray.gpus is None else {"gpus": 0}))
         if self.port > 65_535:
             raise ConfigError(f"port must be at most 65535, not {self.port}.")

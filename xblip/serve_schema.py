@@ -22,6 +22,8 @@ SHOWN = 80
 """Characters of what a client named that a message repeats."""
 MAX_COMMAS = 100_000
 """Of a body: every value but the first stands behind one, and takes far more memory than its bytes."""
+LEAST = 1e-6
+"""Of what scores are divided by: less makes no numbers of them, which ends an accelerator's work for all."""
 MAX_ERRORS = 100
 """Of one request that are looked at."""
 MAX_TEXT = 1_000_000
@@ -77,7 +79,7 @@ class ChatRequest(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=LEAST, le=10)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     num_beams: int | None = Field(None, ge=1, le=16)
@@ -98,6 +100,8 @@ class ChatRequest(Strict):
         for name in ("frequency_penalty", "presence_penalty"):
             if getattr(self, name):
                 raise wrong(name, f"{name} is not done here: leave it out, or use repetition_penalty.")
+        if self.temperature is not None and 0 < self.temperature < LEAST:
+            raise wrong("temperature", f"temperature must be 0 or at least {LEAST:g}.")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise wrong("max_tokens", "max_tokens and max_completion_tokens differ: give one of them.")
         if len(self.stops) > MAX_STOPS:

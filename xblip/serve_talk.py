@@ -55,8 +55,8 @@ async def answers(
     """
     started, id, status = time.monotonic(), f"page-{uuid.uuid4().hex}", 499
     try:
-        with server.place():
-            sample = await server.aside(lambda: _sample(server, exchange, earlier))
+        with server.intake.place():
+            sample = await server.intake.aside(lambda: _sample(server, exchange, earlier))
         request = Request(sample, seconds=server.config.request_seconds, caller=caller)
         async for event in server.engine.astream(request):
             if isinstance(event, Finished):
