@@ -99,8 +99,7 @@ class Engine:
         self._joining: list[Job] = []
         self._is_closing = self._has_read_all = False
         self._decoder = Decoder(model)
-        own = model.llm.model.generation_config.to_diff_dict()
-        self._own_options = own
+        self._own_options = model.llm.model.generation_config.to_diff_dict()
         self._can_step = model.prefixes.work
         self._threads = [
             threading.Thread(target=work, name=f"xblip engine {name}", daemon=True)
