@@ -4,10 +4,11 @@
     python benchmarks/ask_many.py --new-tokens 8 --repeats 3
 
 All systems answer the same questions by greedy decoding, to the same number of tokens, and must say the same texts; one that
-keeps the first question's soft prompt must say what `generate` says with that prompt. Times are of the same repeat, systems
-in turn; speed is beside transformers one by one, and a batch stands beside transformers' batch too. The first question
-(which encodes) and further ones are told apart, each beside its floor: matrix products that must be done, over the best
-speed of a plain matrix product in the same run.
+keeps the first question's soft prompt must say what `generate` says with that prompt. Random weights now and then make two
+words equally likely but for rounding; answers that part there alone are named below the table. Times are of the same
+repeat, systems in turn; speed is beside transformers one by one, and a batch stands beside transformers' batch too. The
+first question (which encodes) and further ones are told apart, each beside its floor: matrix products that must be done,
+over the best speed of a plain matrix product in the same run.
 """
 
 import argparse
@@ -40,6 +41,8 @@ FRAMES = 8
 QUESTIONS = 16
 WORDS = (5, 24)
 """Of a question, log-uniform as those of `train_step.py` are."""
+TIE = 1e-5
+"""Between two words' log-likelihoods: what rounding alone decides, in float32 after some layers."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,34 @@ def systems(folder: Path, video: np.ndarray) -> dict[str, Theirs | Ours]:
 
 def expected_of(system: Ours, questions: Sequence[str], options: dict[str, int]) -> list[str]:
     """What a context that keeps the first question's soft prompt must say: what `generate` says with that prompt."""
-    media = [Media("video", system.video, questions[0])]
-    samples = [Sample(question, media) for question in questions]
+    samples = [sample_of(system, question, questions[0]) for question in questions]
     return [system.model.generate([sample], **options)[0].text for sample in samples]
+
+
+def sample_of(system: Ours, question: str, read_for: str) -> Sample:
+    """A question about the video, whose soft prompt is made for `read_for`."""
+    return Sample(question, [Media("video", system.video, read_for)])
+
+
+@torch.no_grad()
+def part_at_tie(model: XBlip, sample: Sample, texts: tuple[str, str]) -> bool:
+    """Whether two answers part at words that are equally likely but for rounding.
+
+    Args:
+      model: whose answers they are.
+      sample: that was asked.
+      texts: the answers, a token for each word.
+    """
+    first, second = (text.split() for text in texts)
+    at = next((place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
+    if at is None:
+        return False
+    answers = [" ".join(words[: at + 1]) for words in (first, second)]
+    [prompts] = model.soft_prompts([sample])
+    batch = model.router.assemble([model.router.pieces(sample)] * 2, [prompts] * 2, answers=answers)
+    likelihoods, mask = model.llm.token_log_likelihoods(batch)
+    one, other = likelihoods[mask].view(2, -1)[:, at]
+    return abs(one - other).item() < TIE
 
 
 def floors(
@@ -173,8 +201,8 @@ def floors(
     return first, first + sum(value for part in parts[1:] for name, value in part.items() if name not in kept)
 
 
-def measure(shapes: pair.Shapes, folder: Path, *, said: int, repeats: int) -> list[dict]:
-    """Measures all systems; returns a row of the table for each.
+def measure(shapes: pair.Shapes, folder: Path, *, said: int, repeats: int) -> tuple[list[dict], set[tuple[str, int]]]:
+    """Measures all systems; returns a row of the table for each, and which systems part at a tie from which answer.
 
     Raises:
       AssertionError: systems that must say the same do not.
@@ -185,12 +213,17 @@ def measure(shapes: pair.Shapes, folder: Path, *, said: int, repeats: int) -> li
     right = found["transformers"].ask(questions, options).texts
     times: dict[str, list[Asked]] = {name: [] for name in found}
     kept = expected_of(found["ask"], questions, options)
+    ties: set[tuple[str, int]] = set()
     for _ in range(repeats):
         for name, system in found.items():
             asked = system.ask(questions, options)
-            expected = kept if "one soft prompt" in name else right
-            assert asked.texts == expected, f"{name} says something else"
             times[name].append(asked)
+            keeps = "one soft prompt" in name
+            for place, texts in enumerate(zip(kept if keeps else right, asked.texts, strict=True)):
+                sample = sample_of(found["ask"], questions[place], questions[0 if keeps else place])
+                if texts[0] != texts[1] and (name, place) not in ties:
+                    assert part_at_tie(found["ask"].model, sample, texts), f"{name} says something else"
+                    ties.add((name, place))
     peak, rows = peak_flops(torch.float32, "cpu"), []
     for name, own in times.items():
         context = "context" in name
@@ -208,7 +241,7 @@ def measure(shapes: pair.Shapes, folder: Path, *, said: int, repeats: int) -> li
                 "total_floor": total / peak,
             }
         )
-    return rows
+    return rows, ties
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -243,7 +276,10 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
             say(
                 f"\n{QUESTIONS} questions, answers of {said} tokens, {given.threads} thread(s), {given.repeats} repeats\n"
             )
-            say(table(measure(shapes, Path(folder), said=said, repeats=given.repeats)))
+            rows, ties = measure(shapes, Path(folder), said=said, repeats=given.repeats)
+            say(table(rows))
+            for name, place in sorted(ties):
+                say(f"\nquestion {place + 1}, {name}: parts at words equally likely but for rounding")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xblip import plugins
@@ -39,6 +40,24 @@ def test_many_questions_about_a_video(bench):
     found = [speeds([row]) for row in lines[1].splitlines()[2:]]
     assert [len(row) for row in found] == [1, 2, 1, 1, 2, 2, 1, 2, 2], "batches stand beside transformers' batch too"
     assert found[0] == [1] and found[1][1] == 1 and all(speed > 0 for row in found for speed in row)
+
+
+@pytest.mark.slow
+def test_answers_may_part_where_rounding_decides_and_nowhere_else(bench, tmp_path):
+    ask_many, pair = bench("ask_many"), bench("pair")
+    ask_many.save_models(pair.TINY, tmp_path)
+    system = ask_many.Ours(tmp_path, ask_many.make_video(), way="ask")
+    [question] = ask_many.make_questions(pair.TINY, 1)
+    [said] = ask_many.expected_of(system, [question], {"max_new_tokens": 4, "min_new_tokens": 4})
+    words = said.split()
+    other, twin = [word for word in ("w1", "w2", "w3", "w4") if word not in words][:2]
+    tokenizer, head = system.model.llm.tokenizer, system.model.llm.model.get_output_embeddings().weight
+    ids = tokenizer.convert_tokens_to_ids([words[2], twin])
+    with torch.no_grad():
+        head[ids[1]] = head[ids[0]]
+    sample = ask_many.sample_of(system, question, question)
+    parted = [" ".join([*words[:2], word, words[3]]) for word in (other, twin, words[2])]
+    assert [ask_many.part_at_tie(system.model, sample, (said, text)) for text in parted] == [False, True, False]
 
 
 @pytest.mark.slow
