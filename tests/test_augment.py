@@ -148,6 +148,7 @@ def test_a_modality_without_augmentation_is_refused_before_anything_is_loaded(fi
         train(files)
 
 
+@pytest.mark.slow
 class TestViews:
     @pytest.fixture
     def store(self, noisy, tmp_path):

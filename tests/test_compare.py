@@ -12,6 +12,8 @@ from xblip.evaluate import EvalConfig, evaluate
 from xblip.intervals import sign_test
 from xblip.model import XBlip
 
+pytestmark = pytest.mark.slow  # each runs evaluations first
+
 ROWS = 20
 
 

@@ -280,6 +280,7 @@ def faults(modality: type) -> dict[str, str]:
         return run_contract(modality.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modality", "promise", "fault"),
     [

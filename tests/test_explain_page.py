@@ -15,6 +15,8 @@ from xblip.model import XBlip
 from xblip.sample import Media
 from xblip.testing import ToyModality
 
+pytestmark = pytest.mark.slow  # each makes a page of drawings
+
 EXACT = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 

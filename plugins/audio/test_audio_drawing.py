@@ -9,6 +9,8 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, ResNetConfig,
 from xblip_audio import Audio
 from xblip_audio_drawing import HIGH, WIDE
 
+pytestmark = pytest.mark.slow  # encoders of every kind, each gone through token by token
+
 SIZES = {"num_mel_bins": 32, "max_length": 128}
 SPECTROGRAMS = {
     "ast": lambda: ASTModel(

@@ -34,6 +34,7 @@ def test_captions_tell_each_file_in_its_own_words_and_ever_the_same_for_a_seed(s
     assert len({told for row in worded for told in row["captions"]}) > 3 * len(worded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", list(MODALITIES))
 def test_ordinary_captions_name_the_number_and_leave_most_unsaid(shelf, modality, tmp_path):
     write_captions(shelf, modality, tmp_path / "said.jsonl", wordings=2, seed=0, ordinary=True)

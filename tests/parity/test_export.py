@@ -13,6 +13,8 @@ from xblip.convert_qformer import Wanted
 from xblip.errors import BundleError
 from xblip.model import XBlip
 
+pytestmark = pytest.mark.slow  # each saves models and reads them again
+
 FAMILIES = ["instructblip-llama", "instructblip-t5", "blip2-opt", "blip2-t5"]
 
 
