@@ -79,6 +79,25 @@ def test_threads_wait_for_the_one_that_makes():
     assert cache.counters.hits == 7 and cache.counters.misses == 1
 
 
+def test_what_is_made_while_all_is_forgotten_is_given_but_not_kept():
+    """Weights may have changed since it was begun."""
+    cache, started, may_end, old, new = ByteCache(10_000), threading.Event(), threading.Event(), kib(1), kib(1)
+
+    def slow(_):
+        started.set()
+        assert may_end.wait(10)
+        return [old]
+
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(cache.get_or_make, ["a"], slow)
+        assert started.wait(10)
+        cache.clear()
+        assert cache.get_or_make(["a"], lambda _: [new])[0] is new
+        may_end.set()
+        assert first.result(10)[0] is old and cache.get("a") is new
+        assert cache.counters.entries == 1 and cache.counters.bytes == 1024
+
+
 def test_a_failure_is_not_kept():
     cache = ByteCache(10_000)
     with pytest.raises(ValueError, match="broken"):

@@ -9,7 +9,7 @@ from waiting import ASK, NEW, Held, until
 
 from xblip.engine import Engine, EngineConfig
 from xblip.errors import ConfigError, InputError, MediaError, XBlipError
-from xblip.requests import Finished, Request
+from xblip.requests import Finished, Request, late
 from xblip.sample import Sample
 from xblip.steps import Stepper
 from xblip.text_stream import TextStream
@@ -175,14 +175,28 @@ def test_values_that_transformers_refuses_are_refused_at_once(engine):
         engine.submit(Request(ASK, {"do_sample": True, "temperature": -1.0}), print)
 
 
-def test_a_failure_of_the_model_is_told_without_its_insides_and_the_engine_goes_on(model, engine, monkeypatch):
-    expected = engine.ask(Request(ASK, NEW))
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, ZeroDivisionError])
+def test_a_failure_of_the_model_is_told_without_its_insides_and_the_engine_goes_on(
+    model, engine, monkeypatch, error, options
+):
+    def forward(*_):
+        raise error("in kernel.cu")
+
+    expected = engine.ask(Request(ASK, {**NEW, **options}))
     with monkeypatch.context() as broken:
-        broken.setattr(model.llm.model, "forward", lambda **_: 1 / 0)
+        broken.setattr(model.llm.model.get_output_embeddings(), "forward", forward)
         with pytest.raises(XBlipError, match="The model failed at this request; the server's log says why") as told:
-            engine.ask(Request(ASK, NEW))
-        assert "division" not in str(told.value)
-    assert engine.ask(Request(ASK, NEW)) == expected
+            engine.ask(Request(ASK, {**NEW, **options}))
+        assert type(told.value) is XBlipError and "kernel" not in str(told.value)
+        with pytest.raises(error):
+            model.generate([ASK], **NEW, **options)
+    assert engine.ask(Request(ASK, {**NEW, **options})) == expected
+
+
+@pytest.mark.parametrize("seconds, told", [(0.2, "0.2 s"), (59.9734, "59.9734 s"), (3600, "3600 s")])
+def test_a_time_is_told_in_seconds(seconds, told):
+    assert f"was not whole after {told}:" in str(late(seconds))
 
 
 def test_a_listener_that_fails_is_given_up(engine):

@@ -54,9 +54,26 @@ def load_others(model):
     model.llm.model.load_state_dict({name: value + 0.3 * torch.randn_like(value) for name, value in weights.items()})
 
 
+def replace_them(model):
+    for module in model.llm.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(weight + 0.3 * torch.randn_like(weight), requires_grad=False))
+
+
+def step(model, **options):
+    optimizer = torch.optim.AdamW(model.llm.parameters(), lr=0.3, **options)
+    for weight in model.llm.parameters():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+
+
 CHANGES = {
     "edited": add_noise,
     "loaded": load_others,
+    "replaced": replace_them,
+    "trained": lambda model: step(model, foreach=False),
+    "trained together": lambda model: step(model, foreach=True),
+    "trained as one": lambda model: step(model, fused=True),
     "cast": lambda model: model.double(),
     "cast_down": lambda model: model.llm.to(torch.bfloat16),
 }

@@ -128,6 +128,15 @@ class TestWhatIsOpen:
                 good, bad = [threads.submit(engine.ask, Request(sample, NEW)) for sample in samples]
                 assert good.result(20).answer == expected[0] and bad.exception(20)
 
+    def test_what_can_be_read_once_may_stand_beside_a_failure(self, model, name):
+        sample = {"instruction": QUESTION}
+        expected = model.generate([{**sample, name: io.BytesIO(text_of(ONE).encode())}], **NEW)
+        with piped(text_of(ONE)) as pipe:
+            samples = [{**sample, name: pipe}, {**sample, name: io.BytesIO(b"words")}]
+            with Engine(model, EngineConfig(max_rows=2, wait_ms=10_000)) as engine, ThreadPoolExecutor(2) as threads:
+                good, bad = [threads.submit(engine.ask, Request(sample, NEW)) for sample in samples]
+                assert good.result(20).answer == expected[0] and bad.exception(20)
+
 
 def test_an_open_file_is_known_as_the_file_it_is(model, tmp_path):
     path = write(tmp_path / "one.txt", ONE)
@@ -180,6 +189,15 @@ class TestLists:
         assert len({key("rolls", given) for given in (["a"], ["b"], ["a", "b"], ["a", path], ["a", str(path)])}) == 4
         assert None not in (key("rolls", ["a"]), key("rolls", ["a" * 100_000, "\0"]))
 
+    def test_of_texts_that_some_file_or_folder_is_called_by(self, model, tmp_path, monkeypatch):
+        key = model.reader.key
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "a", ONE)
+        write(tmp_path / "b", ONE)
+        (tmp_path / "folder").mkdir()
+        assert len({key("rolls", [text]) for text in ("a", "b", "c", "folder")}) == 4
+        assert key("rolls", [tmp_path / "a"]) == key("rolls", ["a"]), "a file that was moved is known by its name"
+
     def test_of_arrays_are_known_by_these(self, model):
         key = model.reader.key
         assert key("rolls", [np.ones(4), 16]) == key("rolls", (np.ones(4), 16)) is not None
@@ -216,6 +234,14 @@ class TestAModelOfAnotherDtype:
         model.float()
         if dtype is torch.float64:
             assert context.ask(QUESTION, **NEW) == before
+
+    def test_encodes_anew(self, model, dtype):
+        """Neither features of its encoder as it was nor such as were rounded are what it reads now."""
+        values_of(model, ONE)
+        for now in (dtype, torch.float32):
+            model.to(now)
+            found = values_of(model, ONE)
+            assert found.dtype == now and torch.equal(found, model.branches["rolls"].encode([ONE]).values)
 
     @pytest.mark.parametrize("is_static", [False, True])
     def test_brings_features_to_where_its_bridges_are(self, model, dtype, is_static, monkeypatch):

@@ -88,8 +88,9 @@ class ByteCache:
 
     def _claim(
         self, wanted: dict[Hashable, int]
-    ) -> tuple[dict[Hashable, Any], dict[Hashable, Future], dict[Hashable, int]]:
-        """Returns the values that are there, what others are making, and the places of keys that are to be made here."""
+    ) -> tuple[dict[Hashable, Any], dict[Hashable, Future], dict[Hashable, tuple[int, Future]]]:
+        """Returns the values that are there, what others are making, and the places of keys that are to be made here, each
+        with what others wait by."""
         found, others, own = {}, {}, {}
         with self._lock:
             for key, place in wanted.items():
@@ -100,26 +101,37 @@ class ByteCache:
                     others[key] = self._making[key]
                 else:
                     self._making[key] = Future()
-                    own[key] = place
+                    own[key] = place, self._making[key]
             self._hits += len(found) + len(others)
             self._misses += len(own)
         return found, others, own
 
-    def _make(self, own: dict[Hashable, int], make: Callable[[list[int]], Sequence[Any]]) -> dict[Hashable, Any]:
+    def _make(
+        self, own: dict[Hashable, tuple[int, Future]], make: Callable[[list[int]], Sequence[Any]]
+    ) -> dict[Hashable, Any]:
         """Makes what was claimed; whoever waits for it is given it, or left to make it."""
         try:
-            values = list(make(list(own.values())))
+            values = list(make([place for place, _ in own.values()]))
             assert len(values) == len(own)
         except BaseException:
             with self._lock:
-                for key in own:
-                    self._making.pop(key).cancel()
+                for key, (_, future) in own.items():
+                    self._release(key, future)
+                    future.cancel()
             raise
         with self._lock:
-            for key, value in zip(own, values, strict=True):
-                self._keep(key, value)
-                self._making.pop(key).set_result(value)
+            for (key, (_, future)), value in zip(own.items(), values, strict=True):
+                if self._release(key, future):
+                    self._keep(key, value)
+                future.set_result(value)
         return dict(zip(own, values, strict=True))
+
+    def _release(self, key: Hashable, future: Future) -> bool:
+        """Takes back a claim; returns whether it stood, since `clear` takes all."""
+        stood = self._making.get(key) is future
+        if stood:
+            del self._making[key]
+        return stood
 
     def get(self, key: Hashable) -> Any:
         """Returns a value that is there, or None."""
@@ -160,9 +172,10 @@ class ByteCache:
         return ByteCache, (self._budget_bytes,)
 
     def clear(self) -> None:
-        """Forgets all values; the counters go on."""
+        """Forgets all values, and keeps none of what is being made; the counters go on."""
         with self._lock:
             self._held.clear()
+            self._making.clear()
             self._bytes = 0
 
     @property
@@ -177,7 +190,7 @@ class Caches:
     """What a model keeps between questions, each kind with a budget of its own.
 
     Attributes:
-      features: what encoders gave, by the source's content, the modality's settings and the encoder.
+      features: what encoders gave, by the source's content, the modality's settings and the encoder's weights.
       prompts: what bridges read of features (cross-attention's keys and values), and soft prompts: by the features, the
         bridge's weights and, if the bridge reads it, the instruction.
       prefixes: the LLM's keys and values of how prompts begin, by what is in them.

@@ -130,7 +130,8 @@ def files_in(source: Any) -> Iterator[str | Path]:
         yield source
     elif isinstance(source, (list, tuple)):
         for part in source:
-            yield from files_in(part)
+            if not _is_text(part):
+                yield from files_in(part)
 
 
 def _content_key(source: Any, file_key: Callable[[str | Path], bytes | None]) -> bytes | None:
@@ -142,7 +143,7 @@ def _content_key(source: Any, file_key: Callable[[str | Path], bytes | None]) ->
     if isinstance(source, (bytes, bytearray)):
         return _hash(_person(""), source)
     if isinstance(source, (list, tuple)) and _is_of_parts(source):
-        keys = [_text_key(part) if _is_text(part) else _content_key(part, file_key) for part in source]
+        keys = [_part_key(part, file_key) for part in source]
         return None if None in keys else _hash(b"list", b"".join(keys))
     try:
         if isinstance(source, (np.ndarray, Tensor)):
@@ -155,13 +156,19 @@ def _content_key(source: Any, file_key: Callable[[str | Path], bytes | None]) ->
         ) from cause
 
 
+def _part_key(part: Any, file_key: Callable[[str | Path], bytes | None]) -> bytes | None:
+    """Returns the key of a part of a list; a file's knows its name too, since a text may be called like some file."""
+    if _is_text(part):
+        return _hash(b"json", json.dumps(part).encode())
+    key = _content_key(part, file_key)
+    if key is None or not is_file(part):
+        return key
+    return _hash(b"part", key + os.fsencode(os.path.basename(part)))
+
+
 def _is_text(part: Any) -> bool:
     """Whether a part of a list is a text that names no file."""
-    return isinstance(part, str) and not os.path.exists(os.path.expanduser(part))
-
-
-def _text_key(text: str) -> bytes:
-    return _hash(b"json", json.dumps(text).encode())
+    return isinstance(part, str) and not os.path.isfile(os.path.expanduser(part))
 
 
 def _is_of_parts(source: Any) -> bool:

@@ -14,6 +14,7 @@ from xblip.errors import XBlipError
 from xblip.packing import POSITIONS_PER_STEP, groups_of_like_length
 from xblip.prefixes import Prompt, lay_out
 from xblip.requests import Event, Finished, Said, Ticket
+from xblip.sample import Sample
 from xblip.sampling import Drawn, Sampler
 from xblip.steps import Rows, Stepper
 from xblip.text_stream import TextStream
@@ -33,6 +34,7 @@ class Job:
       options: transformers' generation options, the model's own among them.
       text: said so far.
       sampler: draws its tokens; None if transformers generates the answer in one go.
+      sample: what is asked, checked, with what is open held: a pipe can be read once.
       prompt: once its media are read.
       drawn: tokens so far.
       is_over: the last event was told.
@@ -42,6 +44,7 @@ class Job:
     options: dict[str, Any]
     text: TextStream
     sampler: Sampler | None
+    sample: Sample | None = None
     prompt: Prompt | None = None
     drawn: list[Drawn] = field(default_factory=list)
     is_over: bool = False

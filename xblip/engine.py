@@ -1,7 +1,8 @@
 """The engine: requests of many callers become batches, whose rows come and go between steps.
 
-Two threads: one reads media and makes prompts, so that a film does not hold up answers that are being said; the other runs
-the LLM. What one request gets does not depend on who else is asking.
+Three threads: one reads media and makes prompts, so that a film does not hold up answers that are being said; one runs the
+LLM; and one tells those who wait too long, whatever the others do. What one request gets does not depend on who else is
+asking.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from xblip.context import make_prompts
 from xblip.decoder import Decoder, Job
 from xblip.errors import BusyError, InputError, LateError, XBlipError
 from xblip.requests import Event, Finished, Request, Said, Ticket, late
+from xblip.sample import Sample
 from xblip.sampling import Sampler
 from xblip.text_stream import TextStream
 
@@ -102,8 +104,8 @@ class Engine:
         self._own_options = model.llm.model.generation_config.to_diff_dict()
         self._can_step = model.prefixes.work
         self._threads = [
-            threading.Thread(target=work, name=f"xblip engine {name}", daemon=True)
-            for name, work in (("reads", self._read_all), ("answers", self._answer_all))
+            threading.Thread(target=_over_and_over, args=[work], name=f"xblip engine {name}", daemon=True)
+            for name, work in (("reads", self._read), ("answers", self._answer), ("looks", self._look))
         ]
         for thread in self._threads:
             thread.start()
@@ -225,6 +227,10 @@ class Engine:
         return [*dict.fromkeys([*self._decoder.jobs, *self._joining])]
 
     @property
+    def _unanswered(self) -> list[Job]:
+        return [*self._waiting, *self._reading, *self._ready, *self._joining]
+
+    @property
     def _num_waiting(self) -> int:
         return len(self._waiting) + len(self._reading) + len(self._ready)
 
@@ -264,32 +270,33 @@ class Engine:
     def _dismiss(self) -> None:
         """Lets those leave who wait and have left, or wait too long."""
         with self._changed:
-            given_up = {job for job in (*self._waiting, *self._reading, *self._ready) if job.ticket.is_given_up}
+            given_up = {job for job in self._unanswered if job.ticket.is_given_up}
             if given_up:
                 self._waiting.drop(given_up)
                 self._ready = deque(job for job in self._ready if job not in given_up)
+                self._changed.notify_all()
         for job in given_up:
             self._is_wanted(job)
 
-    def _read_all(self) -> None:
-        while self._read():
-            pass
+    def _look(self) -> bool:
+        """Waits for a moment while anybody waits, and lets those leave who wait too long; returns whether to go on."""
         with self._changed:
-            self._has_read_all = True
-            self._changed.notify_all()
-
-    def _answer_all(self) -> None:
-        while self._answer():
-            pass
+            self._changed.wait_for(lambda: self._unanswered or self._has_read_all)
+            if not self._unanswered:
+                return False
+            self._changed.wait_for(lambda: not self._unanswered, LOOK_SECONDS)
+        self._dismiss()
+        return True
 
     def _read(self) -> bool:
         """Makes prompts of what waits, as a batch; returns whether to go on."""
-        self._dismiss()
         with self._changed:
-            if not (self._is_closing or (self._waiting and len(self._ready) < self.config.max_rows)):
-                self._changed.wait(LOOK_SECONDS if self._num_waiting else None)
-                return True
+            self._changed.wait_for(
+                lambda: self._is_closing or (self._waiting and len(self._ready) < self.config.max_rows)
+            )
             if not self._waiting:
+                self._has_read_all = True
+                self._changed.notify_all()
                 return False
             if not self._decoder.jobs and not self._ready and not self._is_closing:
                 self._changed.wait_for(lambda: len(self._waiting) >= self.config.max_rows, self.config.wait_ms / 1000)
@@ -306,7 +313,7 @@ class Engine:
     def _made(self, batch: Sequence[Job]) -> list[Job]:
         """Gives jobs their prompts, together or, where one fails, each alone; returns those that have one."""
         try:
-            samples = self.model.reader.encoded([self.model.sample(job.ticket.request.sample) for job in batch])
+            samples = self.model.reader.encoded([self._sample(job) for job in batch])
             rooms = [job.options["max_new_tokens"] for job in batch]
             for job, prompt in zip(batch, make_prompts(self.model, samples, rooms), strict=True):
                 job.prompt = prompt
@@ -321,6 +328,11 @@ class Engine:
                 job.fail(self._too_long(job))
         return fits
 
+    def _sample(self, job: Job) -> Sample:
+        if job.sample is None:
+            job.sample = self.model.reader.hold(self.model.sample(job.ticket.request.sample))
+        return job.sample
+
     def _too_long(self, job: Job) -> InputError:
         return InputError(
             f"The prompt and its answer take {job.positions} positions, and this engine holds {self.config.max_positions}: "
@@ -329,13 +341,10 @@ class Engine:
 
     def _answer(self) -> bool:
         """Lets jobs join, and says one token more of each; returns whether to go on."""
-        self._dismiss()
         with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._decoder.jobs or self._has_read_all)
             if not self._ready and not self._decoder.jobs:
-                if self._has_read_all:
-                    return False
-                self._changed.wait(LOOK_SECONDS if self._num_waiting else None)
-                return True
+                return False
             joining = self._joining = self._admitted()
             self._changed.notify_all()
         try:
@@ -364,3 +373,8 @@ class Engine:
             joining.append(self._ready.popleft())
             held.append(joining[-1])
         return joining
+
+
+def _over_and_over(work: Callable[[], bool]) -> None:
+    while work():
+        pass

@@ -1,6 +1,7 @@
 """Generation options: those of transformers, checked by name before anything heavy begins."""
 
 import inspect
+import traceback
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -86,3 +87,9 @@ def counted_penalty(options: Mapping[str, Any], defaults: Any) -> dict[str, Any]
 def until(ids: list[int], ends: set[int]) -> list[int]:
     """Returns ids before the first that ends an answer."""
     return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)
+
+
+def is_of_the_model(error: Exception) -> bool:
+    """Whether it is the model that failed while it generated and not an option that was refused."""
+    steps = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any(frame.f_code.co_name == "forward" for frame, _ in steps)

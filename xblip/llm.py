@@ -22,7 +22,7 @@ from xblip import trials
 from xblip.activations import checkpoint_layers, keep_less, layers_of
 from xblip.errors import BundleError, ConfigError, suggest
 from xblip.frozen import Frozen, fingerprint, fingerprint_of_files, weight_files
-from xblip.generation import check_generation_options, counted_penalty, says_how_to_cache, shown, until
+from xblip.generation import check_generation_options, counted_penalty, is_of_the_model, says_how_to_cache, shown, until
 from xblip.kv_cache import begun, begun_together, is_roomy
 from xblip.likelihood import LabelReader
 from xblip.loading import LOADING_ERRORS, cached_snapshot, first_line, load_model, why_not_loaded
@@ -349,6 +349,8 @@ class FrozenLLM(Frozen):
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, AttributeError, OSError, RuntimeError) as cause:
+            if is_of_the_model(cause):
+                raise
             if options.get("stop_strings") and self._knows_whole_words_only():
                 raise ConfigError(
                     "stop_strings does not work with this LLM's tokenizer, whose tokens are whole words: leave it out, "

@@ -59,8 +59,8 @@ class MediaReader:
         if content is None:
             return None
         branch = self.branches[name]
-        settings = asdict(branch.modality.config)
-        return _hash(content, json.dumps([name, settings, branch.encoder.fingerprint], default=str).encode())
+        settings = [name, asdict(branch.modality.config), next(branch.bridge.parameters()).dtype]
+        return _hash(content, self._weights.of(branch.encoder), json.dumps(settings, default=str).encode())
 
     @torch.no_grad()
     def encode(self, name: str, sources: Sequence[Any]) -> list[Features]:
@@ -82,6 +82,14 @@ class MediaReader:
             return [replace(_own(item), key=keys[place]) for item, place in zip(items, places, strict=True)]
 
         return self.caches.features.get_or_make(keys, make)
+
+    def hold(self, sample: Sample) -> Sample:
+        """Returns a sample whose open files are held, so that it can be read several times.
+
+        Raises:
+          MediaError: one cannot be read.
+        """
+        return sample.changed(lambda _, part: part.with_source(held(part.source, kind=part.modality)))
 
     def encoded(self, samples: Sequence[Sample]) -> list[Sample]:
         """Returns samples whose sources are features, those of a modality encoded together."""

@@ -76,7 +76,7 @@ Event = Said | Finished | XBlipError
 
 def late(seconds: float) -> LateError:
     """Returns the error of a request that had so many seconds."""
-    return LateError(f"The answer was not whole after {seconds:.3g} s: ask for less, or give more time.")
+    return LateError(f"The answer was not whole after {seconds:.6g} s: ask for less, or give more time.")
 
 
 class Ticket:

@@ -4,9 +4,13 @@ Looked at from outside, tensor by tensor, in a fraction of a millisecond; a chec
 """
 
 import os
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class WeightVersions:
@@ -31,3 +35,13 @@ class WeightVersions:
         if known is None or known[0] != weights:
             known = self._known[module] = weights, os.urandom(16)
         return known[1]
+
+
+def _tell_of_fused_steps(optimizer: Optimizer, *_: Any) -> None:
+    """Says of weights that they were written: PyTorch's fused kernels, which training takes by default, do not."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_tell_of_fused_steps)
