@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import socket
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +226,22 @@ def test_workers_that_cannot_be_put_back_are_tried_again(pool, monkeypatch):
         broken.setattr(type(pool._server), "fork", lambda _: (_ for _ in ()).throw(OSError("no room")))
         with pytest.raises(OSError, match="no room"):
             pool.revive()
+    pool.revive()
+    assert pool.counters.alive == 2 and len(pool._free) == 2
+
+
+def test_a_fork_server_that_could_not_be_started_is_tried_again(pool, monkeypatch):
+    pool._server._process.kill()
+    until(lambda: pool.counters.alive == 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(subprocess, "Popen", lambda *_, **__: (_ for _ in ()).throw(OSError("no memory")))
+        with pytest.raises(OSError, match="no memory"):
+            pool.revive()
+        open_files = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(OSError, match="no memory"):
+                pool.revive()
+        assert len(os.listdir("/proc/self/fd")) <= open_files
     pool.revive()
     assert pool.counters.alive == 2 and len(pool._free) == 2
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ class TestAnswers:
         assert [piece.choices[0].finish_reason for piece in pieces][-1] == "length"
         assert counts.usage == whole.usage and counts.choices == []
         told = [one.token for piece in pieces if piece.choices[0].logprobs for one in piece.choices[0].logprobs.content]
-        assert told == [one.token for one in whole.choices[0].logprobs.content]
+        assert told == [one.token for one in whole.choices[0].logprobs.content] and "".join(told) == text
         assert all(len(one.top_logprobs) == 1 for one in whole.choices[0].logprobs.content)
 
     def test_conversations_and_system_messages(self, rows_model, client):
@@ -244,6 +245,24 @@ class TestLoad:
                 assert post(served, BAD).status_code == 200 and first.result().status_code == 200
             assert served.server.intake.held_bytes == 0
 
+    def test_what_is_read_of_files_counts_until_the_answer_begins(self, rows_model, monkeypatch):
+        rows_model.caches.clear()
+        large = asking(*(rows(("1 " * 99 + str(number)).encode()) for number in range(16)), QUESTION)
+        most = len(json.dumps(large)) + 1_000
+        with running(rows_model, decode_workers=1, max_held_bytes=most, max_body_bytes=most) as served:
+            refused = post(served, large)
+            assert refused.status_code == 413 and "What is read of these files takes more" in refused.text
+            until(lambda: not served.server.intake.held_bytes)
+            at_work, may_go, real = threading.Event(), threading.Event(), served.server.engine._made
+            monkeypatch.setattr(
+                served.server.engine, "_made", lambda jobs: at_work.set() or (may_go.wait(20) and real(jobs))
+            )
+            with ThreadPoolExecutor(1) as threads:
+                small = threads.submit(post, served, asking(rows(b"7 7 7 7"), QUESTION))
+                assert at_work.wait(20) and served.server.intake.held_bytes == 16
+                may_go.set()
+                assert small.result().status_code == 200 and not served.server.intake.held_bytes
+
     def test_idle_workers_that_were_killed_are_put_back(self, rows_model, monkeypatch):
         monkeypatch.setattr("xblip.serve.TIDY_SECONDS", 0.2)
         with running(rows_model, decode_workers=1) as served:
@@ -288,6 +307,14 @@ class TestSettings:
             {"api_keys": [""]},
             {"api_keys": ["a b"]},
             {"max_requests": 0},
+            {"request_seconds": 0},
+            {"request_seconds": float("nan")},
+            {"drain_seconds": -1},
+            {"drain_seconds": float("inf")},
+            {"fetch_seconds": 1e12},
+            {"engine": EngineConfig(max_rows=0)},
+            {"engine": EngineConfig(max_waiting=0)},
+            {"engine": EngineConfig(wait_ms=-1)},
         ],
     )
     def test_settings_that_cannot_be(self, settings):
@@ -316,6 +343,18 @@ class TestSettings:
         )
         with pytest.raises(ConfigError, match=message):
             limited(rows_model, {name: 1000.0})
+
+    def test_a_modality_may_have_no_limit_of_its_own(self, rows_model, monkeypatch):
+        monkeypatch.setattr(rows_model.branches["rows"].modality.config, "max_numbers", None)
+        assert limited(rows_model, {})["rows"].config.max_numbers is None
+        assert limited(rows_model, {"rows.max_numbers": 5})["rows"].config.max_numbers == 5
+        monkeypatch.setitem(LIMITS, "max_numbers", 1000)
+        assert limited(rows_model, {})["rows"].config.max_numbers == 1000
+        assert limited(rows_model, {})["lines"].config.max_numbers == 100
+
+    def test_a_limit_that_leaves_nothing_is_refused(self, rows_model):
+        with pytest.raises(ConfigError, match="max_numbers=0.5 is below 1, and rows counts in whole numbers"):
+            limited(rows_model, {"max_numbers": 0.5})
 
     def test_a_limit_for_all_may_be_above_that_of_some(self, rows_model, monkeypatch):
         monkeypatch.setattr(rows_model.branches["rows"].modality.config, "max_numbers", 500)

@@ -15,23 +15,82 @@ from waiting import until
 
 from xblip.decoder import Decoder
 from xblip.serve import COMPLETIONS
+from xblip.serve_talk import Exchange, Given, answers
 
 pytestmark = pytest.mark.slow
 
 SCOPE = {"type": "http", "method": "POST", "path": COMPLETIONS, "query_string": b"", "headers": []}
 
 
-def test_a_client_that_leaves_frees_its_row(rows_model):
+def slow_steps(monkeypatch):
+    """Lets each token take its time, so that an answer does not end by itself."""
+    real = Decoder.step
+
+    def step(decoder):
+        time.sleep(0.2)
+        return real(decoder)
+
+    monkeypatch.setattr(Decoder, "step", step)
+
+
+def test_a_client_that_leaves_frees_its_row(rows_model, monkeypatch):
+    slow_steps(monkeypatch)
     with running(rows_model, decode_workers=1) as served:
-        body = {**BAD, "max_tokens": 90, "min_tokens": 90}
+        counts, body = served.server.engine.counts, {**BAD, "max_tokens": 90, "min_tokens": 90}
         with httpx.stream("POST", served.url + COMPLETIONS, json={**body, "stream": True}) as response:
             next(response.iter_lines())
+        until(lambda: counts["cancelled"] == 1)
         with pytest.raises(httpx.TimeoutException):
-            httpx.post(served.url + COMPLETIONS, json={**body, "n": 16}, timeout=0.05)
-        deadline = time.monotonic() + 10
-        while served.server.engine.state["rows"] and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert served.server.engine.state["rows"] == 0
+            httpx.post(served.url + COMPLETIONS, json={**body, "n": 16}, timeout=1)
+        until(lambda: counts["cancelled"] == 17 and not served.server.engine.state["rows"])
+        assert counts["finished"] == 0
+
+
+def test_files_of_those_who_left_while_they_waited_for_a_worker_are_not_read(rows_model):
+    with running(rows_model, decode_workers=1, decode_seconds=20) as served, ThreadPoolExecutor(8) as threads:
+
+        def leave(number):
+            with pytest.raises(httpx.TimeoutException):
+                slow = asking(rows(f"sleep 1 5 5 {number}".encode()), QUESTION)
+                httpx.post(served.url + COMPLETIONS, json=slow, timeout=0.5)
+
+        list(threads.map(leave, range(8)))
+        until(lambda: not served.server.intake.held_bytes)
+        assert served.server.pool.counters.loads <= 2
+        assert post(served, asking(rows(b"1 2 3 7"), QUESTION)).status_code == 200
+
+
+class TestThePage:
+    """It asks by the way that requests over HTTP go, and gives up as they do."""
+
+    async def asked(self, server, tmp_path, *, leaves=False):
+        files = [tmp_path / f"{number}.txt" for number in range(8)]
+        for number, file in enumerate(files):
+            file.write_text(f"sleep 0.5 6 6 {number}")
+        exchange = Exchange(QUESTION, tuple(Given("rows", file) for file in files))
+        told = answers(server, exchange, [], caller="", path="/page")
+        if leaves:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.7):
+                    await anext(told)
+        else:
+            assert [None async for _ in told] == [None]
+        return exchange
+
+    def test_has_the_time_that_a_request_has(self, rows_model, tmp_path):
+        rows_model.caches.clear()
+        with running(rows_model, decode_workers=1, request_seconds=1) as served:
+            exchange = asyncio.run(self.asked(served.server, tmp_path))
+            assert "was not whole after 1 s" in exchange.error
+            until(lambda: not served.server.intake.held_bytes and served.server.is_idle)
+            assert served.server.pool.counters.loads <= 3
+
+    def test_reads_no_more_for_a_visitor_who_stopped(self, rows_model, tmp_path):
+        rows_model.caches.clear()
+        with running(rows_model, decode_workers=1) as served:
+            asyncio.run(self.asked(served.server, tmp_path, leaves=True))
+            until(lambda: not served.server.intake.held_bytes and served.server.is_idle)
+            assert served.server.pool.counters.loads <= 3
 
 
 def test_a_request_that_is_cancelled_frees_its_rows(rows_model):
@@ -146,13 +205,7 @@ def test_stopping_finishes_what_runs(rows_model):
 
 
 def test_what_is_not_finished_in_time_is_told_so(rows_model, monkeypatch):
-    real = Decoder.step
-
-    def step(decoder):
-        time.sleep(0.2)
-        return real(decoder)
-
-    monkeypatch.setattr(Decoder, "step", step)
+    slow_steps(monkeypatch)
     body = {**BAD, "max_tokens": 90, "min_tokens": 90}
     slow = asking(rows(b"sleep 9 1 2 3"), QUESTION)
     settings = {"decode_workers": 1, "decode_seconds": 20, "drain_seconds": 0.5}
@@ -165,6 +218,7 @@ def test_what_is_not_finished_in_time_is_told_so(rows_model, monkeypatch):
         assert time.monotonic() - started < 5
         assert post(served, BAD).status_code == 503
     for response in (whole, reading):
-        assert response.status_code == 429 and "shut down" in response.json()["error"]["message"]
+        assert response.status_code == 503 and "shut down" in response.json()["error"]["message"]
     *_, last = filter(None, streamed.text.split("\n"))
-    assert "was shut down before this was answered" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert "was shut down before this was answered" in error["message"] and error["type"] == "server_error"

@@ -37,6 +37,7 @@ LONG_TALK = [turn for _ in range(9) for turn in ({"role": "assistant", "content"
         ({**BAD, "metadata": {"a": 5}}, 400, "metadata: Input should be a valid string"),
         ({**BAD, "messages": [{"content": 5}, {"role": "x"}]}, 400, "messages[0].role: Field required"),
         ({**BAD, "frequency_penalty": 0.5}, 400, "frequency_penalty is not done here"),
+        ({**BAD, "stop": "x" * 1_001}, 400, "stop: String should have at most 1000 characters"),
         ({**BAD, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
         ({**BAD, "stream_options": {}}, 400, "stream_options needs stream"),
         ({**BAD, "response_format": {"type": "json_object"}}, 400, "response_format.type"),
@@ -144,9 +145,13 @@ def test_errors_are_the_client_s_exceptions(served, client):
         assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_more_values_than_a_request_has_are_refused_before_they_are_read():
-    with pytest.raises(InputError, match="The body has more than 100000 commas"):
-        parse(b"[" + b"0," * 100_001 + b"0]")
+NESTED = b"[" * 180 + b"]" * 180
+
+
+@pytest.mark.parametrize("body", [b"0," * 100_001, NESTED * 600, (b'{"a":' * 180 + b"0" + b"}" * 180) * 600])
+def test_more_values_than_a_request_has_are_refused_before_they_are_read(body):
+    with pytest.raises(InputError, match="The body has more than 100000 commas and opening brackets, and so too many"):
+        parse(b"[" + body + b"0]")
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])

@@ -141,7 +141,7 @@ def save_yaml(path: Path, values: Mapping[str, Any]) -> None:
     OmegaConf.save(OmegaConf.create(dict(values)), path)
 
 
-def at_least(settings: Any, **limits: int) -> None:
+def at_least(settings: Any, **limits: float) -> None:
     """Raises `ConfigError` for a setting that is below its limit, e.g. `at_least(config, hidden_size=1)`."""
     for name, limit in limits.items():
         if not getattr(settings, name) >= limit:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from xblip import config as configs
 from xblip.decode_process import ForkServer, Worker, quoted
 from xblip.decode_worker import LONGEST, OUT_OF_MEMORY
-from xblip.errors import BusyError, InputError, MediaError, in_units, suggest
+from xblip.errors import ClosedError, InputError, MediaError, in_units, suggest
 from xblip.modality import Modality
 
 COUNTED = ("loads", "refused", "timed_out", "out_of_memory", "died", "failed", "replaced")
@@ -101,13 +101,21 @@ class DecodePool:
         self._at: list[Worker | None] = [self._server.fork() for _ in range(workers)]
         self._free = deque(range(workers))
 
-    def load(self, name: str, path: str | Path, *, seconds: float | None = None) -> dict[str, Tensor]:
+    def load(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        seconds: float | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tensor]:
         """Reads one file; to be called from any thread.
 
         Args:
           name: of the modality.
           path: of the file.
           seconds: from when a worker has it until its tensors are here; None for the pool's own.
+          check: called when a worker is free for it; what it raises ends that.
 
         Returns:
           What the modality's `load` gave, on the CPU.
@@ -115,12 +123,13 @@ class DecodePool:
         Raises:
           MediaError: the modality refuses the file, it takes more time or memory than it may, or the worker died of it.
           InputError: there is no such modality here.
-          BusyError: the pool is closed.
+          ClosedError: the pool is closed.
         """
         if name not in self._order["modalities"]:
             raise InputError(f'No modality of this pool is called "{name}".{suggest(name, self._order["modalities"])}')
         place = self._take()
         try:
+            check()
             facts, tensors = self._ask(place, name, path, self.seconds if seconds is None else seconds)
         finally:
             self._give_back(place)
@@ -155,7 +164,7 @@ class DecodePool:
             return DecodeCounters(alive=alive, seconds=self._busy_seconds, **self._counts)
 
     def close(self) -> None:
-        """Ends all workers. Files that are being read are lost, and those who wait get a `BusyError`."""
+        """Ends all workers. Files that are being read are lost, and those who wait get a `ClosedError`."""
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
@@ -303,8 +312,8 @@ def _text(said: Any) -> str:
     return str(said)[:LONGEST].encode(errors="replace").decode()
 
 
-def _closed() -> BusyError:
-    return BusyError("No more media are read here, as this is being shut down: ask again in a while.")
+def _closed() -> ClosedError:
+    return ClosedError("No more media are read here, as this is being shut down: ask again in a while.")
 
 
 def _kills_for_memory() -> int:

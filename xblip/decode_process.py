@@ -139,9 +139,12 @@ class ForkServer:
 
     def fork(self) -> Worker:
         """Makes a worker."""
+        try:
+            folder = tempfile.mkdtemp(dir=self._folder.name)
+        except FileNotFoundError as cause:  # it was closed, and no other could be started
+            raise ConnectionResetError from cause
         channel, theirs = socket.socketpair()
         errors, write = os.pipe()
-        folder = tempfile.mkdtemp(dir=self._folder.name)
         try:
             pid = int(self._ask(f"fork {folder}".encode(), [theirs.fileno(), write]))
         except ConnectionError:

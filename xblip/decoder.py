@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,20 +31,20 @@ class Job:
 
     Attributes:
       ticket: whose it is.
+      sample: what is asked, until its prompt is made; what is open is held from the first attempt on.
       options: transformers' generation options, the model's own among them.
       text: said so far.
       sampler: draws its tokens; None if transformers generates the answer in one go.
-      sample: what is asked, checked, with what is open held: a pipe can be read once.
       prompt: once its media are read.
       drawn: tokens so far.
       is_over: the last event was told.
     """
 
     ticket: Ticket
+    sample: Sample | Mapping[str, Any] | None
     options: dict[str, Any]
     text: TextStream
     sampler: Sampler | None
-    sample: Sample | None = None
     prompt: Prompt | None = None
     drawn: list[Drawn] = field(default_factory=list)
     is_over: bool = False

@@ -12,14 +12,14 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from xblip.config import at_least
 from xblip.context import make_prompts
 from xblip.decoder import Decoder, Job
-from xblip.errors import BusyError, InputError, LateError, XBlipError
+from xblip.errors import BusyError, ClosedError, InputError, LateError, XBlipError
 from xblip.requests import Event, Finished, Request, Said, Ticket, late
-from xblip.sample import Sample
 from xblip.sampling import Sampler
 from xblip.text_stream import TextStream
 
@@ -47,6 +47,10 @@ class EngineConfig:
     max_positions: int = 65_536
     max_waiting: int = 256
     wait_ms: float = 5.0
+
+    def check(self) -> None:
+        """Raises `ConfigError` for settings with which nothing would be answered."""
+        at_least(self, max_rows=1, max_positions=1, max_waiting=1, wait_ms=0)
 
 
 class Turns:
@@ -92,6 +96,7 @@ class Engine:
     def __init__(self, model: "XBlip", config: EngineConfig | None = None):
         self.model = model
         self.config = config or EngineConfig()
+        self.config.check()
         names = ("submitted", "refused", "finished", "failed", "late", "cancelled", "tokens", "steps")
         self.counts = dict.fromkeys(names, 0)
         self._changed = threading.Condition()
@@ -119,15 +124,15 @@ class Engine:
             `Finished` or an error.
 
         Raises:
-          BusyError: the queue is full, or the engine is closing.
+          BusyError: the queue is full, or, as a `ClosedError`, the engine is closing.
           ConfigError: an option is wrong.
           InputError: log-probabilities are asked for where there are none.
         """
-        job = self._job(Ticket(request, lambda event: self._tell(tell, event)))
+        job = self._job(request, lambda event: self._tell(tell, event))
         self._dismiss()
         with self._changed:
             if self._is_closing:
-                raise BusyError("The engine is shutting down: ask again in a while.")
+                raise ClosedError("The engine is shutting down: ask again in a while.")
             if self._num_waiting >= self.config.max_waiting:
                 self.counts["refused"] += 1
                 raise BusyError(f"The queue is full, with {self._num_waiting} requests waiting: ask again in a while.")
@@ -136,8 +141,8 @@ class Engine:
             self._changed.notify_all()
         return job.ticket
 
-    def _job(self, ticket: Ticket) -> Job:
-        request, llm = ticket.request, self.model.llm
+    def _job(self, request: Request, tell: Callable[[Event], None]) -> Job:
+        llm = self.model.llm
         self.model.check_for_one(request.options)
         given = {**self.model.generation, **request.options}
         stop = given.pop("stop_strings", None) or []
@@ -158,7 +163,8 @@ class Engine:
                 "Log-probabilities are told of tokens where this engine can say them one by one, which beams and some LLMs "
                 "do not let it: leave them out."
             )
-        return Job(ticket, options, TextStream(llm.tokenizer, stop), sampler)
+        ticket = Ticket(replace(request, sample=None), tell)
+        return Job(ticket, request.sample, options, TextStream(llm.tokenizer, stop), sampler)
 
     def _tell(self, tell: Callable[[Event], None], event: Event) -> None:
         if isinstance(event, Finished):
@@ -246,7 +252,7 @@ class Engine:
             waiting = [self._waiting.take() for _ in range(len(self._waiting))]
             left = [*waiting, *self._reading, *self._ready, *self._answered]
         for job in left:
-            job.fail(BusyError("The engine was shut down before this was answered: ask again in a while."))
+            job.fail(ClosedError("The engine was shut down before this was answered: ask again in a while."))
             job.ticket.cancel()
 
     def __enter__(self) -> "Engine":
@@ -313,10 +319,12 @@ class Engine:
     def _made(self, batch: Sequence[Job]) -> list[Job]:
         """Gives jobs their prompts, together or, where one fails, each alone; returns those that have one."""
         try:
-            samples = self.model.reader.encoded([self._sample(job) for job in batch])
+            for job in batch:
+                job.sample = self.model.reader.hold(self.model.sample(job.sample))
+            samples = self.model.reader.encoded([job.sample for job in batch])
             rooms = [job.options["max_new_tokens"] for job in batch]
             for job, prompt in zip(batch, make_prompts(self.model, samples, rooms), strict=True):
-                job.prompt = prompt
+                job.prompt, job.sample = prompt, None
         except Exception as error:
             if len(batch) > 1:
                 return [made for job in batch for made in self._made([job])]
@@ -327,11 +335,6 @@ class Engine:
             if job not in fits:
                 job.fail(self._too_long(job))
         return fits
-
-    def _sample(self, job: Job) -> Sample:
-        if job.sample is None:
-            job.sample = self.model.reader.hold(self.model.sample(job.ticket.request.sample))
-        return job.sample
 
     def _too_long(self, job: Job) -> InputError:
         return InputError(

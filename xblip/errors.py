@@ -52,6 +52,10 @@ class BusyError(XBlipError):
     """Too much is asked at once: ask again later."""
 
 
+class ClosedError(BusyError):
+    """What was asked is being shut down; ask again in a while, or elsewhere."""
+
+
 class LateError(XBlipError):
     """A request's time was over before its answer was whole."""
 

@@ -17,7 +17,7 @@ class Request:
     """One question with what it may take.
 
     Attributes:
-      sample: what is asked; sources are whatever a model takes, features too.
+      sample: what is asked; sources are whatever a model takes, features too; None in an engine's tickets.
       options: transformers' generation options.
       seed: of sampling; None for one of chance.
       stop: strings that end the answer, which is cut before them; or one.
@@ -26,7 +26,7 @@ class Request:
       caller: callers take turns.
     """
 
-    sample: Sample | Mapping[str, Any]
+    sample: Sample | Mapping[str, Any] | None
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
     stop: Sequence[str] | str = ()

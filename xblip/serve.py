@@ -28,10 +28,11 @@ from xblip.requests import Event, Finished, Said, Ticket
 from xblip.sample import Sample
 from xblip.serve_access import caller_of
 from xblip.serve_config import MIB, ServeConfig
-from xblip.serve_intake import Intake, shutting_down
+from xblip.serve_intake import Intake, Visit, shutting_down
 from xblip.serve_media import MediaDoor, limited
 from xblip.serve_metrics import Metrics, Pace
 from xblip.serve_reply import LeftError, Refused, Replies, refusal
+from xblip.serve_sample import sample_of
 from xblip.serve_schema import ChatRequest, parse, schema_of
 from xblip.serve_stream import EventStream
 
@@ -89,7 +90,7 @@ class Server:
         self.engine = Engine(model, config.engine)
         self.metrics = Metrics(self.engine, self.pool)
         self.leaving, self.exits = contextlib.ExitStack(), contextlib.ExitStack()
-        self.intake = Intake(self.door, config)
+        self.intake = Intake(config)
         self._last_call: threading.Timer | None = None
         self.app = self._app()
 
@@ -205,15 +206,15 @@ class Server:
         told: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         try:
             caller = self.caller(request)
-            with self.intake.place():
-                async with self.intake.body(request) as body:
-                    leaving = asyncio.create_task(_leaves(request, told))
-                    asked, size = await asyncio.to_thread(parse, body), len(body)
-                    body.clear()
-                    self._check_model(asked.model)
-                    sample = await self.intake.sample(asked, caller=caller, leaving=leaving, started=started, size=size)
+            with self.intake.place(started) as visit:
+                body = await self.intake.body(request, visit)
+                visit.leaving = leaving = asyncio.create_task(_leaves(request, told))
+                asked, size = await asyncio.to_thread(parse, body), len(body)
+                body.clear()
+                self._check_model(asked.model)
+                self._submit(asked, await self._sample(asked, caller, visit), caller, told, tickets, visit)
                 asked.messages.clear()
-                self._submit(asked, sample, caller, told, tickets, started=started)
+                visit.let_go(size)
                 first = await told.get()
             if isinstance(first[1], XBlipError):
                 raise first[1]
@@ -245,9 +246,7 @@ class Server:
             status = response.status_code
             self.metrics.told(COMPLETIONS, status, started=started, id=id, error=str(error))
             return response
-        except (
-            asyncio.CancelledError
-        ):  # Ray's way to say that the client left, and uvicorn's that there is no more time
+        except asyncio.CancelledError:  # the client left, as Ray says it, or there is no more time, as uvicorn does
             for ticket in tickets:
                 ticket.cancel()
             self.metrics.told(COMPLETIONS, 503 if self.intake.has_given_up else 499, started=started, id=id)
@@ -258,6 +257,11 @@ class Server:
             if leaving:
                 leaving.cancel()
 
+    async def _sample(self, asked: ChatRequest, caller: str, visit: Visit) -> Sample:
+        """Lets the files of a request in; texts wait for nobody."""
+        make = partial(sample_of, asked, self.door, visit, caller=caller, most=self.config.max_parts)
+        return await self.intake.read(visit, make) if asked.has_inputs else make()
+
     def _submit(
         self,
         asked: ChatRequest,
@@ -265,11 +269,10 @@ class Server:
         caller: str,
         told: asyncio.Queue,
         tickets: list[Ticket],
-        *,
-        started: float,
+        visit: Visit,
     ) -> None:
         """Asks the engine, `n` times; what it tells goes into a queue, each with its choice."""
-        loop, pace = asyncio.get_running_loop(), Pace(self.metrics, started=started)
+        loop, pace = asyncio.get_running_loop(), Pace(self.metrics, started=visit.started)
 
         def listen(index: int, event: Event) -> None:
             if isinstance(event, Said):
@@ -283,7 +286,7 @@ class Server:
                 seed=None if asked.seed is None else (asked.seed + index) % 2**63,
                 stop=asked.stops,
                 top_log_probabilities=(asked.top_logprobs or 0) if asked.logprobs else None,
-                seconds=max(0.001, started + self.config.request_seconds - time.monotonic()),
+                seconds=max(0.001, visit.seconds_left),
                 caller=caller,
             )
             tickets.append(self.engine.submit(request, partial(listen, index)))

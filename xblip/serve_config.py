@@ -8,6 +8,7 @@ from xblip.engine import EngineConfig
 from xblip.errors import ConfigError
 
 MIB = 2**20
+DAY = 86_400
 
 
 @dataclass
@@ -35,7 +36,7 @@ class ServeConfig:
       api_keys: of which a client must send one; none lets everyone in.
       allowed_media_domains, allowed_local_media_path, max_part_bytes, fetch_seconds: see `xblip.fetch.FetchConfig`.
       max_body_bytes: of a request.
-      max_held_bytes: of the bodies of all requests that are being taken in.
+      max_held_bytes: of all requests that are being taken in, their bodies and what is read of their files.
       max_parts: texts and inputs of one message, and inputs of all messages of a request.
       max_requests: that are taken in at once, waiting ones among them; more are refused before their bodies are read.
       request_seconds: that a request may take in all, from its first byte to its whole answer.
@@ -76,6 +77,11 @@ class ServeConfig:
         at_least(
             self, port=0, max_part_bytes=1, max_body_bytes=1, max_parts=1, max_requests=1, decode_workers=1, cache_mib=0
         )
+        at_least(self, fetch_seconds=0.1, request_seconds=0.1, drain_seconds=0)
+        for name in ("fetch_seconds", "request_seconds", "drain_seconds"):
+            if getattr(self, name) > DAY:
+                raise ConfigError(f"{name} must be at most {DAY}, a day, not {getattr(self, name):g}.")
+        self.engine.check()
         at_least(self, max_held_bytes=self.max_body_bytes)
         at_least(self.ray, replicas=1, cpus=0, **({} if self.ray.gpus is None else {"gpus": 0}))
         if self.port > 65_535:

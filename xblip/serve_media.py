@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from xblip.decode_pool import DecodePool
-from xblip.errors import ConfigError, XBlipError, suggest
+from xblip.errors import ConfigError, MediaError, XBlipError, suggest
 from xblip.fetch import Fetched, Fetcher
 from xblip.modality import Modality
 from xblip.reading import ReadMedia
+from xblip.serve_intake import Visit
 from xblip.serve_schema import Part, wrong
 
 if TYPE_CHECKING:
@@ -34,39 +36,43 @@ class MediaDoor:
         self._named: OrderedDict[tuple[str, str, str], bytes] = OrderedDict()
         self._lock = Lock()
 
-    def source(self, part: Part, *, caller: str) -> Any:
+    def source(self, part: Part, visit: Visit, *, caller: str) -> Any:
         """Returns what a model takes for a part: features that are there already, or what a worker read.
 
         Args:
           part: of a request.
+          visit: that it is read for, as long as somebody waits.
           caller: whose; names are their senders' own.
 
         Raises:
           InputError, MediaError: it cannot be fetched or read, or nothing is known by its name; `place` says which it was.
         """
+        visit.check()
         try:
             if part.url is None and part.data is None:
                 return self._known(part, caller)
             with self._fetched(part) as fetched:
-                return self._read(part, fetched, caller)
+                return self._read(part, fetched, visit, caller)
         except XBlipError as error:
             error.place = part.place
             raise
 
-    def take(self, modality: str, path: Path, *, place: str) -> Any:
+    def take(self, modality: str, path: Path, visit: Visit, *, place: str) -> Any:
         """Returns as `source` does what a model takes for a file that is here already, and stays here.
 
         Args:
           modality: that reads it.
           path: of the file.
+          visit: that it is read for, as long as somebody waits.
           place: what messages call it.
 
         Raises:
           MediaError: it cannot be read, or is gone; `place` says which it was.
         """
+        visit.check()
         part = Part(modality, place)
         try:
-            return self._read(part, self.fetcher.found(path), caller="")
+            return self._read(part, self.fetcher.found(path), visit, caller="")
         except XBlipError as error:
             error.place = place
             raise
@@ -88,7 +94,7 @@ class MediaDoor:
             return self.fetcher.fetch(part.url, modality)
         return self.fetcher.fetch_base64(part.data, modality, format=part.format)
 
-    def _read(self, part: Part, fetched: Fetched, caller: str) -> Any:
+    def _read(self, part: Part, fetched: Fetched, visit: Visit, caller: str) -> Any:
         content = bytes.fromhex(fetched.digest) + fetched.path.suffix.encode()
         key = self.model.reader.key(part.modality, ReadMedia({}, content))
         if part.uuid is not None:
@@ -101,9 +107,11 @@ class MediaDoor:
         if features is not None:
             return features
         try:
-            return ReadMedia(self.pool.load(part.modality, fetched.path), content)
-        except XBlipError as error:
-            raise type(error)(_without_path(str(error), fetched, part)) from None
+            tensors = self.pool.load(part.modality, fetched.path, check=visit.check)
+        except MediaError as error:
+            raise MediaError(_without_path(str(error), fetched, part)) from None
+        visit.hold(sum(tensor.nbytes for tensor in tensors.values()))
+        return ReadMedia(tensors, content)
 
 
 def _without_path(message: str, fetched: Fetched, part: Part) -> str:
@@ -116,6 +124,8 @@ def _without_path(message: str, fetched: Fetched, part: Part) -> str:
 def limited(model: "XBlip", limits: Mapping[str, Any]) -> dict[str, Modality]:
     """Returns the modalities of a model as a server reads them: each `max_` setting the lower of its own and the server's.
 
+    A setting that is None has no limit of its own.
+
     Args:
       model: whose.
       limits: by setting, such as "max_seconds", for all modalities, or "<modality>.max_seconds" for one.
@@ -127,9 +137,9 @@ def limited(model: "XBlip", limits: Mapping[str, Any]) -> dict[str, Modality]:
     own: dict[str, float] = {}
     for name, branch in model.branches.items():
         for key, value in vars(branch.modality.config).items():
-            if key.startswith("max_"):
-                own[f"{name}.{key}"] = value
-                own[key] = max(value, own.get(key, value))
+            if key.startswith("max_") and (value is None or isinstance(value, (int, float))):
+                own[f"{name}.{key}"] = math.inf if value is None else value
+                own[key] = max(own[f"{name}.{key}"], own.get(key, 0))
     for name, value in limits.items():
         if name not in own and name not in LIMITS:
             raise ConfigError(f'Unknown limit "{name}".{suggest(name, own)}')
@@ -144,9 +154,11 @@ def limited(model: "XBlip", limits: Mapping[str, Any]) -> dict[str, Modality]:
     for name, branch in model.branches.items():
         lower = {}
         for key, value in vars(branch.modality.config).items():
-            if f"{name}.{key}" in own:
-                most = limits.get(f"{name}.{key}", limits.get(key, LIMITS.get(key, value)))
-                lower[key] = type(value)(min(most, value))
+            most = limits.get(f"{name}.{key}", limits.get(key, LIMITS.get(key, math.inf)))
+            if most < own.get(f"{name}.{key}", 0):
+                lower[key] = most if value is None else type(value)(most)
+                if not lower[key] > 0:
+                    raise ConfigError(f"The limit {key}={most:g} is below 1, and {name} counts in whole numbers.")
         made[name] = copy.copy(branch.modality)
         made[name].config = dataclasses.replace(branch.modality.config, **lower)
     return made

@@ -3,10 +3,11 @@
 import json
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from xblip.errors import BusyError, LateError, PluginError, XBlipError
+from xblip.errors import BusyError, ClosedError, LateError, PluginError, XBlipError
 
 if TYPE_CHECKING:  # a proxy that says errors need not import torch
     from xblip.requests import Finished, Said
@@ -39,9 +40,13 @@ class Replies:
       model: what the client calls the model.
     """
 
+    CONTEXT = 8
+    """Tokens before one that its text may depend on: space, and bytes of one character."""
+
     def __init__(self, *, id: str, model: str, tokenizer: Any, tells_log_probabilities: bool):
         self.id, self.model = id, model
         self._tokenizer, self._tells, self._created = tokenizer, tells_log_probabilities, int(time.time())
+        self._before: dict[int, list[int]] = defaultdict(list)
 
     def completion(self, finished: Sequence["Finished"]) -> Json:
         """All choices with their counts."""
@@ -49,7 +54,7 @@ class Replies:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": one.answer.text, "refusal": None},
-                "logprobs": self._log_probabilities(one.drawn),
+                "logprobs": self._log_probabilities(index, one.drawn),
                 "finish_reason": one.reason,
             }
             for index, one in enumerate(finished)
@@ -61,7 +66,7 @@ class Replies:
         return self._piece(index, {"role": "assistant", "content": ""})
 
     def said(self, index: int, said: "Said") -> Json:
-        return self._piece(index, {"content": said.text}, self._log_probabilities(said.drawn))
+        return self._piece(index, {"content": said.text}, self._log_probabilities(index, said.drawn))
 
     def last(self, index: int, finished: "Finished") -> Json:
         return self._piece(index, {}, reason=finished.reason)
@@ -77,20 +82,21 @@ class Replies:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def _log_probabilities(self, drawn: Sequence["Drawn"]) -> Json | None:
+    def _log_probabilities(self, index: int, drawn: Sequence["Drawn"]) -> Json | None:
+        """Of the tokens that a choice goes on with."""
         if not self._tells:
             return None
-        told = [
-            {
-                **self._token(one.token, one.log_probability),
-                "top_logprobs": [self._token(token, value) for token, value in one.top],
-            }
-            for one in drawn
-        ]
+        told, before = [], self._before[index]
+        for one in drawn:
+            top = [self._token(before, token, value) for token, value in one.top]
+            told.append({**self._token(before, one.token, one.log_probability), "top_logprobs": top})
+            before[:] = [*before, one.token][-self.CONTEXT :]
         return {"content": told, "refusal": None}
 
-    def _token(self, token: int, log_probability: float) -> Json:
-        text = self._tokenizer.decode([token])
+    def _token(self, before: list[int], token: int, log_probability: float) -> Json:
+        """A token as what it adds to the text, so that tokens put together are the text."""
+        known, text = self._tokenizer.decode(before), self._tokenizer.decode([*before, token])
+        text = text[len(known) :] if text.startswith(known) else self._tokenizer.decode([token])
         is_whole = "\ufffd" not in text  # a token may be a part of a character
         return {
             "token": text,
@@ -107,6 +113,7 @@ def usage(finished: Sequence["Finished"]) -> Json:
 
 
 STATUS = {
+    ClosedError: (503, "server_error"),
     BusyError: (429, "rate_limit_error"),
     LateError: (504, "timeout_error"),
     PluginError: (500, "server_error"),

@@ -1,8 +1,7 @@
 """A request's conversation as a sample: whose turn it is, what is asked last, and the files in it let in."""
 
-from collections.abc import Callable
-
 from xblip.sample import Media, Sample, Turn
+from xblip.serve_intake import Visit
 from xblip.serve_media import MediaDoor
 from xblip.serve_schema import MAX_TEXT, ChatRequest, Part, parts_of, wrong
 
@@ -10,17 +9,15 @@ CHARACTERS = 64
 """Of a position of the LLM's context: far more than pieces of tokenizers have, but for runs of one character."""
 
 
-def sample_of(
-    asked: ChatRequest, door: MediaDoor, *, caller: str, most: int, check: Callable[[], None] = lambda: None
-) -> Sample:
+def sample_of(asked: ChatRequest, door: MediaDoor, visit: Visit, *, caller: str, most: int) -> Sample:
     """Makes a sample of messages, their media fetched and read. A system message is the first text of the first turn.
 
     Args:
       asked: the request.
       door: that lets media in.
+      visit: that they are read for, as long as somebody waits.
       caller: whose they are.
       most: texts and inputs that a message may have, and inputs of all messages.
-      check: called before each input is read, and after the last; what it raises ends the reading.
 
     Raises:
       InputError, MediaError: a message or a part is wrong; `place` says which.
@@ -31,10 +28,7 @@ def sample_of(
     _check_amount([part for content in contents for part in content], most, door.model.llm.context_length)
 
     def let_in(part: str | Part) -> str | Media:
-        if isinstance(part, str):
-            return part
-        check()
-        return Media(part.modality, door.source(part, caller=caller))
+        return part if isinstance(part, str) else Media(part.modality, door.source(part, visit, caller=caller))
 
     turns: list[Turn] = []
     before: list[str] = []
@@ -57,7 +51,6 @@ def sample_of(
     texts = [place for place, part in enumerate(current) if isinstance(part, str)]
     if not texts:
         raise wrong("messages", "messages: the last has no text, which would be the question.")
-    check()
     instruction = current.pop(texts[-1])
     return Sample(instruction, current, None, turns)
 

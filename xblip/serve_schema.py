@@ -15,13 +15,14 @@ from xblip.errors import InputError, suggest
 URL, INPUT = "_url", "input_"
 """What comes after, or before, a modality's name in the type of a part."""
 MAX_STOPS = 4
+Stop = Annotated[str, StringConstraints(max_length=1_000)]
 MAX_CHOICES = 16
 EMPTY = (None, [], {})
 """Values of settings that are not known here, and are let pass."""
 SHOWN = 80
 """Characters of what a client named that a message repeats."""
-MAX_COMMAS = 100_000
-"""Of a body: every value but the first stands behind one, and takes far more memory than its bytes."""
+MAX_VALUES = 100_000
+"""Of a body, by its commas and opening brackets: a value takes far more memory than its bytes, and time for nothing else."""
 LEAST = 1e-6
 """Of what scores are divided by: less makes no numbers of them, which ends an accelerator's work for all."""
 MAX_ERRORS = 100
@@ -85,7 +86,7 @@ class ChatRequest(Strict):
     num_beams: int | None = Field(None, ge=1, le=16)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
@@ -179,9 +180,11 @@ def parse(body: bytes | bytearray) -> ChatRequest:
     Raises:
       InputError: it is no JSON, or not such a request; `place` says what of it.
     """
-    if body.count(b",") > MAX_COMMAS:
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_VALUES:
         raise wrong(
-            "", f"The body has more than {MAX_COMMAS} commas, and so too many values or too long a text: send less."
+            "",
+            f"The body has more than {MAX_VALUES} commas and opening brackets, and so too many values or too long a text: "
+            "send less.",
         )
     try:
         request = ChatRequest.model_validate_json(body)

@@ -4,16 +4,20 @@ It holds files as paths and not as what was read of them: asked again, they are 
 conversation that nobody goes on with holds no tensors.
 """
 
+import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xblip.errors import InputError
 from xblip.requests import Finished, Request
 from xblip.sample import Media, Sample, Turn
+from xblip.serve_intake import Visit
 from xblip.serve_reply import refusal
 
 if TYPE_CHECKING:
@@ -54,11 +58,14 @@ async def answers(
       None, whenever more is known. Leaving gives the answer up.
     """
     started, id, status = time.monotonic(), f"page-{uuid.uuid4().hex}", 499
+    leaving, taken = asyncio.get_running_loop().create_future(), contextlib.ExitStack()
     try:
-        with server.intake.place():
-            sample = await server.intake.aside(lambda: _sample(server, exchange, earlier))
-        request = Request(sample, seconds=server.config.request_seconds, caller=caller)
+        visit = taken.enter_context(server.intake.place(started))
+        visit.leaving = leaving
+        sample = await server.intake.read(visit, partial(_sample, server, exchange, earlier, visit))
+        request = Request(sample, seconds=max(0.001, visit.seconds_left), caller=caller)
         async for event in server.engine.astream(request):
+            taken.close()
             if isinstance(event, Finished):
                 exchange.answer, status = event.answer.text, 200
                 server.metrics.answered(path, [event], started=started, id=id)
@@ -70,22 +77,25 @@ async def answers(
         exchange.error = body["error"]["message"]
         yield
     finally:
+        leaving.cancel()
+        taken.close()
         if status != 200:
             server.metrics.told(path, status, started=started, id=id, error=exchange.error)
 
 
-def _sample(server: "Server", exchange: Exchange, earlier: Sequence[Exchange]) -> Sample:
+def _sample(server: "Server", exchange: Exchange, earlier: Sequence[Exchange], visit: Visit) -> Sample:
     answered = [one for one in earlier if one.answer and not one.error]
     count, most = sum(len(one.files) for one in (*answered, exchange)), server.config.max_parts
     if count > most:
         raise InputError(
             f"There are {count} files in this conversation, and {most} are allowed: give fewer, or begin a new one."
         )
-    turns = [Turn((*_media(server, one.files), one.question), one.answer) for one in answered]
-    return Sample(exchange.question, _media(server, exchange.files), None, turns)
+    turns = [Turn((*_media(server, one.files, visit), one.question), one.answer) for one in answered]
+    return Sample(exchange.question, _media(server, exchange.files, visit), None, turns)
 
 
-def _media(server: "Server", files: Sequence[Given]) -> list[Media]:
+def _media(server: "Server", files: Sequence[Given], visit: Visit) -> list[Media]:
     return [
-        Media(given.modality, server.door.take(given.modality, given.path, place=given.path.name)) for given in files
+        Media(given.modality, server.door.take(given.modality, given.path, visit, place=given.path.name))
+        for given in files
     ]

@@ -36,5 +36,10 @@ class TextStream:
 
     def _certain(self, text: str) -> str:
         text = text.rstrip("\ufffd")
-        begun = [size for end in self._stop for size in range(1, len(end)) if text.endswith(end[:size])]
-        return text[: len(text) - max(begun, default=0)].rstrip()
+        return text[: len(text) - max((_begun(text, end) for end in self._stop), default=0)].rstrip()
+
+
+def _begun(text: str, end: str) -> int:
+    """How many characters of `end`, but not all, `text` ends with."""
+    sizes = range(min(len(end) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if end[size - 1] == text[-1] and text.endswith(end[:size])), 0)
