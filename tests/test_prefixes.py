@@ -1,5 +1,7 @@
 """How prompts begin: what the LLM has read of one is used for another exactly where it would read the same."""
 
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +12,7 @@ from xblip.engine import Engine
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.requests import Request
 from xblip.sample import Sample
+from xblip.weights import WeightVersions
 
 QUESTION = "what is this ?"
 NEW = {"max_new_tokens": 8}
@@ -22,6 +25,14 @@ def model(request, llm_folder, tmp_path):
     model = static(make_model(FrozenLLM.from_pretrained(LLMConfig(source=str(folder), dtype="float32"))))
     assert model.prefixes.work
     return model
+
+
+def test_threads_that_look_at_weights_at_once_see_the_same(monkeypatch):
+    """Else the second would say of the first one's source that it changed while it was read."""
+    urandom, module, versions = os.urandom, torch.nn.Linear(2, 2), WeightVersions()
+    monkeypatch.setattr(os, "urandom", lambda count: (time.sleep(0.05), urandom(count))[1])
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(versions.of, [module] * 4))) == 1
 
 
 class TestAPromptThatEndsInItsSoftPrompt:

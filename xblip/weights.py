@@ -4,6 +4,7 @@ Looked at from outside, tensor by tensor, in a fraction of a millisecond; a chec
 """
 
 import os
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,9 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class WeightVersions:
-    """Tells the weights of modules from what they were when they were looked at before."""
+    """Tells the weights of modules from what they were when they were looked at before; for many threads."""
 
     def __init__(self):
+        self._lock = Lock()
         self._known: WeakKeyDictionary[nn.Module, tuple[list[tuple], bytes]] = WeakKeyDictionary()
 
     def of(self, module: nn.Module) -> bytes:
@@ -31,10 +33,15 @@ class WeightVersions:
             for weight in (*part._parameters.values(), *part._buffers.values())
             if weight is not None
         ]
-        known = self._known.get(module)
-        if known is None or known[0] != weights:
-            known = self._known[module] = weights, os.urandom(16)
+        with self._lock:
+            known = self._known.get(module)
+            if known is None or known[0] != weights:
+                known = self._known[module] = weights, os.urandom(16)
         return known[1]
+
+    def __reduce__(self) -> tuple:
+        """A copy begins anew: it is of other modules."""
+        return WeightVersions, ()
 
 
 def _tell_of_fused_steps(optimizer: Optimizer, *_: Any) -> None:
