@@ -23,6 +23,7 @@ from kit import Beads, FileToy, Site, make_branch, make_model, registered
 from xblip import plugins
 from xblip.branch import BranchConfig
 from xblip.convert_qformer import Wanted
+from xblip.engine import Engine
 from xblip.llm import FrozenLLM, LLMConfig
 from xblip.model import XBlip
 from xblip.testing import ToyModality, save_toy_llm, small_qformer, toy_tokenizer
@@ -84,6 +85,13 @@ def wanted(llm_folder, toy):
 def model(llm):
     """A model with branches for toys and beads; tests must not change it."""
     return make_model(llm)
+
+
+@pytest.fixture
+def engine(model):
+    """An engine over the model, or over a test's own one of that name."""
+    with Engine(model) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,6 @@ def model(llm):
     return make_model(llm)
 
 
-@pytest.fixture
-def engine(model):
-    with Engine(model) as engine:
-        yield engine
-
-
 def requests_of(count, seed=0):
     draw = random.Random(seed)
     for number in range(count):

@@ -20,12 +20,6 @@ def model(llm):
     return make_model(llm)
 
 
-@pytest.fixture
-def engine(model):
-    with Engine(model) as engine:
-        yield engine
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
