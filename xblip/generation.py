@@ -29,6 +29,14 @@ SAYS_NOTHING = {"use_cache": True, "cache_implementation": "hybrid"}
 """What these may be in a model's generation config beside None, and say nothing; transformers unsets "hybrid" there."""
 
 
+OF_LOGITS = {
+    *("max_new_tokens", "min_new_tokens", "eos_token_id", "stop_strings", "stopping_criteria", "num_return_sequences"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
+    *("num_beams", "length_penalty", "early_stopping"),
+}
+"""Options that say what is made of the model's logits; others may have it run in a way that it cannot."""
+
+
 def check_generation_options(options: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for an option that transformers' generation does not know, or that has no place here."""
     if not isinstance(options, Mapping):
@@ -89,7 +97,8 @@ def until(ids: list[int], ends: set[int]) -> list[int]:
     return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)
 
 
-def is_of_the_model(error: Exception) -> bool:
-    """Whether it is the model that failed while it generated and not an option that was refused."""
+def is_of_the_model(error: Exception, options: Mapping[str, Any]) -> bool:
+    """Whether it is the model that failed while it generated with these options, and none of them that was refused."""
     steps = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, RuntimeError) and any(frame.f_code.co_name == "forward" for frame, _ in steps)
+    failed_inside = isinstance(error, RuntimeError) and any(frame.f_code.co_name == "forward" for frame, _ in steps)
+    return failed_inside and options.keys() <= OF_LOGITS

@@ -349,7 +349,7 @@ class FrozenLLM(Frozen):
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, AttributeError, OSError, RuntimeError) as cause:
-            if is_of_the_model(cause):
+            if is_of_the_model(cause, options):
                 raise
             if options.get("stop_strings") and self._knows_whole_words_only():
                 raise ConfigError(
