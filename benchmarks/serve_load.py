@@ -181,6 +181,7 @@ def one_at_a_time(server: Any) -> Any:
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
 
+    from xblip.serve_intake import Visit
     from xblip.serve_sample import sample_of
     from xblip.serve_schema import parse
 
@@ -191,11 +192,14 @@ def one_at_a_time(server: Any) -> Any:
         return {"ready": True}
 
     def answer(body: bytes) -> str:
-        asked = parse(body)
-        sample = sample_of(asked, server.door, caller="", most=64)
-        with lock:
-            [answer] = server.model.generate([sample], **asked.options)
-        return answer.text
+        asked, visit = parse(body), Visit(server.intake, time.monotonic())
+        try:
+            sample = sample_of(asked, server.door, visit, caller="", most=64)
+            with lock:
+                [answer] = server.model.generate([sample], **asked.options)
+            return answer.text
+        finally:
+            visit.end()
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> dict[str, Any]:
@@ -230,6 +234,9 @@ def table(loads: dict[tuple[str, str], Load]) -> str:
         "| files | system | answers/s | speed | p50 | p90 | p99 | replies | wrong | memory after the warm-up |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    for (system, _), load in loads.items():
+        if not load.times:
+            raise SystemExit(f"{SYSTEMS[system]} answered nothing: {dict(load.statuses)}. Its log says why.")
     for (system, files), load in loads.items():
         rates = {name: len(loads[name, files].times) / loads[name, files].seconds for name in SYSTEMS}
         p50, p90, p99 = np.quantile(load.times, [0.5, 0.9, 0.99])
