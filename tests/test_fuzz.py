@@ -238,6 +238,10 @@ class TestTheHarness:
     def test_sentences_that_are_not_clear(self, said):
         assert unclear(said)
 
+    def test_what_a_file_says_itself_is_none_of_the_reader_s_insides(self):
+        said = "Cannot read it: it is damaged or of another format ({} 'element vertex 0x10e999'). Expected a cloud."
+        assert not unclear(said.format("its header has the line")) and unclear(said.format("the line 0x10e999 of"))
+
     def test_a_sentence_that_is_clear(self):
         said = (
             "Cannot read image 'a.png': it is damaged or of another format (image file is truncated). Expected a PNG."
