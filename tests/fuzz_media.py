@@ -45,7 +45,7 @@ INSIDES = re.compile(
     r"^\W*\w*\W*$"
 )
 """What only who wrote a reader could make sense of."""
-OF_THE_FILE = re.compile(r"(?<=^its header has the line )'.*|(?<=^its header has the line )\".*")
+OF_THE_FILE = re.compile(r"^(its header has the line|could not convert string to float:) b?['\"].*")
 """What a message repeats of a file, in which anything may stand, such as "element vertex 0x10e999"."""
 SLOW_SECONDS = 12.0
 Load = Callable[[str, Path], Mapping[str, Tensor]]
@@ -150,7 +150,7 @@ def unclear(said: str) -> str:
     if reason == said or not said.endswith(".") or not said.isprintable() or not 30 < len(said) < 700:
         return "no clear sentence"
     given = REASON.search(said)
-    return "tells of its insides" if given and INSIDES.search(OF_THE_FILE.sub("", given[1])) else ""
+    return "tells of its insides" if given and INSIDES.search(OF_THE_FILE.sub(r"\1 it", given[1])) else ""
 
 
 def pattern(said: str) -> str:
