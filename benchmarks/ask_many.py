@@ -220,8 +220,8 @@ def measure(shapes: pair.Shapes, folder: Path, *, said: int, repeats: int) -> tu
             times[name].append(asked)
             keeps = "one soft prompt" in name
             for place, texts in enumerate(zip(kept if keeps else right, asked.texts, strict=True)):
-                sample = sample_of(found["ask"], questions[place], questions[0 if keeps else place])
                 if texts[0] != texts[1] and (name, place) not in ties:
+                    sample = sample_of(found["ask"], questions[place], questions[0 if keeps else place])
                     assert part_at_tie(found["ask"].model, sample, texts), f"{name} says something else"
                     ties.add((name, place))
     peak, rows = peak_flops(torch.float32, "cpu"), []

@@ -16,9 +16,10 @@ class Letters:
 
 
 def said_of(text, stop):
-    """The pieces that are told of a text, a letter at a time."""
-    stream, ids = TextStream(Letters(), stop), [ord(letter) for letter in text]
-    told = [stream.add(ids[: count + 1], is_last=count + 1 == len(ids)) for count in range(len(ids))]
+    """The pieces that are told of a text, a letter at a time until it is stopped."""
+    told, stream, ids = [], TextStream(Letters(), stop), [ord(letter) for letter in text]
+    while not stream.has_stopped and len(told) < len(ids):
+        told.append(stream.add(ids[: len(told) + 1], is_last=len(told) + 1 == len(ids)))
     return told, stream
 
 
@@ -29,11 +30,7 @@ def test_pieces_are_the_text_before_the_first_stop(seed):
         text = "x" + "".join(draw.choices("ab ", k=draw.randrange(1, 12)))
         stop = ["".join(draw.choices("ab ", k=draw.randrange(1, 5))) for _ in range(draw.randrange(3))]
         places = [place for end in stop if (place := text.find(end)) >= 0]
-        told, stream = [], TextStream(Letters(), stop)
-        for count in range(1, len(text) + 1):
-            told.append(stream.add([ord(letter) for letter in text[:count]], is_last=count == len(text)))
-            if stream.has_stopped:
-                break
+        told, stream = said_of(text, stop)
         assert "".join(told) == stream.text == text[: min(places, default=len(text))].rstrip()
         assert stream.has_stopped == bool(places)
 

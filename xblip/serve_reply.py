@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # a proxy that says errors need not import torch
     from xblip.sampling import Drawn
 
 Json = dict[str, Any]
+BEFORE = 8
+"""Tokens before one that its text may depend on: space, and bytes of one character."""
 log = logging.getLogger("xblip.serve")
 
 
@@ -39,9 +41,6 @@ class Replies:
       id: of the request.
       model: what the client calls the model.
     """
-
-    CONTEXT = 8
-    """Tokens before one that its text may depend on: space, and bytes of one character."""
 
     def __init__(self, *, id: str, model: str, tokenizer: Any, tells_log_probabilities: bool):
         self.id, self.model = id, model
@@ -88,14 +87,18 @@ class Replies:
             return None
         told, before = [], self._before[index]
         for one in drawn:
-            top = [self._token(before, token, value) for token, value in one.top]
-            told.append({**self._token(before, one.token, one.log_probability), "top_logprobs": top})
-            before[:] = [*before, one.token][-self.CONTEXT :]
+            known = self._tokenizer.decode(before)
+            chosen, *top = [
+                self._token(before, known, token, value)
+                for token, value in [(one.token, one.log_probability), *one.top]
+            ]
+            told.append({**chosen, "top_logprobs": top})
+            before[:] = [*before, one.token][-BEFORE:]
         return {"content": told, "refusal": None}
 
-    def _token(self, before: list[int], token: int, log_probability: float) -> Json:
-        """A token as what it adds to the text, so that tokens put together are the text."""
-        known, text = self._tokenizer.decode(before), self._tokenizer.decode([*before, token])
+    def _token(self, before: list[int], known: str, token: int, log_probability: float) -> Json:
+        """A token as what it adds to the text `known` of those before it, so that tokens put together are the text."""
+        text = self._tokenizer.decode([*before, token])
         text = text[len(known) :] if text.startswith(known) else self._tokenizer.decode([token])
         is_whole = "\ufffd" not in text  # a token may be a part of a character
         return {
