@@ -209,10 +209,7 @@ class TestLoad:
                 response.json()["choices"][0]["message"]["content"] for response in responses if response.is_success
             }
             assert len(texts) == 1
-            deadline = time.monotonic() + 10
-            while any(served.server.engine.state.values()) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert served.server.engine.state == {"waiting": 0, "rows": 0, "positions": 0}
+            until(lambda: served.server.engine.state == {"waiting": 0, "rows": 0, "positions": 0})
 
     def test_time_is_counted_from_the_request_on_files_and_all(self, rows_model):
         with running(rows_model, decode_workers=1, decode_seconds=20, request_seconds=0.5) as served:

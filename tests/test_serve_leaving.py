@@ -109,12 +109,11 @@ def test_a_request_that_is_cancelled_frees_its_rows(rows_model):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while server.engine.state["rows"]:
-            await asyncio.sleep(0.001)
 
     with running(rows_model, decode_workers=1) as served:
         asyncio.run(asyncio.wait_for(cancelled(served.server), 30))
-        assert served.server.engine.counts["cancelled"] == 16
+        engine = served.server.engine
+        until(lambda: engine.counts["cancelled"] == 16 and not engine.state["rows"])
         assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
 
 
@@ -132,12 +131,11 @@ def test_a_client_that_leaves_before_the_first_piece_frees_its_row(rows_model):
             await asyncio.Event().wait()
 
         await server.app({**SCOPE}, receive, send)
-        while server.engine.state["rows"]:
-            await asyncio.sleep(0.001)
 
     with running(rows_model, decode_workers=1) as served:
         asyncio.run(asyncio.wait_for(left(served.server), 30))
-        assert served.server.engine.counts["cancelled"] == 1
+        engine = served.server.engine
+        until(lambda: engine.counts["cancelled"] == 1 and not engine.state["rows"])
         assert 'status="499"' in httpx.get(f"{served.url}/metrics").text
 
 
@@ -196,9 +194,7 @@ def test_stopping_finishes_what_runs(rows_model):
         body = {**BAD, "max_tokens": 90, "min_tokens": 90, "n": 8, "temperature": 1}
         running_one = threading.Thread(target=lambda: found.append(post(served, body)))
         running_one.start()
-        deadline = time.monotonic() + 10
-        while not served.server.engine.state["rows"] and time.monotonic() < deadline:
-            time.sleep(0.001)
+        until(lambda: served.server.engine.state["rows"])
         served.stop()
         running_one.join(20)
     assert found[0].status_code == 200 and len(found[0].json()["choices"]) == 8
