@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 from fetching import DATA, TOO_LARGE, Site, Toy, assert_it_is, of, refusal
 
+from xblip.errors import ClosedError
 from xblip.fetch import FetchConfig, Fetcher
-from xblip.fetch_http import is_public, public_addresses
+from xblip.fetch_http import LOOK_SECONDS, is_public, public_addresses
 
 pytestmark = pytest.mark.usefixtures("no_file_left")
 WELL = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n\r\n"
@@ -222,7 +223,7 @@ def drip(head: bytes, drop: bytes) -> Callable[[socket.socket], None]:
     return answer
 
 
-@pytest.mark.parametrize(
+SLOW = pytest.mark.parametrize(
     "answer",
     [
         drip(b"", b""),
@@ -233,12 +234,39 @@ def drip(head: bytes, drop: bytes) -> Callable[[socket.socket], None]:
     ],
     ids=["nothing", "head", "informational", "body", "chunks"],
 )
+
+
+@SLOW
 def test_a_host_that_takes_its_time(site, answer):
     site.answers["/x"], began = answer, time.monotonic()
     assert refusal(site.fetcher(seconds=0.3), site.url()) == (
         "it did not come within 0.3 s. Try again, or send the file as a data URL."
     )
     assert time.monotonic() - began < 2
+
+
+@SLOW
+def test_a_host_is_waited_for_no_longer_than_anybody_waits(site, answer):
+    site.answers["/x"], began = answer, time.monotonic()
+
+    def check():
+        if time.monotonic() > began + 0.2:
+            raise ClosedError("nobody waits")
+
+    with pytest.raises(ClosedError, match="nobody waits"):
+        site.fetcher(seconds=20).fetch(site.url(), Toy, check=check)
+    assert time.monotonic() - began < 2
+
+
+def pausing(connection: socket.socket) -> None:
+    connection.sendall(WELL % len(DATA) + DATA[:100])
+    time.sleep(2.5 * LOOK_SECONDS)
+    connection.sendall(DATA[100:])
+
+
+def test_a_host_may_pause_for_longer_than_whoever_waits_is_asked(site):
+    site.answers["/x"] = pausing
+    assert_it_is(site.fetcher().fetch(site.url(), Toy), DATA, ".txt")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +347,7 @@ def test_tls_goes_by_the_name_and_not_by_the_address(certificate, monkeypatch):
     context.load_cert_chain(*certificate)
     context.sni_callback = lambda _, name, __: named.append(name)
     site = Site(context)
-    site.answers["/x"] = WELL % len(DATA) + DATA
+    site.answers["/x"] = pausing
     try:
         reason = refusal(site.fetcher(), site.url(scheme="https"))
         assert reason.startswith("the connection to its host failed (") and "certificate verify failed" in reason

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from fetching import Site
 from served import BAD, QUESTION, asking, post, rows, running
 from waiting import until
 
@@ -58,6 +59,35 @@ def test_files_of_those_who_left_while_they_waited_for_a_worker_are_not_read(row
         until(lambda: not served.server.intake.held_bytes)
         assert served.server.pool.counters.loads <= 2
         assert post(served, asking(rows(b"1 2 3 7"), QUESTION)).status_code == 200
+
+
+@pytest.fixture
+def silent():
+    """A host that takes requests, and answers none."""
+    site = Site()
+    site.answers["/x"] = lambda connection: connection.recv(1)
+    yield site
+    site.close()
+
+
+class TestAHostThatDoesNotAnswer:
+    def test_it_is_not_waited_for_when_the_client_has_left(self, rows_model, silent, monkeypatch):
+        with running(rows_model, decode_workers=1) as served:
+            monkeypatch.setattr(served.server.door, "fetcher", silent.fetcher(seconds=60))
+            with pytest.raises(httpx.TimeoutException):
+                httpx.post(served.url + COMPLETIONS, json=asking(rows(silent.url()), QUESTION), timeout=0.5)
+            until(lambda: not served.server.intake.held_bytes, seconds=5)
+            assert silent.asked
+
+    def test_it_is_not_waited_for_when_the_server_ends(self, rows_model, silent, monkeypatch):
+        with running(rows_model, decode_workers=1, drain_seconds=0.5) as served, ThreadPoolExecutor(1) as threads:
+            monkeypatch.setattr(served.server.door, "fetcher", silent.fetcher(seconds=60))
+            asked = threads.submit(post, served, asking(rows(silent.url()), QUESTION))
+            until(lambda: silent.asked)
+            served.server.leave()
+            assert asked.result(10).status_code == 503
+            readers = [thread for thread in threading.enumerate() if thread.name.startswith("xblip server reads")]
+        until(lambda: readers and not any(thread.is_alive() for thread in readers), seconds=5)
 
 
 class TestThePage:

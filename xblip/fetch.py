@@ -104,12 +104,15 @@ class Fetcher:
         self.config = config
         self._hosts = Hosts(tuple(config.allowed_media_domains), resolve)
 
-    def fetch(self, url: str, modality: type[Modality] | Modality) -> Fetched:
+    def fetch(
+        self, url: str, modality: type[Modality] | Modality, *, check: Callable[[], None] = lambda: None
+    ) -> Fetched:
         """Fetches what a URL names.
 
         Args:
           url: data:, http:, https: or file:.
           modality: that will read it.
+          check: called while a host is waited for; what it raises ends that.
 
         Raises:
           MediaError: it is no such URL, it may not be fetched or cannot be, or the file is empty or too large.
@@ -120,7 +123,7 @@ class Fetcher:
         label = repr(url[:SHOWN] + "..." * (len(url) > SHOWN))
         if scheme in ("http", "https"):
             limits = {"max_bytes": self.config.max_part_bytes, "seconds": self.config.seconds}
-            with self._hosts.open(url, label, **limits) as download:
+            with self._hosts.open(url, label, **limits, check=check) as download:
                 suffix = suffix_of(download.mime_type, modality) or _suffix_in(unquote(download.path), modality)
                 return self._write(download.chunks, suffix, label)
         if scheme == "file":

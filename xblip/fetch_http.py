@@ -24,6 +24,8 @@ from xblip.errors import MediaError, in_units, some_of
 
 MAX_URL = 8192
 """Characters."""
+LOOK_SECONDS = 0.25
+"""Between looks at whether anybody still waits for what a host is about to send."""
 MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 PORTS = {"http": 80, "https": 443}
@@ -131,7 +133,9 @@ class Hosts:
     resolve: Callable[[str], Sequence[str]] = public_addresses
 
     @contextlib.contextmanager
-    def open(self, url: str, label: str, *, max_bytes: int, seconds: float) -> Iterator[Download]:
+    def open(
+        self, url: str, label: str, *, max_bytes: int, seconds: float, check: Callable[[], None]
+    ) -> Iterator[Download]:
         """Asks for a file, following redirects to hosts that are allowed; what goes wrong while it is read is told here too.
 
         Args:
@@ -139,17 +143,18 @@ class Hosts:
           label: how errors call it.
           max_bytes: that its host may announce. How many come, whoever reads them counts.
           seconds: until its last byte.
+          check: called again and again while it is waited for, but for connecting; what it raises ends that.
 
         Raises:
           MediaError: it is no URL, its host is not allowed or not public, does not answer, answers too slowly or something
             else than the file, or the file is too large.
         """
-        deadline = time.monotonic() + seconds
+        patience = _Patience(time.monotonic() + seconds, check)
         try:
             for redirected in range(MAX_REDIRECTS + 1):
                 parts = split_url(url, label)
                 self._check(parts, label, bool(redirected))
-                with self._ask(parts, label, deadline) as response:
+                with self._ask(parts, label, patience) as response:
                     headers = {name.lower(): value.decode("latin-1") for name, value in response.headers}
                     if response.status in REDIRECTS and b"location" in headers:
                         url = _next(url, headers[b"location"], label)
@@ -192,14 +197,14 @@ class Hosts:
         raise MediaError(f"Cannot fetch {label}: {what}this server fetches {only}. Send the file as a data URL.")
 
     @contextlib.contextmanager
-    def _ask(self, parts: SplitResult, label: str, deadline: float) -> Iterator[httpcore.Response]:
+    def _ask(self, parts: SplitResult, label: str, patience: "_Patience") -> Iterator[httpcore.Response]:
         try:
             addresses = self.resolve(parts.hostname)
         except ValueError as reason:
             raise MediaError(f"Cannot fetch {label}: {reason}") from None
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         url = httpcore.URL(scheme=parts.scheme, host=parts.hostname, port=parts.port, target=target)
-        backend = _Pinned(addresses, deadline)
+        backend = _Pinned(addresses, patience)
         context = self._context if parts.scheme == "https" else None
         with (
             httpcore.ConnectionPool(ssl_context=context, network_backend=backend) as pool,
@@ -236,34 +241,54 @@ def _check_answer(status: int, headers: dict[bytes, str], label: str, max_bytes:
         raise too_large(label, max_bytes)
 
 
-class _Pinned(httpcore.NetworkBackend):
-    """Connects to the first of some addresses that answers, whatever host is asked for, and ends all at a deadline."""
+@dataclass(frozen=True)
+class _Patience:
+    """How long a host is waited for, and for whom."""
 
-    def __init__(self, addresses: Sequence[str], deadline: float):
-        self._addresses, self._deadline = addresses, deadline
+    deadline: float
+    check: Callable[[], None]
+
+    @property
+    def seconds_left(self) -> float:
+        """There are, if anybody waits."""
+        self.check()
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout
+        return left
+
+
+class _Pinned(httpcore.NetworkBackend):
+    """Connects to the first of some addresses that answers, whatever host is asked for, and ends all with patience."""
+
+    def __init__(self, addresses: Sequence[str], patience: _Patience):
+        self._addresses, self._patience = addresses, patience
 
     def connect_tcp(self, host: str, port: int, *_: Any, **options: Any) -> httpcore.NetworkStream:
         error: Exception = httpcore.ConnectError("it has no address")
         for number, address in enumerate(self._addresses):
-            seconds = _left(self._deadline) / (len(self._addresses) - number)
+            seconds = self._patience.seconds_left / (len(self._addresses) - number)
             try:
-                return _Stream(httpcore.SyncBackend().connect_tcp(address, port, seconds), self._deadline)
+                return _Stream(httpcore.SyncBackend().connect_tcp(address, port, seconds), self._patience)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as cause:
                 error = cause
         raise error
 
 
 class _Stream(httpcore.NetworkStream):
-    """A connection that ends at a deadline, however often a little comes."""
+    """A connection that ends with patience, however often a little comes."""
 
-    def __init__(self, stream: httpcore.NetworkStream, deadline: float):
-        self._stream, self._deadline = stream, deadline
+    def __init__(self, stream: httpcore.NetworkStream, patience: _Patience):
+        self._stream, self._patience = stream, patience
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, _left(self._deadline))
+        while True:
+            seconds = min(self._patience.seconds_left, LOOK_SECONDS)
+            with contextlib.suppress(httpcore.ReadTimeout):
+                return self._stream.read(max_bytes, seconds)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, _left(self._deadline))
+        self._stream.write(buffer, self._patience.seconds_left)
 
     def close(self) -> None:
         self._stream.close()
@@ -271,14 +296,8 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, _left(self._deadline)), self._deadline)
+        stream = self._stream.start_tls(ssl_context, server_hostname, self._patience.seconds_left)
+        return _Stream(stream, self._patience)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise httpcore.ReadTimeout
-    return left

@@ -56,14 +56,13 @@ class Server:
       leaving, exits: what else is to be done when this is told to stop, and when it closes.
     """
 
-    def __init__(self, model: "XBlip", config: ServeConfig, *, name: str, fetcher: Fetcher | None = None):
+    def __init__(self, model: "XBlip", config: ServeConfig, *, name: str):
         """Starts workers and engine.
 
         Args:
           model: that answers.
           config: settings.
           name: what clients call the model, if `config.model_name` does not say.
-          fetcher: in the place of one by the settings.
 
         Raises:
           ConfigError: a setting is wrong.
@@ -78,7 +77,7 @@ class Server:
             seconds=config.decode_seconds,
             memory_bytes=config.decode_memory_mib * MIB,
         )
-        fetcher = fetcher or Fetcher(
+        fetcher = Fetcher(
             FetchConfig(
                 config.allowed_media_domains,
                 config.allowed_local_media_path,
@@ -286,7 +285,7 @@ class Server:
                 seed=None if asked.seed is None else (asked.seed + index) % 2**63,
                 stop=asked.stops,
                 top_log_probabilities=(asked.top_logprobs or 0) if asked.logprobs else None,
-                seconds=max(0.001, visit.seconds_left),
+                seconds=visit.seconds_left,
                 caller=caller,
             )
             tickets.append(self.engine.submit(request, partial(listen, index)))

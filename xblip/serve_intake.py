@@ -25,14 +25,15 @@ class Visit:
     """A request while it is taken in: what is held of it, and whether anybody waits for it; for any thread.
 
     Attributes:
-      started: when it came, by `time.monotonic`.
+      started, ends: when it came and when its time is over, by `time.monotonic`.
       size: bytes that are held of it.
       leaving: done when its client has left; None until that is looked at.
       reading: done when its files are read.
     """
 
     def __init__(self, intake: "Intake", started: float):
-        self.started, self.size = started, 0
+        self.started, self.ends = started, started + intake.config.request_seconds
+        self.size = 0
         self.leaving: asyncio.Future | None = None
         self.reading: asyncio.Future | None = None
         self._intake = intake
@@ -62,8 +63,8 @@ class Visit:
 
     @property
     def seconds_left(self) -> float:
-        """That there are for the answer."""
-        return self.started + self._intake.config.request_seconds - time.monotonic()
+        """That there are for the answer: a moment where there are none, after which whoever answers tells so."""
+        return max(0.001, self.ends - time.monotonic())
 
     def check(self) -> None:
         """Raises an error if nobody waits any more, or not for longer."""
@@ -71,7 +72,7 @@ class Visit:
             raise shutting_down()
         if self.leaving and self.leaving.done():
             raise LeftError
-        if self.seconds_left < 0:
+        if time.monotonic() > self.ends:
             raise late(self._intake.config.request_seconds)
 
     def end(self, reading: asyncio.Future | None = None) -> None:

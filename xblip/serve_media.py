@@ -51,7 +51,7 @@ class MediaDoor:
         try:
             if part.url is None and part.data is None:
                 return self._known(part, caller)
-            with self._fetched(part) as fetched:
+            with self._fetched(part, visit) as fetched:
                 return self._read(part, fetched, visit, caller)
         except XBlipError as error:
             error.place = part.place
@@ -88,10 +88,10 @@ class MediaDoor:
             )
         return features
 
-    def _fetched(self, part: Part) -> Fetched:
+    def _fetched(self, part: Part, visit: Visit) -> Fetched:
         modality = self.model.branches[part.modality].modality
         if part.url is not None:
-            return self.fetcher.fetch(part.url, modality)
+            return self.fetcher.fetch(part.url, modality, check=visit.check)
         return self.fetcher.fetch_base64(part.data, modality, format=part.format)
 
     def _read(self, part: Part, fetched: Fetched, visit: Visit, caller: str) -> Any:

@@ -63,7 +63,7 @@ async def answers(
         visit = taken.enter_context(server.intake.place(started))
         visit.leaving = leaving
         sample = await server.intake.read(visit, partial(_sample, server, exchange, earlier, visit))
-        request = Request(sample, seconds=max(0.001, visit.seconds_left), caller=caller)
+        request = Request(sample, seconds=visit.seconds_left, caller=caller)
         async for event in server.engine.astream(request):
             taken.close()
             if isinstance(event, Finished):
