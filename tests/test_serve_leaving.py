@@ -75,7 +75,7 @@ class TestAHostThatDoesNotAnswer:
         with running(rows_model, decode_workers=1) as served:
             monkeypatch.setattr(served.server.door, "fetcher", silent.fetcher(seconds=60))
             with pytest.raises(httpx.TimeoutException):
-                httpx.post(served.url + COMPLETIONS, json=asking(rows(silent.url()), QUESTION), timeout=0.5)
+                httpx.post(served.url + COMPLETIONS, json=asking(rows(silent.url()), QUESTION), timeout=2)
             until(lambda: not served.server.intake.held_bytes, seconds=5)
             assert silent.asked
 

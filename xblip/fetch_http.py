@@ -250,7 +250,7 @@ class _Patience:
 
     @property
     def seconds_left(self) -> float:
-        """There are, if anybody waits."""
+        """That there are for it; raises what `check` does, and `httpcore.ReadTimeout` where there are none."""
         self.check()
         left = self.deadline - time.monotonic()
         if left <= 0:
